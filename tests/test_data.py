@@ -1,0 +1,277 @@
+"""What vq.py promises about images and codes on disk: exact crops, clear words about bad data, nothing lost."""
+import json
+import random
+import shutil
+import subprocess
+import sys
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, golden
+from PIL import Image
+
+import vq
+
+
+# ---- crops ----------------------------------------------------------------------------------------------------------
+def test_centre_crops_are_adms_to_the_pixel():
+    expected, _ = golden("crops")
+    for name in [k for k in expected if "_center" in k]:
+        pic, size = name.split("_center")
+        crop = vq.center_crop(Image.fromarray(expected[pic].numpy()), int(size))
+        assert np.array_equal(np.array(crop), expected[name].numpy()), name
+
+
+def test_ten_crops_are_the_reference_ones():
+    expected, meta = golden("crops")
+    small = vq.ten_crop(Image.fromarray(expected["pic2"].numpy()), 50, 1.1)
+    assert np.array_equal(np.stack(small), expected["pic2_ten50"].numpy())
+    large = [np.array(crop) for crop in vq.ten_crop(Image.fromarray(expected["pic0"].numpy()), 64, 1.1)]
+    assert np.array_equal(np.stack([c[:4, :4] for c in large]), expected["pic0_ten64_corner"].numpy())
+    assert [zlib.crc32(c.tobytes()) for c in large] == expected["pic0_ten64_crc32"].tolist()
+
+
+def test_ten_crop_windows_at_the_sizes_in_use():
+    """A picture whose pixels tell their place, already of the crop's size, shows where each window was cut."""
+    for size, percent, side, top, left in golden("crops")[0]["ten_crop_table"].tolist():
+        rows, columns = np.mgrid[:side, :side]
+        place = Image.fromarray(np.stack([rows // 256, rows % 256, columns % 256], -1).astype(np.uint8))
+        middle = np.array(vq.ten_crop(place, size, percent / 100)[4])
+        assert middle.shape[:2] == (size, size) and middle[0, 0].tolist() == [top // 256, top % 256, left % 256]
+
+
+def test_random_crops_cover_eight_to_ten_tenths():
+    rows = np.repeat(np.arange(100, dtype=np.uint8)[:, None] * 2, 100, 1)
+    picture = Image.fromarray(rows).convert("RGB")
+    seen = set()
+    for seed in range(200):
+        crop = np.array(vq.random_crop(picture, 80, random.Random(seed)))
+        assert crop.shape == (80, 80, 3)
+        seen.add(round((int(crop[-1, 0, 0]) - int(crop[0, 0, 0])) / 200, 1))
+    assert seen == {0.8, 0.9, 1.0}                       # of the picture's height: bicubic from 100 to 80 .. 100 rows
+
+
+def test_pixels_are_rounded_as_the_paper_does():
+    images = torch.tensor([-2, -1, -0.5, 0, 0.5, 0.9999, 2]).view(1, 1, 1, -1).expand(1, 3, 1, -1)
+    assert vq.to_uint8(images)[0, 0, :, 0].tolist() == [0, 0, 64, 128, 191, 255, 255]
+
+
+def test_shapes_are_the_same_every_time_and_balanced():
+    a, b, other = vq.Shapes(30), vq.Shapes(30), vq.Shapes(30, seed=1)
+    assert np.array_equal(a.load(7), b.load(7)) and not np.array_equal(a.load(7), other.load(7))
+    assert np.bincount(a.labels).tolist() == [3] * 10 and len(a.classes) == 10
+
+
+def test_shuffling_gives_every_image_once_an_epoch_and_starts_anywhere():
+    pairs = vq.shuffled(10, seed=3)
+    first = [next(pairs) for _ in range(35)]
+    assert [sorted(i for e, i in first if e == epoch) for epoch in range(3)] == [list(range(10))] * 3
+    assert [i for e, i in first[:10]] != [i for e, i in first[10:20]]
+    later = vq.shuffled(10, seed=3, start=23)
+    assert [next(later) for _ in range(12)] == first[23:]
+
+
+# ---- image folders --------------------------------------------------------------------------------------------------
+def folder(root, classes=("ant", "bee", "cat"), each=3, size=20):
+    """Class folders with small random pictures."""
+    rng = np.random.RandomState(0)
+    for c in classes:
+        (root / c).mkdir(parents=True)
+        for i in range(each):
+            Image.fromarray(rng.randint(0, 256, (size, size + i, 3), np.uint8)).save(root / c / f"{i}.png")
+    return root
+
+
+def test_labels_follow_the_sorted_class_names_and_any_mode_becomes_rgb(tmp_path):
+    root = folder(tmp_path / "data")
+    Image.new("L", (20, 20), 77).save(root / "bee" / "grey.jpg")
+    Image.new("P", (20, 20)).save(root / "bee" / "palette.PNG")
+    Image.new("CMYK", (20, 20)).save(root / "cat" / "print.jpeg")
+    Image.new("RGBA", (20, 20)).save(root / "cat" / "clear.webp")
+    (root / "cat" / "notes.txt").write_text("not an image")
+    (root / "empty").mkdir()
+    images = vq.open_images(str(root))
+    assert images.classes == ["ant", "bee", "cat"] and np.bincount(images.labels).tolist() == [3, 5, 5]
+    assert all(images.load(i).mode == "RGB" for i in range(len(images)))
+
+
+def test_the_wrong_folder_is_named(tmp_path, capsys):
+    with pytest.raises(ValueError, match="no such folder"):
+        vq.open_images(str(tmp_path / "missing"))
+    (tmp_path / "void").mkdir()
+    with pytest.raises(ValueError, match="no images in its sub-folders"):
+        vq.open_images(str(tmp_path / "void"))
+    folder(tmp_path / "imagenet" / "train")
+    folder(tmp_path / "imagenet" / "val")
+    with pytest.raises(ValueError, match="did you mean .*imagenet/train"):
+        vq.open_images(str(tmp_path / "imagenet"))
+    folder(tmp_path / "two", classes=("train", "val"))
+    vq.open_images(str(tmp_path / "two"))
+    assert "only 2 class folder(s): train, val" in capsys.readouterr().err
+
+
+def test_real_photographs_open(photos):
+    images = vq.open_images(str(photos / "imagenet_sample"))
+    assert len(images) == 125 and len(images.classes) == 125
+    assert all(vq.center_crop(images.load(i), 256).size == (256, 256) for i in range(0, 125, 5))
+
+
+# ---- encode and reconstruct -----------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    """A tiny tokenizer's checkpoint; 8 pixels a code."""
+    torch.manual_seed(0)
+    model = vq.VQModel(vq.VQConfig(ch=32, ch_mult=(1, 1, 1, 1), res_blocks=1, z_channels=32, codebook_size=40))
+    path = tmp_path_factory.mktemp("vq") / "ckpt.pt"
+    torch.save({"model": model.state_dict(), "config": vq.asdict(model.config), "image_size": 16}, path)
+    return path
+
+
+def encode(*args, procs=0):
+    """vq.py encode as a user runs it."""
+    how = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={procs}"] if procs else [sys.executable]
+    return subprocess.run([*how, "vq.py", "encode", *map(str, args), "--workers", "0"], cwd=ROOT, capture_output=True, text=True)
+
+
+def contents(out):
+    """Everything in a codes folder that must not depend on how it was made."""
+    codes, labels, meta = vq.load_codes(out)
+    return codes.tolist(), labels.tolist(), {k: v for k, v in meta.items() if k != "data"}
+
+
+def test_codes_are_those_of_the_crops(tokenizer, tmp_path):
+    result = encode("--ckpt", tokenizer, "--data", folder(tmp_path / "data"), "--out", tmp_path / "codes", "--ten-crop",
+                    "--crop-range", "1.1", "1.5")
+    assert result.returncode == 0, result.stderr
+    codes, labels, meta = vq.load_codes(tmp_path / "codes")
+    assert codes.shape == (9, 20, 4) and codes.dtype == np.uint16 and isinstance(codes, np.memmap)
+    assert labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2] and meta["classes"] == ["ant", "bee", "cat"]
+    assert (meta["h"], meta["w"], meta["image_size"], meta["codebook_size"]) == (2, 2, 16, 40)
+    model, images = vq.load_vq(tokenizer), vq.open_images(str(tmp_path / "data"))
+    assert meta["tokenizer"] == vq.weights_hash(model)
+    crops = vq.ten_crop(images.load(5), 16, 1.1) + vq.ten_crop(images.load(5), 16, 1.5)
+    assert np.array_equal(codes[5], model.encode(torch.stack([vq.to_tensor(c) for c in crops])).flatten(1).numpy())
+    assert len({tuple(row) for row in codes[:, 0].tolist()}) > 1
+
+
+def test_unreadable_images_are_left_out_and_counted(tokenizer, tmp_path):
+    root = folder(tmp_path / "data")
+    (root / "bee" / "1.png").write_bytes((root / "bee" / "1.png").read_bytes()[:200])
+    (root / "cat" / "9.jpg").write_text("not a picture")
+    result = encode("--ckpt", tokenizer, "--data", root, "--out", tmp_path / "codes")
+    assert result.returncode == 0 and "2 unreadable images were left out" in result.stdout
+    codes, labels, meta = vq.load_codes(tmp_path / "codes")
+    assert codes.shape == (8, 2, 4) and labels.tolist() == [0, 0, 0, 1, 1, 2, 2, 2]
+    assert [p.split("/")[-2:] for p in meta["skipped"]] == [["bee", "1.png"], ["cat", "9.jpg"]]
+
+
+def test_two_processes_write_what_one_does_and_a_second_start_does_nothing(tokenizer, tmp_path):
+    root = folder(tmp_path / "data")
+    for out, procs in (("one", 0), ("two", 2)):
+        assert encode("--ckpt", tokenizer, "--data", root, "--out", tmp_path / out, procs=procs).returncode == 0
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    again = encode("--ckpt", tokenizer, "--data", root, "--out", tmp_path / "one")
+    assert again.returncode == 0 and "is complete: 9 images. Nothing to do." in again.stdout
+
+
+def test_an_interrupted_encode_goes_on_where_it_ended(tokenizer, tmp_path, monkeypatch):
+    root, calls = folder(tmp_path / "data"), []
+    args = vq.argparse.Namespace(data=str(root), ckpt=tokenizer, out=str(tmp_path / "codes"), image_size=None, ten_crop=False,
+                                 crop_range=[1.1], batch_size=4, workers=0, device="cpu")
+    encode_batch = vq.VQModel.encode
+
+    def killed_at_the_third(self, images):
+        calls.append(len(images) // 2)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return encode_batch(self, images)
+
+    monkeypatch.setattr(vq.VQModel, "encode", killed_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        vq.encode(args)
+    with pytest.raises(ValueError, match="is not finished; make it with: python vq.py encode"):
+        vq.load_codes(tmp_path / "codes")
+    other = vq.argparse.Namespace(**{**vars(args), "image_size": 32})
+    with pytest.raises(ValueError, match="begun with other settings"):
+        vq.encode(other)
+    vq.encode(args)
+    assert sum(calls) == 2 + 2 + 2 + 5                     # 4 of 9 images were kept, the third pair was made again
+    assert encode("--ckpt", tokenizer, "--data", root, "--out", tmp_path / "whole").returncode == 0
+    assert contents(tmp_path / "codes") == contents(tmp_path / "whole")
+    with pytest.raises(ValueError, match="other settings"):
+        vq.encode(other)
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    (["--ckpt", "missing.pt", "--data", "shapes:4"], "missing.pt"),
+    (["--ckpt", "CKPT", "--data", "nowhere"], "--data nowhere: no such folder"),
+    (["--ckpt", "CKPT", "--data", "shapes:4", "--image-size", "20"], "--image-size 20 is not a multiple of the tokenizer's 8; try"),
+    (["--ckpt", "CKPT", "--data", "shapes:x"], "--data shapes:x"),
+    (["--ckpt", "README.md", "--data", "shapes:4"], "not a PyTorch checkpoint"),
+])
+def test_a_mistake_gets_one_sentence(tokenizer, tmp_path, flags, sentence):
+    result = encode(*[str(tokenizer) if f == "CKPT" else f for f in flags], "--out", tmp_path / "codes")
+    assert result.returncode == 2 and sentence in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_codebook_beyond_uint16_is_refused(tmp_path):
+    model = vq.VQModel(vq.VQConfig(ch=32, ch_mult=(1, 1), res_blocks=1, z_channels=32, codebook_size=65537))
+    torch.save({"model": model.state_dict(), "config": vq.asdict(model.config), "image_size": 16}, tmp_path / "ckpt.pt")
+    result = encode("--ckpt", tmp_path / "ckpt.pt", "--data", "shapes:4", "--out", tmp_path / "codes")
+    assert result.returncode == 2 and "65,537" in result.stderr
+
+
+def test_reconstruct_puts_originals_above_reconstructions(tokenizer, tmp_path):
+    root = folder(tmp_path / "data")
+    result = subprocess.run([sys.executable, "vq.py", "reconstruct", "--ckpt", tokenizer, "--out", tmp_path / "r.png",
+                             root / "ant" / "0.png", root / "cat" / "1.png"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    model = vq.load_vq(tokenizer)
+    original = vq.center_crop(vq.open_image(root / "cat" / "1.png"), 16)
+    decoded = vq.to_uint8(model.decode(model.encode(vq.to_tensor(original)[None])))[0]
+    with Image.open(tmp_path / "r.png") as sheet:
+        assert sheet.size == (2 * 100 + 4, 2 * 100 + 4)                   # 16 pixels are drawn six times as large
+        above, below = (np.array(sheet.crop((104, y, 200, y + 96)))[::6, ::6] for y in (4, 104))
+    assert np.array_equal(above, np.array(original)) and np.array_equal(below, decoded)
+
+
+def test_codes_folders_that_do_not_fit_are_refused(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="is not there; make it with: python vq.py encode"):
+        vq.load_codes(tmp_path / "codes")
+    assert encode("--ckpt", tokenizer, "--data", "shapes:4", "--out", tmp_path / "codes").returncode == 0
+    np.save(tmp_path / "codes" / "labels.npy", np.zeros(3, np.int32))
+    with pytest.raises(ValueError, match="do not belong together"):
+        vq.load_codes(tmp_path / "codes")
+
+
+# ---- downloads ------------------------------------------------------------------------------------------------------
+def test_downloads_are_checked_and_named_when_they_fail(tmp_path):
+    source = tmp_path / "source.bin"
+    source.write_bytes(b"weights")
+    digest = vq.file_hash(source)
+    path = vq.download(source.as_uri(), tmp_path / "cache" / "w.bin", digest[:8])
+    assert path.read_bytes() == b"weights"
+    shutil.move(source, tmp_path / "gone")
+    assert vq.download(source.as_uri(), path) == path      # there already: nothing is fetched
+    with pytest.raises(OSError, match="fetch it elsewhere and put it at .*other.bin"):
+        vq.download(source.as_uri(), tmp_path / "other.bin")
+    with pytest.raises(OSError, match="SHA-256"):
+        vq.download((tmp_path / "gone").as_uri(), tmp_path / "other.bin", "0000")
+    assert sorted(p.name for p in tmp_path.rglob("*.bin*")) == ["w.bin"]
+
+
+def test_saving_to_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "ckpt.pt"
+    vq.save_checkpoint({"step": 1}, path)
+
+    def full(state, file):
+        file.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left on device.*untouched"):
+        vq.save_checkpoint({"step": 2}, path)
+    assert vq.read_checkpoint(path) == {"step": 1} and [p.name for p in tmp_path.iterdir()] == ["ckpt.pt"]
+    assert json.dumps(vq.read_checkpoint(path)) == '{"step": 1}'

@@ -1,0 +1,739 @@
+"""The image tokenizer of LlamaGen (arXiv:2406.06525, section 2.1): pixels -> integer codes -> pixels.
+
+$ python vq.py encode --ckpt runs/vq/ckpt.pt --data shapes --out codes          # every image of a data set as codes
+$ python vq.py encode --ckpt runs/vq/ckpt.pt --data DIR --out codes --ten-crop --crop-range 1.1 1.05
+$ torchrun --nproc_per_node=8 vq.py encode --pretrained VQ-16 --data imagenet/train --out codes --ten-crop
+$ python vq.py reconstruct --ckpt runs/vq/ckpt.pt --out recon.png a.jpg b.jpg    # originals above reconstructions
+
+The file in order: model, checkpoints, images and crops, the embedded data set `shapes`, codes on disk, commands.
+"""
+# Shapes:  B images   H, W pixels   h, w latent grid   T codes = h * w   V codebook entries   D code dimension
+#          C channels   A crops per image   N images in a data set
+import argparse
+import hashlib
+import json
+import math
+import os
+import pickle
+import random
+import sys
+import urllib.request
+from collections import OrderedDict
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch import nn
+from tqdm import tqdm
+
+
+# ---- model ----------------------------------------------------------------------------------------------------------
+@dataclass
+class VQConfig:
+    """What fixes the shapes of a tokenizer. The defaults are VQ-16 as released (downsampling 16, 72M parameters)."""
+    ch: int = 128                      # channels at full resolution
+    ch_mult: tuple = (1, 1, 2, 2, 4)   # channel factor per level; every level but the last halves H and W
+    res_blocks: int = 2                # residual blocks per level (the decoder has one more)
+    z_channels: int = 256              # channels of the encoder's output, before the projection to D
+    codebook_size: int = 16384         # V
+    code_dim: int = 8                  # D; a small D keeps the whole codebook in use (paper, table 8)
+
+    @property
+    def downsample(self):
+        """Pixels per code along each side."""
+        return 2 ** (len(self.ch_mult) - 1)
+
+
+VQ_CONFIGS = {
+    "VQ-16": VQConfig(),
+    "VQ-8": VQConfig(ch_mult=(1, 2, 2, 4)),
+    "VQ-demo": VQConfig(ch=32, ch_mult=(1, 1, 2), res_blocks=1, z_channels=64, codebook_size=256),
+}
+
+
+def norm(channels):
+    """Group norm as in every block; 1e-6 is part of the released weights' arithmetic."""
+    return nn.GroupNorm(32, channels, eps=1e-6)
+
+
+class ResBlock(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x)))))), (B, c_in, H, W) -> (B, c_out, H, W)."""
+
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.norm1, self.conv1 = norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2, self.conv2 = norm(c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.nin_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.nin_shortcut(x) + h
+
+
+class AttnBlock(nn.Module):
+    """Single-head self-attention over all positions of the coarsest level, with a residual connection."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.norm = norm(c)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(c, c, 1) for _ in range(4))
+
+    def forward(self, x):
+        B, C, h, w = x.shape
+        y = self.norm(x)
+        q, k, v = (f(y).view(B, 1, C, h * w).transpose(2, 3) for f in (self.q, self.k, self.v))  # (B, 1, T, C)
+        y = F.scaled_dot_product_attention(q, k, v)
+        return x + self.proj_out(y.transpose(2, 3).reshape(B, C, h, w))
+
+
+def downsample(c):
+    """Halve H and W. Zeros are padded right and below only, as the released weights expect."""
+    return nn.Sequential(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(c, c, 3, stride=2)))
+
+
+def upsample(c):
+    """Double H and W: nearest neighbour, then a convolution."""
+    return nn.Sequential(OrderedDict(up=nn.Upsample(scale_factor=2.0), conv=nn.Conv2d(c, c, 3, padding=1)))
+
+
+class Level(nn.Module):
+    """One resolution: residual blocks, each followed by attention on the coarsest level, then a change of size."""
+
+    def __init__(self, c_in, c_out, blocks, attn, resample=None):
+        super().__init__()
+        self.res = nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out) for i in range(blocks))
+        self.attn = nn.ModuleList(AttnBlock(c_out) for _ in range(blocks if attn else 0))
+        self.resample = resample and resample.__name__
+        if resample:
+            self.add_module(self.resample, resample(c_out))   # the released names: "downsample" and "upsample"
+
+    def forward(self, x):
+        for i, res in enumerate(self.res):
+            x = res(x)
+            x = self.attn[i](x) if self.attn else x
+        return getattr(self, self.resample)(x) if self.resample else x
+
+
+def middle(c):
+    """The three blocks between the levels and the latents."""
+    return nn.Sequential(ResBlock(c, c), AttnBlock(c), ResBlock(c, c))
+
+
+class Encoder(nn.Module):
+    """(B, 3, H, W) -> (B, z_channels, h, w)."""
+
+    def __init__(self, config):
+        super().__init__()
+        widths = [config.ch * m for m in config.ch_mult]
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(3, config.ch, 3, padding=1)
+        self.conv_blocks = nn.Sequential(*(
+            Level(widths[i - 1] if i else config.ch, c, config.res_blocks, i == last, downsample if i < last else None)
+            for i, c in enumerate(widths)))
+        self.mid = middle(widths[-1])
+        self.norm_out, self.conv_out = norm(widths[-1]), nn.Conv2d(widths[-1], config.z_channels, 3, padding=1)
+
+    def forward(self, x):
+        x = self.mid(self.conv_blocks(self.conv_in(x)))
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class Decoder(nn.Module):
+    """(B, z_channels, h, w) -> (B, 3, H, W); the encoder mirrored, with one more residual block per level."""
+
+    def __init__(self, config):
+        super().__init__()
+        widths = [config.ch * m for m in reversed(config.ch_mult)]
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(config.z_channels, widths[0], 3, padding=1)
+        self.mid = middle(widths[0])
+        self.conv_blocks = nn.Sequential(*(
+            Level(widths[max(i - 1, 0)], c, config.res_blocks + 1, i == 0, upsample if i < last else None)
+            for i, c in enumerate(widths)))
+        self.norm_out, self.conv_out = norm(widths[-1]), nn.Conv2d(widths[-1], 3, 3, padding=1)
+
+    def forward(self, z):
+        x = self.conv_blocks(self.mid(self.conv_in(z)))
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class Quantizer(nn.Module):
+    """Nearest entry of a learned codebook, both sides on the unit sphere (paper, section 2.1)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.embedding = nn.Embedding(config.codebook_size, config.code_dim)
+        with torch.no_grad():
+            self.embedding.weight.copy_(F.normalize(self.embedding.weight.uniform_(-1, 1), dim=-1))
+        self.register_buffer("codebook_used", torch.zeros(65536, dtype=torch.int32))   # the last 65,536 training codes
+
+    def codebook(self):
+        """(V, D), unit length."""
+        return F.normalize(self.embedding.weight.float(), dim=-1)
+
+    def nearest(self, z):
+        """Unit vectors (n, D) -> int64 (n,). On the sphere the nearest entry is the largest dot product; it is taken
+        in chunks, because all n * V products at once would fill gigabytes."""
+        codebook = self.codebook()
+        chunk = max(1, 2 ** 24 // len(codebook))
+        return torch.cat([(part @ codebook.T).argmax(-1) for part in z.split(chunk)])
+
+    def usage(self):
+        """Fraction of the codebook that occurs among the last 65,536 training codes (unfilled places count as 0)."""
+        return self.codebook_used.unique().numel() / len(self.embedding.weight)
+
+    def forward(self, z, entropy=False):
+        """z (B, D, h, w) -> quantized (B, D, h, w), losses {vq, commit, entropy}, codes (B, h, w).
+
+        Gradients pass the quantizer straight through. `vq` pulls codes to latents, `commit` latents to codes (with
+        the paper's weight 0.25). `entropy` (arXiv:2310.05737) rewards sure choices that use all codes; it needs all
+        B*h*w * V distances, so it is 0 unless asked for."""
+        B, D, h, w = z.shape
+        z = F.normalize(z.permute(0, 2, 3, 1).reshape(-1, D), dim=-1)            # (B*h*w, D)
+        codes = self.nearest(z.detach())
+        quantized = F.normalize(F.embedding(codes, self.embedding.weight).float(), dim=-1)
+        losses = {"vq": F.mse_loss(quantized, z.detach()), "commit": 0.25 * F.mse_loss(z, quantized.detach()),
+                  "entropy": z.new_zeros(())}
+        if entropy:
+            logits = (2 * z @ self.codebook().T - 2) / 0.01                       # -(squared distance) / temperature
+            p = logits.softmax(-1)
+            mean = p.mean(0)
+            losses["entropy"] = (mean * (mean + 1e-5).log()).sum() - (p * logits.log_softmax(-1)).sum(-1).mean()
+        if self.training:
+            self.codebook_used.copy_(torch.cat([self.codebook_used, codes.int()])[-len(self.codebook_used):])
+        quantized = z + (quantized - z).detach()
+        return quantized.view(B, h, w, D).permute(0, 3, 1, 2), losses, codes.view(B, h, w)
+
+
+class VQModel(nn.Module):
+    """Encoder, quantizer and decoder. Parameter names are those of the released checkpoints."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.encoder, self.decoder, self.quantize = Encoder(config), Decoder(config), Quantizer(config)
+        self.quant_conv = nn.Conv2d(config.z_channels, config.code_dim, 1)
+        self.post_quant_conv = nn.Conv2d(config.code_dim, config.z_channels, 1)
+
+    def latents(self, images):
+        """(B, 3, H, W) in [-1, 1], H and W multiples of the downsampling -> (B, D, h, w) float32, not normalised."""
+        step = self.config.downsample
+        if images.shape[-2] % step or images.shape[-1] % step:
+            raise ValueError(f"images of {images.shape[-2]}x{images.shape[-1]} pixels do not divide by {step}")
+        return self.quant_conv(self.encoder(images)).float()
+
+    def forward(self, images, entropy=False):
+        """Images (B, 3, H, W) -> (reconstruction (B, 3, H, W), losses: dict of scalars vq, commit, entropy)."""
+        z = self.latents(images)
+        with torch.autocast(images.device.type, enabled=False):   # bf16 would confuse neighbouring codes
+            quantized, losses, _ = self.quantize(z, entropy)
+        return self.decoder(self.post_quant_conv(quantized)), losses
+
+    @torch.no_grad()
+    def encode(self, images):
+        """Images (B, 3, H, W) in [-1, 1] -> codes (B, h, w) int64 in [0, V)."""
+        z = self.latents(images)
+        B, D, h, w = z.shape
+        return self.quantize.nearest(F.normalize(z.permute(0, 2, 3, 1).reshape(-1, D), dim=-1)).view(B, h, w)
+
+    @torch.no_grad()
+    def decode(self, codes):
+        """Codes (B, h, w) -> images (B, 3, H, W), about [-1, 1], not clamped."""
+        z = F.embedding(codes, self.quantize.codebook()).permute(0, 3, 1, 2)
+        return self.decoder(self.post_quant_conv(z))
+
+
+# ---- checkpoints and downloads --------------------------------------------------------------------------------------
+def read_checkpoint(path):
+    """A checkpoint as a dict of plain values and tensors on the CPU; nothing in the file is executed.
+
+    Raises OSError for a missing file and ValueError for one that is damaged or holds other objects."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):   # released training files hold their flags so
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "Unsupported global" in str(error) or "Unsupported class" in str(error):
+            raise ValueError(f"{path} holds Python objects beside tensors and is refused: it could run code") from None
+        raise ValueError(f"{path} is truncated, or not a PyTorch checkpoint") from None
+    except FileNotFoundError:
+        raise OSError(f"{path}: no such file") from None
+    except OSError:
+        raise
+    except Exception:   # whatever the bytes of a broken file make the reader stumble over
+        raise ValueError(f"{path} is truncated, or not a PyTorch checkpoint") from None
+
+
+def save_checkpoint(state, path):
+    """Write a dict to `path` by way of a temporary name, so that a full disk or a crash keeps the previous file.
+    Raises OSError with one sentence."""
+    tmp = Path(f"{path}.tmp")
+    try:
+        torch.save(state, tmp)
+        os.replace(tmp, path)
+    except (OSError, RuntimeError) as error:
+        tmp.unlink(missing_ok=True)
+        raise OSError(f"could not save {path} ({str(error).splitlines()[0]}); an earlier file there is untouched") from None
+
+
+def load_vq(path, device="cpu"):
+    """A tokenizer in eval mode, float32, from a released file or one of train_vq.py's (its averaged weights if it has
+    them); `image_size` of the result is the side it was trained at, in pixels.
+
+    Raises OSError or ValueError with one sentence for a file that is missing, damaged or not a tokenizer."""
+    checkpoint = read_checkpoint(path)
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{path} holds a {type(checkpoint).__name__}, not the weights of a tokenizer")
+    state = next((checkpoint[k] for k in ("ema", "model", "module", "state_dict") if checkpoint.get(k)), checkpoint)
+    if "quantize.embedding.weight" not in state:
+        raise ValueError(f"{path} is not a tokenizer checkpoint (no quantize.embedding.weight); is it the GPT?")
+    if "config" in checkpoint:
+        config = VQConfig(**checkpoint["config"])
+    else:   # released files: the number of levels tells VQ-16 from VQ-8
+        levels = 1 + max(int(k.split(".")[2]) for k in state if k.startswith("encoder.conv_blocks."))
+        config = VQ_CONFIGS["VQ-16" if levels == 5 else "VQ-8"]
+    model = VQModel(config)
+    state.setdefault("quantize.codebook_used", model.quantize.codebook_used)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit the tokenizer: {str(error).splitlines()[1].strip()}") from None
+    model.image_size = checkpoint.get("image_size", 256)
+    return model.to(device).eval()
+
+
+def weights_hash(model):
+    """SHA-256 of a model's parameters; tells which tokenizer made a folder of codes."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(name.encode() + parameter.detach().cpu().float().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def file_hash(path):
+    """SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def cache_dir():
+    """Where downloaded weights live: $NANOLLAMAGEN_CACHE, or ~/.cache/nanollamagen."""
+    return Path(os.environ.get("NANOLLAMAGEN_CACHE", Path.home() / ".cache" / "nanollamagen"))
+
+
+def download(url, path, sha256=""):
+    """Fetch `url` to `path` unless it is there, with a progress bar, by way of a temporary name; returns the path.
+    `sha256` is the start of the file's hexadecimal digest. Raises OSError with one sentence."""
+    path = Path(path)
+    if path.exists():
+        return path
+    tmp = path.with_name(path.name + ".part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with urllib.request.urlopen(url, timeout=30) as response, open(tmp, "wb") as f:
+            size = int(response.headers.get("Content-Length", 0))
+            with progress(size or None, path.name, unit="B") as bar:
+                while block := response.read(1 << 20):
+                    f.write(block)
+                    bar.update(len(block))
+        if size and tmp.stat().st_size != size:
+            raise OSError(f"{tmp.stat().st_size:,} of {size:,} bytes came")
+        if not file_hash(tmp).startswith(sha256):
+            raise OSError("its SHA-256 is not the expected one")
+    except OSError as error:
+        tmp.unlink(missing_ok=True)
+        reason = getattr(error, "reason", error)
+        raise OSError(f"could not download {url} ({reason}); fetch it elsewhere and put it at {path}") from None
+    os.replace(tmp, path)
+    return path
+
+
+def progress(total, what, rank=0, unit=" images"):
+    """A tqdm bar on process 0; where standard error is not a terminal it writes a line every 15 seconds at most."""
+    return tqdm(total=total, desc=what, unit=unit, unit_scale=unit == "B", disable=rank > 0, smoothing=0.1,
+                mininterval=0.2 if sys.stderr.isatty() else 15)
+
+
+def pretrained(name, repository="FoundationVision/LlamaGen"):
+    """Path of an officially released file such as "vq_ds16_c2i.pt", fetched once from Hugging Face ($HF_ENDPOINT
+    names a mirror)."""
+    host = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    return download(f"{host}/{repository}/resolve/main/{name}", cache_dir() / name)
+
+
+# ---- images and crops -----------------------------------------------------------------------------------------------
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
+
+
+def list_images(folder):
+    """Paths (str) of all images below a folder at any depth, sorted."""
+    return sorted(os.path.join(d, f) for d, _, files in os.walk(folder, followlinks=True)
+                  for f in files if f.lower().endswith(IMAGE_ENDINGS))
+
+
+def open_image(path):
+    """An image file as RGB. Raises OSError, whatever way the file is broken."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except Exception as error:   # Pillow raises half a dozen kinds for damaged files
+        reason = str(error).split(" '")[0]   # without the path, which Pillow repeats
+        raise OSError(f"{path}: {reason}") from None
+
+
+class ImageFolder:
+    """Images in class folders, as ImageNet is shipped: ROOT/class name/image. Classes are numbered by sorted name."""
+
+    def __init__(self, root):
+        if not os.path.isdir(root):
+            raise ValueError(f"--data {root}: no such folder")
+        folders = sorted(e.name for e in os.scandir(root) if e.is_dir())
+        inside = {c: sorted(e.name for e in os.scandir(os.path.join(root, c))) for c in folders}
+        inside = {c: [n for n in names if n.lower().endswith(IMAGE_ENDINGS)] for c, names in inside.items()}
+        self.classes = [c for c in folders if inside[c]]
+        if not self.classes:
+            nested = next((c for c in folders if list_images(os.path.join(root, c))), None)
+            hint = (f"its sub-folders hold more folders, as ImageNet's own root does; did you mean {root}/{nested}?"
+                    if nested else f"expected class folders with {', '.join(IMAGE_ENDINGS)} files, as {root}/cat/1.jpg")
+            raise ValueError(f"--data {root}: no images in its sub-folders; {hint}")
+        if len(self.classes) <= 2:
+            print(f"warning: {root} has only {len(self.classes)} class folder(s): {', '.join(self.classes)}. Is it the "
+                  f"folder above or below the one you meant?", file=sys.stderr)
+        self.paths = [os.path.join(root, c, n) for c in self.classes for n in inside[c]]
+        self.labels = [label for label, c in enumerate(self.classes) for _ in inside[c]]
+
+    def __len__(self):
+        return len(self.paths)
+
+    def name(self, i):
+        """What to call image i in a message."""
+        return self.paths[i]
+
+    def load(self, i):
+        """Image i as RGB; raises OSError when it cannot be read."""
+        return open_image(self.paths[i])
+
+
+def shrink(image, side):
+    """Resize so that the short side is `side`: halve with a box filter while it can be, then bicubic (as ADM does)."""
+    while min(image.size) >= 2 * side:
+        image = image.resize((image.width // 2, image.height // 2), Image.BOX)
+    scale = side / min(image.size)
+    return image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
+
+
+def center_crop(image, size):
+    """The middle size x size pixels after resizing the short side to `size`; small images are enlarged."""
+    image = shrink(image, size)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def random_crop(image, size, rng):
+    """ADM's training crop: a size x size window that covers 0.8 to 1.0 of the short side; rng is a random.Random."""
+    image = shrink(image, rng.randrange(size, math.ceil(size / 0.8) + 1))
+    left, top = rng.randrange(image.width - size + 1), rng.randrange(image.height - size + 1)
+    return image.crop((left, top, left + size, top + size))
+
+
+def ten_crop(image, size, crop_range):
+    """From a centre crop of int(size * crop_range): four corners and the middle, then the same of its mirror image."""
+    side = int(size * crop_range)
+    far, middle = side - size, round((side - size) / 2)
+    windows = [(0, 0), (far, 0), (0, far), (far, far), (middle, middle)]
+    image = center_crop(image, side)
+    return [picture.crop((x, y, x + size, y + size))
+            for picture in (image, image.transpose(Image.FLIP_LEFT_RIGHT)) for x, y in windows]
+
+
+def to_tensor(image):
+    """RGB image -> float32 (3, H, W) in [-1, 1]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def to_uint8(images):
+    """Float images (B, 3, H, W) -> uint8 array (B, H, W, 3): clamp(127.5 x + 128), truncated, as the paper's code."""
+    return (127.5 * images.detach().float() + 128).clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def save_grid(images, path, columns, titles=None):
+    """Write uint8 images (n, H, W, 3) as one PNG, row by row; titles: one string an image, drawn above it. Images
+    below 96 pixels are enlarged by a whole factor, so that they can be seen."""
+    scale = max(1, -(-96 // images.shape[1]))
+    h, w, gap, head = images.shape[1] * scale, images.shape[2] * scale, 4, 16 if titles else 0
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * (w + gap) + gap, rows * (h + head + gap) + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, pixels in enumerate(images):
+        x, y = gap + i % columns * (w + gap), gap + i // columns * (h + head + gap)
+        if titles:
+            title = titles[i]
+            while title and draw.textlength(title) > w:
+                title = title[:-1]
+            draw.text((x + w / 2, y + head / 2), title, fill="black", anchor="mm")
+        sheet.paste(Image.fromarray(pixels).resize((w, h), Image.NEAREST), (x, y + head))
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(f"{path}.tmp", "PNG")
+    os.replace(f"{path}.tmp", path)
+
+
+# ---- the embedded data set ------------------------------------------------------------------------------------------
+INKS = {"red": (220, 40, 40), "orange": (245, 140, 30), "yellow": (245, 215, 50), "green": (40, 165, 75),
+        "cyan": (60, 200, 215), "blue": (55, 115, 235), "purple": (155, 70, 200), "pink": (245, 130, 190)}
+PAPERS = {"white": (250, 250, 250), "grey": (110, 110, 115), "navy": (25, 30, 80), "black": (15, 15, 15)}
+
+
+def curve(f, n=60):
+    """n points of the closed curve f(angle) -> (x, y)."""
+    return [f(2 * math.pi * i / n) for i in range(n)]
+
+
+def circle(radius=1.0, y=0.0):
+    """A circle's outline, its centre moved down by y."""
+    return curve(lambda a: (radius * math.cos(a), y + radius * math.sin(a)))
+
+
+def spikes(*radii, turn=-math.pi / 2):
+    """A polygon whose corners lie at these distances from the centre, evenly spaced, the first one at the top."""
+    return [(r * math.cos(2 * math.pi * i / len(radii) + turn), r * math.sin(2 * math.pi * i / len(radii) + turn))
+            for i, r in enumerate(radii)]
+
+
+# class -> outlines within the unit circle, y down: the first in the ink's colour, a second one in the paper's. All look
+# the same in a mirror, so that the mirrored crops of `encode` add no second look to a class.
+SHAPES = {
+    "circle": [circle(0.85)],
+    "square": [spikes(1, 1, 1, 1, turn=-math.pi / 4)],
+    "triangle": [spikes(1, 1, 1)],
+    "star": [spikes(*[1, 0.42] * 5)],
+    "heart": [curve(lambda a: (0.95 * math.sin(a) ** 3, -0.1 - (13 * math.cos(a) - 5 * math.cos(2 * a)
+                                                                - 2 * math.cos(3 * a) - math.cos(4 * a)) / 17))],
+    "cross": [[(-.3, -.95), (.3, -.95), (.3, -.3), (.95, -.3), (.95, .3), (.3, .3), (.3, .95), (-.3, .95), (-.3, .3),
+               (-.95, .3), (-.95, -.3), (-.3, -.3)]],
+    "ring": [circle(0.95), circle(0.5)],
+    "crescent": [circle(0.95), circle(0.8, y=-0.5)],
+    "arrow": [[(0, -1), (0.85, -0.1), (0.32, -0.1), (0.32, 1), (-0.32, 1), (-0.32, -0.1), (-0.85, -0.1)]],
+    "bowtie": [[(-0.95, -0.7), (0, -0.15), (0.95, -0.7), (0.95, 0.7), (0, 0.15), (-0.95, 0.7)]],
+}
+
+
+class Shapes:
+    """Pictures of 64 x 64 pixels drawn on demand: image i shows class i % 10 in random colours, size, place and
+    rotation, always the same for the same (seed, i). Nothing is downloaded or written."""
+
+    def __init__(self, n=24000, seed=0):
+        self.classes, self.seed = list(SHAPES), seed
+        self.labels = [i % len(SHAPES) for i in range(n)]
+
+    def __len__(self):
+        return len(self.labels)
+
+    def name(self, i):
+        """What to call image i in a message."""
+        return f"shapes image {i}"
+
+    def load(self, i):
+        """Image i as RGB."""
+        rng = random.Random(f"{self.seed}/{i}")
+        ink, paper = rng.choice(list(INKS.values())), rng.choice(list(PAPERS.values()))
+        radius, turn = rng.uniform(21, 27), math.radians(rng.uniform(-12, 12))   # pixels of 64; radians
+        x, y = (32 + rng.uniform(-4, 4) for _ in range(2))
+        image = Image.new("RGB", (128, 128), paper)
+        for outline, colour in zip(SHAPES[self.classes[self.labels[i]]], (ink, paper)):
+            points = [(2 * (x + radius * (px * math.cos(turn) - py * math.sin(turn))),
+                       2 * (y + radius * (px * math.sin(turn) + py * math.cos(turn)))) for px, py in outline]
+            ImageDraw.Draw(image).polygon(points, fill=colour)
+        return image.reduce(2)
+
+
+def open_images(data):
+    """The data set a user named: "shapes", "shapes:500" (so many images), or a folder of class folders. It has
+    len(), load(i) -> RGB image (OSError when unreadable), labels, classes and name(i)."""
+    name, _, count = data.partition(":")
+    if name == "shapes" and (not count or count.isdigit() and int(count)):
+        return Shapes(int(count or 24000))
+    return ImageFolder(data)
+
+
+def shuffled(n, seed, start=0):
+    """Endless (epoch, index) pairs over n items: every epoch is a fresh permutation fixed by (seed, epoch), and
+    `start` pairs are skipped. A step's place in the data is thus known from its number alone."""
+    epoch, position = divmod(start, n)
+    while True:
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 100_003 + epoch))
+        for index in order[position:].tolist():
+            yield epoch, index
+        epoch, position = epoch + 1, 0
+
+
+# ---- codes on disk --------------------------------------------------------------------------------------------------
+class Crops(torch.utils.data.Dataset):
+    """Image i as (i, uint8 crops (A, H, W, 3)), or (i, None) when it cannot be read."""
+
+    def __init__(self, images, size, ranges):
+        self.images, self.size, self.ranges = images, size, ranges
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        try:
+            image = self.images.load(i)
+        except OSError as error:
+            print(f"warning: skipped, {error}", file=sys.stderr)
+            return i, None
+        crops = [crop for r in self.ranges for crop in ten_crop(image, self.size, r)]
+        if not crops:
+            middle = center_crop(image, self.size)
+            crops = [middle, middle.transpose(Image.FLIP_LEFT_RIGHT)]
+        return i, np.stack([np.array(crop) for crop in crops])
+
+
+def encode(args):
+    """Write the folder --out: codes.npy uint16 (N, A, T), labels.npy int32 (N,), meta.json.
+
+    Until all is done the rows stand in codes.part.npy, with one byte an image in state.npy (0 to do, 1 done,
+    2 unreadable); each process of a torchrun owns every world-th image, and a second start goes on where the first
+    ended. meta.json is written last: where it is, the folder is complete."""
+    rank, world, device = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), args.device
+    images, model, out = open_images(args.data), load_vq(args.ckpt, device), Path(args.out)
+    size = args.image_size or model.image_size
+    ranges = args.crop_range if args.ten_crop else []
+    side, step, V = size // model.config.downsample, model.config.downsample, model.config.codebook_size
+    if size % step:
+        raise ValueError(f"--image-size {size} is not a multiple of the tokenizer's {step}; try {max(side, 1) * step}")
+    if V > 2 ** 16:
+        raise ValueError(f"{args.ckpt}: codes.npy holds uint16, but the codebook has {V:,} entries (more than 65,536)")
+    meta = {"classes": images.classes, "image_size": size, "h": side, "w": side, "codebook_size": V,
+            "crops": {"ten_crop_ranges": ranges} if ranges else "centre and its mirror image",
+            "tokenizer": weights_hash(model), "data": args.data, "images": len(images)}
+    settings, begun, finished = json.dumps(meta), out / "begun.json", out / "meta.json"
+    if finished.exists():
+        done = json.loads(finished.read_text())
+        if {k: done.get(k) for k in meta} != json.loads(settings):
+            raise ValueError(f"--out {out} holds codes made with other settings; choose another folder or delete it")
+        return print(f"{out} is complete: {done['images'] - len(done['skipped']):,} images. Nothing to do.")
+    shape = (len(images), 10 * len(ranges) or 2, side * side)
+    if rank == 0 and not begun.exists():
+        out.mkdir(parents=True, exist_ok=True)
+        np.lib.format.open_memmap(out / "codes.part.npy", "w+", np.uint16, shape)
+        np.lib.format.open_memmap(out / "state.npy", "w+", np.uint8, shape[:1])
+        begun.write_text(settings)
+    if world > 1:
+        dist.init_process_group("gloo")
+        dist.barrier()
+    if begun.read_text() != settings:
+        raise ValueError(f"--out {out} was begun with other settings; choose another folder or delete it")
+    codes = np.lib.format.open_memmap(out / "codes.part.npy", "r+")
+    state = np.lib.format.open_memmap(out / "state.npy", "r+")
+
+    todo = [i for i in range(rank, len(images), world) if state[i] == 0]
+    per_batch = max(1, args.batch_size // shape[1])   # images; their crops go through the encoder together
+    loader = torch.utils.data.DataLoader(Crops(images, size, ranges), sampler=todo, batch_size=per_batch,
+                                         collate_fn=list, num_workers=args.workers)
+    with progress(len(todo), "encode" + f" (process 1 of {world})" * (world > 1), rank) as bar:
+        for batch in loader:
+            good = [(i, crops) for i, crops in batch if crops is not None]
+            if good:
+                pixels = torch.from_numpy(np.concatenate([crops for _, crops in good])).to(device)
+                rows = model.encode(pixels.permute(0, 3, 1, 2).float() / 127.5 - 1)
+                codes[[i for i, _ in good]] = rows.view(len(good), *shape[1:]).cpu().numpy().astype(np.uint16)
+            for i, crops in batch:
+                state[i] = 2 if crops is None else 1
+            bar.update(len(batch))
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    if rank == 0:
+        finish(out, images, codes, state, meta)
+
+
+def finish(out, images, codes, state, meta):
+    """Turn a fully encoded part file into a codes folder, leaving out the rows of unreadable images."""
+    keep = np.flatnonzero(state == 1)
+    skipped = [images.name(i) for i in np.flatnonzero(state == 2)]
+    if not len(keep):
+        raise ValueError(f"none of the {len(images)} images could be read; nothing was written")
+    if skipped:
+        final = np.lib.format.open_memmap(out / "codes.tmp.npy", "w+", np.uint16, (len(keep), *codes.shape[1:]))
+        for start in range(0, len(keep), 4096):
+            final[start:start + 4096] = codes[keep[start:start + 4096]]
+        final.flush()
+        os.replace(out / "codes.tmp.npy", out / "codes.part.npy")
+    np.save(out / "labels.npy", np.array(images.labels, dtype=np.int32)[keep])
+    os.replace(out / "codes.part.npy", out / "codes.npy")
+    (out / "meta.tmp").write_text(json.dumps({**meta, "skipped": skipped}, indent=1))
+    os.replace(out / "meta.tmp", out / "meta.json")
+    (out / "begun.json").unlink()
+    (out / "state.npy").unlink()
+    print(f"{out}: {len(keep):,} images x {codes.shape[1]} crops x {codes.shape[2]} codes"
+          + (f"; {len(skipped)} unreadable images were left out, meta.json names them" if skipped else ""))
+
+
+def load_codes(folder):
+    """A finished codes folder: codes (memory map, uint16 (N, A, T)), labels (int32 (N,)), meta (dict).
+    Raises ValueError with one sentence when it is missing or does not fit together."""
+    folder = Path(folder)
+    if not (folder / "meta.json").exists():
+        what = "is not finished" if (folder / "begun.json").exists() else "is not there"
+        raise ValueError(f"the codes folder {folder} {what}; make it with: "
+                         f"python vq.py encode --ckpt runs/vq/ckpt.pt --data DIR --out {folder}")
+    meta = json.loads((folder / "meta.json").read_text())
+    codes = np.load(folder / "codes.npy", mmap_mode="r", allow_pickle=False)
+    labels = np.load(folder / "labels.npy", allow_pickle=False)
+    if codes.dtype != np.uint16 or codes.ndim != 3 or codes.shape[2] != meta["h"] * meta["w"] or len(labels) != len(codes):
+        raise ValueError(f"{folder}: codes.npy {codes.dtype} {codes.shape}, labels.npy {labels.shape} and meta.json "
+                         f"(h = {meta['h']}, w = {meta['w']}) do not belong together")
+    return codes, labels, meta
+
+
+# ---- commands -------------------------------------------------------------------------------------------------------
+def reconstruct(args):
+    """Write a picture with the originals above what is left of them after encoding and decoding."""
+    model = load_vq(args.ckpt, args.device)
+    size = args.image_size or model.image_size
+    originals = torch.stack([to_tensor(center_crop(open_image(path), size)) for path in args.images]).to(args.device)
+    results = torch.cat([model.decode(model.encode(image[None])) for image in originals])
+    save_grid(np.concatenate([to_uint8(originals), to_uint8(results)]), args.out, columns=len(originals))
+    print(f"{args.out}: originals above, reconstructions below")
+
+
+def main():
+    """The command line."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = p.add_subparsers(dest="command", required=True)
+    enc = commands.add_parser("encode", help="write every image of a data set as codes")
+    rec = commands.add_parser("reconstruct", help="write a picture of images and their reconstructions")
+    for c in (enc, rec):
+        weights = c.add_mutually_exclusive_group(required=True)
+        weights.add_argument("--ckpt", help="tokenizer checkpoint: train_vq.py's or a released file")
+        weights.add_argument("--pretrained", choices=["VQ-16", "VQ-8"], help="fetch the released tokenizer instead")
+        c.add_argument("--image-size", type=int, help="pixels a side (default: as the tokenizer was trained)")
+        c.add_argument("--device", default=f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+    enc.add_argument("--data", required=True, help="a folder of class folders, or shapes, or shapes:N for N of them")
+    enc.add_argument("--out", default="codes", help="folder to write (default: codes)")
+    enc.add_argument("--ten-crop", action="store_true", help="ten crops an image, as the paper, not two")
+    enc.add_argument("--crop-range", type=float, nargs="+", default=[1.1], metavar="R",
+                     help="ten crops are cut from R times the image size; several R give ten each (default: 1.1)")
+    enc.add_argument("--batch-size", type=int, default=64, help="crops that go through the encoder together")
+    enc.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that decode images")
+    rec.add_argument("--out", default="recon.png", help="PNG to write (default: recon.png)")
+    rec.add_argument("images", nargs="+", metavar="IMAGE")
+    args = p.parse_args()
+    p.usage = "python vq.py encode|reconstruct ... (--help lists the flags)"
+    try:
+        if args.pretrained:
+            args.ckpt = pretrained({"VQ-16": "vq_ds16_c2i.pt", "VQ-8": "vq_ds8_c2i.pt"}[args.pretrained])
+        {"encode": encode, "reconstruct": reconstruct}[args.command](args)
+    except (OSError, ValueError) as error:
+        p.error(str(error))
+    except KeyboardInterrupt:
+        sys.exit("\nstopped; the same command goes on from here" if args.command == "encode" else 130)
+
+
+if __name__ == "__main__":
+    main()
