@@ -1,0 +1,293 @@
+"""Sample images: classes -> codes (gpt.py, guided, cached) -> pixels (vq.py).
+
+Your own model, a row of pictures for each class:
+$ python sample.py --vq runs/vq/ckpt.pt --gpt runs/gpt/ckpt.pt --classes 0,star --per-class 4 --out sample.png
+The officially released weights, fetched once:
+$ python sample.py --pretrained L-256 --classes 207,"red fox" --out sample.png
+50,000 images for the metrics of evaluate.py, with the paper's settings (interrupted, it goes on where it ended):
+$ torchrun --nproc_per_node=8 sample.py --pretrained L-256 --paper --num-samples 50000 --out samples.npz
+"""
+# Shapes:  B images   T codes per image   V codebook entries   H, W pixels   N images in a file
+import argparse
+import difflib
+import json
+import os
+import shutil
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+import gpt
+import vq
+
+PAPER_CFG = {"B-256": 2.0, "B-384": 2.0, "L-256": 1.75, "L-384": 2.0, "XL-384": 1.75, "XXL-384": 1.75, "3B-384": 1.65}
+
+
+# ---- from logits to codes -------------------------------------------------------------------------------------------
+def filter_logits(logits, top_k=0, top_p=1.0):
+    """Set unlikely entries of logits (B, V) to -inf.
+
+    top_k keeps the k largest and all that equal the k-th (0 or more than V: all). top_p then keeps the most probable
+    entries up to and including the one whose cumulative probability crosses p, at least one (1: all)."""
+    if 0 < top_k < logits.shape[-1]:
+        threshold = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < threshold, -torch.inf)
+    if top_p < 1:
+        ordered, order = logits.sort(descending=True)
+        before = F.pad(ordered.softmax(-1).cumsum(-1), (1, -1))   # probability of everything more likely
+        remove = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before > top_p)
+        logits = logits.masked_fill(remove, -torch.inf)
+    return logits
+
+
+def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0):
+    """Logits (B, V) -> what is sampled from, float32 (B, V). A temperature below 1e-5 counts as 1e-5."""
+    return filter_logits(logits.float() / max(temperature, 1e-5), top_k, top_p).softmax(-1)
+
+
+@torch.no_grad()
+def generate(model, cond, *, cfg_scale=1.0, cfg_interval=-1, temperature=1.0, top_k=0, top_p=1.0, seeds=None,
+             progress=False):
+    """Codes for a batch of conditions, one image each.
+
+    cond          (B,) int64 class ids on the model's device
+    cfg_scale     classifier-free guidance: logits = uncond + (cond - uncond) * scale; up to 1 there is none
+    cfg_interval  -1 guides every code; k >= 0 the first and the k + 1 after it (as the released code counts)
+    seeds         one int an image: its codes then do not depend on the batch it is in; None: torch's own state
+    progress      show a bar over the T steps
+    returns       (B, T) int64
+    """
+    B, T, c = len(cond), model.config.grid ** 2, model.config.cond_tokens
+    # One uniform number per code, drawn before anything else: a code is the place where the cumulative probability
+    # passes it. So a picture follows from its seed alone, whatever the batch, the device or the number of processes.
+    uniform = torch.stack([torch.rand(T, generator=torch.Generator().manual_seed(s)) for s in seeds]) \
+        if seeds is not None else torch.rand(B, T)
+    uniform = uniform.to(cond.device, torch.float64)
+    guided = cfg_scale > 1
+    if guided:   # rows 0 .. B-1 carry the condition, rows B .. 2B-1 none
+        cond = torch.cat([cond, torch.full_like(cond, model.config.num_classes)])
+    cache = model.new_cache(len(cond))
+    codes = torch.empty(B, T, dtype=torch.int64, device=cond.device)
+    x, start = model.cls_embedding(cond), 0
+    bar = vq.progress(T, "codes", unit=" codes") if progress else None
+    for i in range(T):
+        if guided and 0 <= cfg_interval and i > cfg_interval + 1:   # the unconditional rows are not needed any more
+            x, cache, guided = x[:B], cache[:, :, :B], False
+        logits = model.extend(x, start, cache)                      # (2B or B, V)
+        if guided:
+            with_class, without = logits.chunk(2)
+            logits = without + (with_class - without) * cfg_scale
+        cumulative = probabilities(logits, temperature, top_k, top_p).double().cumsum(-1)
+        target = uniform[:, i:i + 1] * cumulative[:, -1:]
+        codes[:, i] = torch.searchsorted(cumulative, target, right=True)[:, 0]   # never an entry of probability 0
+        x = model.tok_embeddings(codes[:, i:i + 1].repeat(1 + guided, 1))        # both halves see the same code
+        start = c + i
+        if bar:
+            bar.update()
+    return codes
+
+
+@torch.no_grad()
+def to_pixels(vq_model, codes, size=None):
+    """Codes (B, T) of square images -> uint8 (B, H, W, 3), resized (bicubic, before rounding) to `size` if given."""
+    grid = int(codes.shape[1] ** 0.5)
+    images = vq_model.decode(codes.view(-1, grid, grid))
+    if size and size != images.shape[-1]:
+        images = F.interpolate(images, size=(size, size), mode="bicubic")
+    return vq.to_uint8(images)
+
+
+# ---- many images, for metrics ---------------------------------------------------------------------------------------
+CHUNK = 256   # images in one part file, whatever the batch size and the number of processes
+
+
+def write_npz(path, model, vq_model, num_samples, *, seed=0, batch_size=32, size=None, **settings):
+    """Write ADM's NPZ: arr_0 uint8 (N, H, W, 3) and labels int64 (N,), image i of class i % num_classes from seed + i.
+
+    Under torchrun the processes share the work and the file is the same whatever their number. Parts stand in
+    PATH.parts until all are done, so that a second start goes on where the first ended. `settings` go to `generate`.
+    Raises ValueError when PATH.parts was begun with other settings."""
+    rank, world, device = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), model.norm.weight.device
+    path, parts = Path(path), Path(f"{path}.parts")
+    made_with = json.dumps({"gpt": vq.weights_hash(model), "vq": vq.weights_hash(vq_model), "seed": seed, "n": num_samples,
+                            "size": size, "batch_size": batch_size, **settings})
+    parts.mkdir(parents=True, exist_ok=True)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("gloo")
+    if rank == 0 and not (parts / "settings.json").exists():
+        (parts / "settings.json").write_text(made_with)
+    if world > 1:
+        dist.barrier()
+    if (parts / "settings.json").read_text() != made_with:
+        raise ValueError(f"{parts} was begun with other settings or weights; delete it or choose another --out")
+
+    starts = range(rank * CHUNK, num_samples, world * CHUNK)
+    todo = [s for s in starts if not (parts / f"{s:07d}.npy").exists()]
+    total = sum(min(CHUNK, num_samples - s) for s in todo)
+    began = time.time()
+    with vq.progress(total, "sample" + f" (process 1 of {world})" * (world > 1), rank) as bar:
+        for s in todo:
+            pixels = []
+            for first in range(s, min(s + CHUNK, num_samples), batch_size):
+                ids = range(first, min(first + batch_size, s + CHUNK, num_samples))
+                labels = torch.tensor([i % model.config.num_classes for i in ids], device=device)
+                codes = generate(model, labels, seeds=[seed + i for i in ids], **settings)
+                pixels.append(to_pixels(vq_model, codes, size))
+                bar.update(len(ids))
+            np.save(parts / f"{s:07d}.tmp.npy", np.concatenate(pixels))
+            os.replace(parts / f"{s:07d}.tmp.npy", parts / f"{s:07d}.npy")
+    if world > 1:
+        dist.barrier()
+    if rank == 0:
+        join(path, parts, np.arange(num_samples) % model.config.num_classes)
+        rate = f", {world * total / (time.time() - began):.1f} images/s" if total else ""
+        print(f"{path}: {num_samples:,} images{rate}")
+    if world > 1:
+        dist.barrier()
+
+
+def join(path, parts, labels):
+    """Stream the part files into one NPZ, so that memory does not grow with the number of images."""
+    files = sorted(parts.glob("[0-9]*.npy"))
+    shape = (len(labels), *np.load(files[0], mmap_mode="r", allow_pickle=False).shape[1:])
+    with zipfile.ZipFile(f"{path}.tmp", "w") as z:
+        for name, dtype, blocks in (("arr_0", np.uint8, (np.load(f, allow_pickle=False) for f in files)),
+                                    ("labels", np.int64, [labels])):
+            header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False,
+                      "shape": shape if name == "arr_0" else labels.shape}
+            with z.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as f:
+                np.lib.format.write_array_header_1_0(f, header)
+                for block in blocks:
+                    f.write(np.ascontiguousarray(block, dtype).tobytes())
+    os.replace(f"{path}.tmp", path)
+    shutil.rmtree(parts)
+
+
+# ---- class names ----------------------------------------------------------------------------------------------------
+def imagenet_classes():
+    """The 1000 names in label order, each a list of synonyms separated by commas."""
+    lines = (Path(__file__).parent / "assets" / "imagenet_classes.txt").read_text().splitlines()
+    return [line.split(" ", 1)[1] for line in lines]
+
+
+def find_class(text, names):
+    """Class id of what a user typed: an id, or a name or part of one. Raises ValueError that lists the close ones."""
+    text = text.strip()
+    if text.lstrip("-").isdigit():
+        if not 0 <= int(text) < len(names):
+            raise ValueError(f"class {text} is out of range: ids go from 0 to {len(names) - 1}")
+        return int(text)
+    synonyms = [[s.strip().lower() for s in name.split(",")] for name in names]
+    exact = [i for i, s in enumerate(synonyms) if text.lower() in s]
+    within = [i for i, name in enumerate(names) if text.lower() in name.lower()]
+    found = exact or within
+    if len(found) == 1:
+        return found[0]
+    if found:
+        close, what = found[:12], "fits several classes"
+    else:
+        words = {s: i for i, group in reversed(list(enumerate(synonyms))) for s in group}
+        close, what = [words[w] for w in difflib.get_close_matches(text.lower(), words, 6, 0.5)], "is no class's name"
+    listed = "; ".join(f"{i} {names[i]}" for i in dict.fromkeys(close))
+    raise ValueError(f"class {text!r} {what}" + (f"; close ones: {listed}" if listed else ""))
+
+
+def main():
+    """The command line."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--pretrained", choices=PAPER_CFG, help="released weights, by size and pixels")
+    p.add_argument("--vq", help="tokenizer checkpoint")
+    p.add_argument("--gpt", help="GPT checkpoint")
+    p.add_argument("--image-size", type=int, help="pixels a side that a released --gpt file was trained for (256 or 384)")
+    p.add_argument("--classes", help="ids or names, separated by commas (default: eight of ImageNet, or the first ten)")
+    p.add_argument("--per-class", type=int, default=1, help="images of each class")
+    p.add_argument("--titles", action=argparse.BooleanOptionalAction, default=True, help="write each image's class above it")
+    p.add_argument("--out", default="sample.png", help="PNG, or NPZ with --num-samples")
+    p.add_argument("--num-samples", type=int, help="write so many images, balanced over all classes, as NPZ")
+    p.add_argument("--seed", type=int, default=0, help="image i is drawn from seed + i")
+    p.add_argument("--batch-size", type=int, default=32, help="images sampled together")
+    p.add_argument("--cfg-scale", type=float, help="guidance, 1 is none (default: 4, good to look at)")
+    p.add_argument("--cfg-interval", type=int, default=-1, help="guide the first code and this many + 1 more; -1: all")
+    p.add_argument("--temperature", type=float, default=1.0)
+    p.add_argument("--top-k", type=int, help="sample from the k likeliest codes, 0 is all (default: 2000)")
+    p.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest codes that make up p")
+    p.add_argument("--paper", action="store_true", help="the paper's evaluation: top-k 0, and its --cfg-scale for "
+                   "--pretrained (2 for others); give --resize 256 for 384-pixel models")
+    p.add_argument("--resize", type=int, help="pixels a side to resize the images to")
+    p.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
+    p.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the GPT (default: bfloat16 on GPU)")
+    args = p.parse_args()
+    p.usage = "python sample.py --vq CKPT --gpt CKPT ... (--help lists the flags)"
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    try:
+        if bool(args.pretrained) == bool(args.vq and args.gpt):
+            raise ValueError("give --vq and --gpt, or --pretrained")
+        size = args.image_size or 256
+        if args.pretrained:
+            name, size = args.pretrained, int(args.pretrained.split("-")[1])
+            args.vq, args.gpt = vq.pretrained("vq_ds16_c2i.pt"), vq.pretrained(f"c2i_{name.replace('-', '_')}.pt")
+        vq_model = vq.load_vq(args.vq, device)
+        model = gpt.load_gpt(args.gpt, device, grid=size // vq_model.config.downsample)
+        check_pair(model, vq_model, args.gpt, args.vq)
+        names = model.classes or (imagenet_classes() if model.config.num_classes == 1000 else
+                                  [str(i) for i in range(model.config.num_classes)])
+        few = [207, 360, 387, 974, 88, 979, 417, 279] if len(names) == 1000 else range(min(10, len(names)))
+        labels = [find_class(c, names) for c in args.classes.split(",")] if args.classes else list(few)
+        if Path(args.out).suffix != (".npz" if args.num_samples else ".png"):
+            raise ValueError(f"--out {args.out}: give a name that ends in {'.npz' if args.num_samples else '.png'}")
+        if args.num_samples and Path(args.out).exists():
+            raise ValueError(f"--out {args.out} exists; delete it or choose another name")
+        for flag, good in (("--temperature", args.temperature >= 0), ("--top-p", 0 < args.top_p <= 1),
+                           ("--top-k", (args.top_k or 0) >= 0), ("--per-class", args.per_class > 0)):
+            if not good:
+                raise ValueError(f"{flag} is out of range")
+    except (OSError, ValueError) as error:
+        p.error(str(error))
+    if (args.dtype or ("bfloat16" if device.type == "cuda" else "float32")) == "bfloat16":
+        model = model.bfloat16()
+    looking = (PAPER_CFG.get(args.pretrained, 2.0), 0) if args.paper else (4.0, 2000)
+    settings = dict(cfg_scale=looking[0] if args.cfg_scale is None else args.cfg_scale, cfg_interval=args.cfg_interval,
+                    temperature=args.temperature, top_k=looking[1] if args.top_k is None else args.top_k, top_p=args.top_p)
+    print(f"{args.gpt}: {', '.join(f'{k} {v}' for k, v in settings.items())}, seed {args.seed}")
+
+    if args.num_samples:
+        try:
+            write_npz(args.out, model, vq_model, args.num_samples, seed=args.seed, batch_size=args.batch_size,
+                      size=args.resize, **settings)
+        except (OSError, ValueError) as error:
+            p.error(str(error))
+        return
+    labels = [c for c in labels for _ in range(args.per_class)]
+    began, pixels = time.time(), []
+    for s in range(0, len(labels), args.batch_size):
+        cond = torch.tensor(labels[s:s + args.batch_size], device=device)
+        seeds = [args.seed + i for i in range(s, s + len(cond))]
+        pixels.append(to_pixels(vq_model, generate(model, cond, seeds=seeds, progress=True, **settings), args.resize))
+    titles = [names[c].split(",")[0] for c in labels] if args.titles else None
+    columns = args.per_class if args.per_class > 1 else min(len(labels), 10)
+    vq.save_grid(np.concatenate(pixels), args.out, columns, titles)
+    print(f"{args.out}: {len(labels)} images, {len(labels) / (time.time() - began):.2f} images/s")
+
+
+def check_pair(model, vq_model, gpt_path, vq_path):
+    """Raise ValueError unless this GPT was trained on this tokenizer's codes, as far as the files tell."""
+    if model.config.vocab_size != vq_model.config.codebook_size:
+        raise ValueError(f"{gpt_path} predicts {model.config.vocab_size:,} codes, but {vq_path} has "
+                         f"{vq_model.config.codebook_size:,}; they do not belong together")
+    if model.tokenizer and model.tokenizer != vq.weights_hash(vq_model):
+        raise ValueError(f"{gpt_path} was trained on codes of another tokenizer than {vq_path}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,170 @@
+"""What sample.py promises: the reference's tokens and filters, and pictures that follow from their seeds alone."""
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, fill, golden
+from test_gpt import TINY, random_model
+
+import gpt
+import sample
+import vq
+
+
+@pytest.mark.parametrize("name", ["gpt_b_c2i", "gpt_3b_head"])
+def test_greedy_tokens_are_the_reference_ones(name):
+    """Cached decoding at guidance 1 and 4, and with an interval, gives the released code's tokens."""
+    expected, meta = golden(name)
+    c = meta["config"]
+    state = None
+    for run in meta["generations"]:
+        config = gpt.GPTConfig(dim=c["dim"], n_layer=c["n_layer"], n_head=c["n_head"], grid=run["grid"])
+        if state is None:
+            state = fill(gpt.GPT(config)).state_dict()
+        with torch.device("meta"):
+            model = gpt.GPT(config)
+        model.load_state_dict(state, assign=True)
+        codes = sample.generate(model.to("cpu").eval(), torch.tensor(run["classes"]), cfg_scale=run["cfg_scale"],
+                                cfg_interval=run["cfg_interval"], top_k=1)
+        assert torch.equal(codes.int(), expected[run["key"]]), run["key"]
+
+
+def test_filters_keep_what_the_reference_keeps():
+    expected, meta = golden("sampling")
+    for combo in meta["combos"]:
+        kept = sample.filter_logits(expected["logits"], combo["top_k"], combo["top_p"]) > -torch.inf
+        stored = np.unpackbits(expected[combo["key"]].numpy(), axis=-1)
+        assert np.array_equal(kept.numpy(), stored), combo
+    for k in (1, 7, 40):
+        kept = sample.filter_logits(expected["tied_logits"], k) > -torch.inf
+        assert np.array_equal(kept.numpy(), np.unpackbits(expected[f"tied_keep_k{k}"].numpy(), axis=-1)), k
+    for run in meta["temps"]:
+        p = sample.probabilities(expected["logits"], run["temperature"], run["top_k"], run["top_p"])
+        assert torch.allclose(p, expected[run["key"]], atol=1e-6), run
+        best = expected[run["key"].replace("probs", "best")]
+        assert torch.equal(p.argmax(-1, keepdim=True).int(), best)
+
+
+def test_draws_follow_the_distribution():
+    """Chi-square of 4,000 first codes against the softmax of the first logits, 39 degrees of freedom."""
+    model = random_model()
+    with torch.no_grad():
+        p = sample.probabilities(model(torch.zeros(1, 0, dtype=torch.long), torch.tensor([1]))[:, 0], 0.8, 20)[0]
+    codes = sample.generate(model, torch.full((4000,), 1), temperature=0.8, top_k=20, seeds=range(4000))[:, 0]
+    counts = torch.bincount(codes, minlength=40).double()
+    assert counts[p == 0].sum() == 0
+    expected = 4000 * p[p > 0].double()
+    assert ((counts[p > 0] - expected) ** 2 / expected).sum() < 60   # 19 degrees of freedom: above 60 once in 1e5
+
+
+def test_an_image_follows_from_its_seed_whatever_its_batch():
+    model, labels = random_model(), torch.tensor([0, 1, 2, 3, 4])
+    together = sample.generate(model, labels, cfg_scale=3.0, top_k=20, seeds=[7, 8, 9, 10, 11])
+    alone = sample.generate(model, labels[3:4], cfg_scale=3.0, top_k=20, seeds=[10])
+    assert torch.equal(together[3:4], alone)
+    assert len(torch.unique(together, dim=0)) == 5
+
+
+def test_guidance_scale_one_is_no_guidance():
+    model, labels = random_model(), torch.tensor([0, 1])
+    plain = sample.generate(model, labels, seeds=[0, 1])
+    assert torch.equal(plain, sample.generate(model, labels, cfg_scale=1.0, seeds=[0, 1]))
+    assert not torch.equal(plain, sample.generate(model, labels, cfg_scale=3.0, seeds=[0, 1]))
+
+
+def test_class_names_are_found_or_explained():
+    names = sample.imagenet_classes()
+    assert len(names) == 1000
+    assert sample.find_class("207", names) == 207 == sample.find_class("Golden Retriever", names)
+    assert sample.find_class("red fox", names) == 277
+    with pytest.raises(ValueError, match="134 crane; 517 crane"):
+        sample.find_class("crane", names)
+    with pytest.raises(ValueError, match="golden retriever"):
+        sample.find_class("goldn retriver", names)
+    with pytest.raises(ValueError, match="0 to 999"):
+        sample.find_class("1000", names)
+
+
+# ---- the command line, on tiny models -------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """Checkpoints of a tiny tokenizer and a tiny GPT that belong together."""
+    folder = tmp_path_factory.mktemp("pair")
+    torch.manual_seed(0)
+    config = vq.VQConfig(ch=32, ch_mult=(1, 1, 1), res_blocks=1, z_channels=32, codebook_size=40)
+    tokenizer = vq.VQModel(config)
+    model = random_model(replace(TINY, num_classes=3))
+    torch.save({"model": tokenizer.state_dict(), "config": vq.asdict(config), "image_size": 16}, folder / "vq.pt")
+    torch.save({"model": model.state_dict(), "config": vq.asdict(model.config), "classes": ["cat", "dog", "catfish"],
+                "tokenizer": vq.weights_hash(tokenizer)}, folder / "gpt.pt")
+    return folder
+
+
+def run(*args, procs=0):
+    """Run a script as a user would, alone or under torchrun."""
+    how = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={procs}"] if procs else [sys.executable]
+    return subprocess.run([*how, *map(str, args)], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_a_grid_of_classes_is_drawn(pair, tmp_path):
+    result = run("sample.py", "--vq", pair / "vq.pt", "--gpt", pair / "gpt.pt", "--classes", "1,catfish", "--per-class", 3,
+                 "--out", tmp_path / "a.png")
+    assert result.returncode == 0, result.stderr
+    with vq.Image.open(tmp_path / "a.png") as image:
+        assert image.size == (3 * 100 + 4, 2 * (96 + 16 + 4) + 4)   # 16 pixels drawn six times as large, and titles
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    (["--classes", "7"], "class 7 is out of range: ids go from 0 to 2"),
+    (["--classes", "bird"], "class 'bird' is no class's name"),
+    (["--gpt", "missing.pt"], "missing.pt"),
+    (["--vq", "GPT"], "is not a tokenizer checkpoint"),
+    (["--out", "a.jpg"], "give a name that ends in .png"),
+    (["--pretrained", "B-256"], "give --vq and --gpt, or --pretrained"),
+    (["--top-p", "0"], "--top-p is out of range"),
+])
+def test_a_mistake_gets_one_sentence(pair, flags, sentence):
+    flags = [str(pair / "gpt.pt") if f == "GPT" else f for f in flags]
+    result = run("sample.py", "--vq", pair / "vq.pt", "--gpt", pair / "gpt.pt", *flags)
+    assert result.returncode == 2 and sentence in result.stderr and "Traceback" not in result.stderr
+
+
+def test_another_tokenizer_is_refused(pair, tmp_path):
+    other = torch.load(pair / "vq.pt", weights_only=True)
+    other["model"]["decoder.conv_in.bias"] += 1
+    torch.save(other, tmp_path / "vq.pt")
+    result = run("sample.py", "--vq", tmp_path / "vq.pt", "--gpt", pair / "gpt.pt")
+    assert result.returncode == 2 and "another tokenizer" in result.stderr
+
+
+def test_npz_is_balanced_and_the_same_for_any_number_of_processes_and_after_a_stop(pair, tmp_path, monkeypatch):
+    flags = ["--vq", pair / "vq.pt", "--gpt", pair / "gpt.pt", "--num-samples", 600, "--cfg-scale", 2, "--batch-size", 128]
+    for name, procs in (("one", 0), ("two", 2)):
+        result = run("sample.py", *flags, "--out", tmp_path / f"{name}.npz", procs=procs)
+        assert result.returncode == 0, result.stderr
+    assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "two.npz").read_bytes()
+    with np.load(tmp_path / "one.npz", allow_pickle=False) as f:
+        assert f["arr_0"].shape == (600, 16, 16, 3) and f["arr_0"].dtype == np.uint8
+        assert f["labels"].dtype == np.int64 and np.bincount(f["labels"]).tolist() == [200, 200, 200]
+
+    model, tokenizer = gpt.load_gpt(pair / "gpt.pt"), vq.load_vq(pair / "vq.pt")
+    settings = dict(cfg_scale=2.0, cfg_interval=-1, temperature=1.0, top_k=2000, top_p=1.0)
+    calls, generate = [], sample.generate
+
+    def stops_at_the_fourth_batch(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return generate(*args, **kwargs)
+
+    monkeypatch.setattr(sample, "generate", stops_at_the_fourth_batch)
+    for _ in range(2):
+        try:
+            sample.write_npz(tmp_path / "three.npz", model, tokenizer, 600, batch_size=128, **settings)
+        except KeyboardInterrupt:
+            assert not (tmp_path / "three.npz").exists()
+    assert len(calls) == 3 + 1 + 3   # two batches of the first chunk were kept, the others were made again
+    assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "three.npz").read_bytes()
