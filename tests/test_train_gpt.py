@@ -1,0 +1,178 @@
+"""What train_gpt.py promises: the right first loss, exact resumption, and the same run on one process or two."""
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+import gpt
+import train_gpt
+import vq
+
+
+@pytest.fixture(scope="module")
+def codes(tmp_path_factory):
+    """Sixty images of 4 x 4 codes out of 20; the class tells which eight occur. Two crops each."""
+    folder, rng = tmp_path_factory.mktemp("data") / "codes", np.random.RandomState(0)
+    folder.mkdir()
+    labels = np.arange(60, dtype=np.int32) % 3
+    np.save(folder / "labels.npy", labels)
+    np.save(folder / "codes.npy", ((labels[:, None, None] * 5 + rng.randint(0, 8, (60, 2, 16))) % 20).astype(np.uint16))
+    (folder / "meta.json").write_text(json.dumps({"classes": ["a", "b", "c"], "h": 4, "w": 4, "codebook_size": 20,
+                                                  "image_size": 16, "tokenizer": "0", "skipped": []}))
+    return folder
+
+
+def flags_for(codes, out, *flags):
+    """The flags of a small and quick run."""
+    return [str(f) for f in ("--codes", codes, "--out", out, "--model", "demo", "--batch-size", 8, "--lr", 0.03,
+                             "--log-every", 1, "--device", "cpu", *flags)]
+
+
+def train(monkeypatch, *args):
+    """One run within this process."""
+    monkeypatch.setattr(sys, "argv", ["train_gpt.py", *flags_for(*args)])
+    train_gpt.main()
+
+
+def torchrun(n, *args):
+    """One run on n processes."""
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", "train_gpt.py",
+                           *flags_for(*args)], cwd=ROOT, capture_output=True, text=True)
+
+
+def log(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def losses(out):
+    return [record["loss"] for record in log(out)]
+
+
+def test_the_plan_says_the_first_loss_and_training_learns_what_the_class_tells(codes, tmp_path, monkeypatch, capsys):
+    train(monkeypatch, codes, tmp_path / "run", "--max-steps", 60, "--val-images", 6, "--val-every", 20)
+    assert "the first loss should be 3.00 = ln(20)" in capsys.readouterr().out
+    records = log(tmp_path / "run")
+    assert records[0]["loss"] == pytest.approx(math.log(20), abs=1e-5)
+    assert records[-1]["loss"] < 2.5                             # ln 8 = 2.08 is the best possible
+    assert [r["step"] for r in records if "val_loss" in r] == [20, 40, 60]
+    model = gpt.load_gpt(tmp_path / "run" / "ckpt.pt")
+    assert model.classes == ["a", "b", "c"] and model.config.grid == 4 and model.config.num_classes == 3
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(codes, tmp_path, monkeypatch):
+    """With dropout, averaged weights and a schedule: the same losses and weights to the last bit."""
+    flags = ["--ema-decay", 0.99, "--schedule", "cosine", "--save-every", 7, "--max-steps", 12, "--micro-batch", 4]
+    train(monkeypatch, codes, tmp_path / "whole", *flags)
+    save = vq.save_checkpoint
+
+    def killed_after_saving(state, path):
+        save(state, path)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(vq, "save_checkpoint", killed_after_saving)
+        with pytest.raises(KeyboardInterrupt):
+            train(patch, codes, tmp_path / "cut", *flags)
+    assert gpt.read_checkpoint(tmp_path / "cut" / "ckpt.pt")["step"] == 7
+    train(monkeypatch, codes, tmp_path / "cut", *flags, "--resume")
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    one, two = (gpt.read_checkpoint(tmp_path / name / "ckpt.pt") for name in ("whole", "cut"))
+    for part in ("model", "ema"):
+        assert all(torch.equal(one[part][k], two[part][k]) for k in one[part])
+    assert not all(torch.equal(one["model"][k], one["ema"][k]) for k in one["ema"])
+
+
+def test_two_processes_and_micro_batches_give_the_losses_of_one(codes, tmp_path, monkeypatch):
+    flags = ["--dropout", 0, "--class-dropout", 0, "--max-steps", 20, "--val-images", 6, "--val-every", 10]
+    train(monkeypatch, codes, tmp_path / "one", *flags)
+    train(monkeypatch, codes, tmp_path / "micro", *flags, "--micro-batch", 2)
+    result = torchrun(2, codes, tmp_path / "two", *flags, "--micro-batch", 2)
+    assert result.returncode == 0, result.stderr
+    assert losses(tmp_path / "micro") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
+    for name in ("micro", "two"):
+        assert log(tmp_path / name)[-1]["val_loss"] == pytest.approx(log(tmp_path / "one")[-1]["val_loss"], abs=1e-4)
+    assert losses(tmp_path / "one")[-1] < 2.8                    # so that there was something to differ
+
+
+def test_every_step_takes_other_images_and_crops(codes, tmp_path, monkeypatch):
+    """Over two epochs every image comes twice, and both of its crops are used somewhere."""
+    taken, load = [], vq.load_codes
+
+    class Recorder:
+        def __init__(self, array):
+            self.array, self.shape, self.dtype = array, array.shape, array.dtype
+
+        def __len__(self):
+            return len(self.array)
+
+        def __getitem__(self, key):
+            taken.extend(zip(*(k.tolist() for k in key)))
+            return self.array[key]
+
+    monkeypatch.setattr(vq, "load_codes", lambda folder: (Recorder(load(folder)[0]), *load(folder)[1:]))
+    train(monkeypatch, codes, tmp_path / "run", "--epochs", 2)
+    assert sorted(i for i, _ in taken) == sorted(2 * list(range(60)))
+    assert {crop for _, crop in taken} == {0, 1}
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    (["--codes", "nowhere"], "make it with: python vq.py encode"),
+    (["--micro-batch", "3"], "--micro-batch 3 does not divide the 8 images"),
+    (["--val-images", "60"], "--val-images 60: the folder has 60 images"),
+    (["--resume"], "ckpt.pt: no such file"),
+    (["--vq", "README.md"], "not a PyTorch checkpoint"),
+])
+def test_a_mistake_gets_one_sentence(codes, tmp_path, monkeypatch, capsys, flags, sentence):
+    with pytest.raises(SystemExit) as stop:
+        train(monkeypatch, codes, tmp_path / "run", "--max-steps", 1, *flags)
+    assert stop.value.code == 2 and sentence in capsys.readouterr().err
+
+
+def test_a_run_is_neither_overwritten_nor_continued_as_another(codes, tmp_path, monkeypatch, capsys):
+    train(monkeypatch, codes, tmp_path / "run", "--max-steps", 1)
+    for flags, sentence in ((["--max-steps", "2"], "add --resume to go on with it"),
+                            (["--resume", "--model", "B"], "is of another model or other codes")):
+        with pytest.raises(SystemExit) as stop:
+            train(monkeypatch, codes, tmp_path / "run", *flags)
+        assert stop.value.code == 2 and sentence in capsys.readouterr().err
+
+
+def test_another_tokenizers_pictures_are_refused(codes, tmp_path, monkeypatch, capsys):
+    model = vq.VQModel(vq.VQConfig(ch=32, ch_mult=(1, 1), res_blocks=1, z_channels=32, codebook_size=20))
+    torch.save({"model": model.state_dict(), "config": vq.asdict(model.config)}, tmp_path / "vq.pt")
+    with pytest.raises(SystemExit) as stop:
+        train(monkeypatch, codes, tmp_path / "run", "--vq", tmp_path / "vq.pt")
+    assert stop.value.code == 2 and "is not the tokenizer that made" in capsys.readouterr().err
+
+
+def test_a_batch_that_does_not_split_says_which_would(codes, tmp_path):
+    result = torchrun(3, codes, tmp_path / "run", "--max-steps", 1)
+    assert result.returncode != 0 and "--batch-size 8 does not split over 3 processes; try --batch-size 6" in result.stderr
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(codes, tmp_path, monkeypatch, capsys):
+    train(monkeypatch, codes, tmp_path / "run", "--max-steps", 2)
+    good = (tmp_path / "run" / "ckpt.pt").read_bytes()
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *a: torch.tensor(float("nan")))
+    with pytest.raises(SystemExit) as stop:
+        train(monkeypatch, codes, tmp_path / "run", "--max-steps", 4, "--resume")
+    assert stop.value.code == 2 and "not finite at step 2" in capsys.readouterr().err
+    assert (tmp_path / "run" / "ckpt.pt").read_bytes() == good
+
+
+def test_flops_are_those_that_torch_counts():
+    """The closed form behind MFU, against torch's counter (which counts the whole square of attention, not half)."""
+    from torch.utils.flop_counter import FlopCounterMode
+    config = gpt.GPTConfig(dim=64, n_layer=2, n_head=4, vocab_size=100, grid=4, dropout=0.0)
+    model = gpt.GPT(config)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 15, dtype=torch.long), torch.tensor([0])).sum().backward()
+    matrices = train_gpt.flops_per_image(config) - 6 * config.n_layer * config.dim * 16 ** 2
+    attention = counter.get_total_flops() - matrices
+    assert 0 <= attention <= 2.5 * 6 * config.n_layer * config.dim * 16 ** 2
