@@ -1,0 +1,42 @@
+# make demo   train a tokenizer and a GPT on drawn shapes, then sample from them (8 minutes on two CPU cores)
+# make test   all tests
+# Both set up .venv first, with the pinned versions of requirements.txt. Finished stages of the demo are not repeated;
+# `rm -r runs/demo` starts it afresh.
+PYTHON = .venv/bin/python
+RUN = runs/demo
+
+.PHONY: demo test
+.DELETE_ON_ERROR:
+
+.venv/installed: requirements.txt
+	python3 -m venv .venv
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+test: .venv/installed
+	$(PYTHON) -m pytest -q
+
+$(RUN)/vq/ckpt.pt: | .venv/installed
+	@echo "1/4  the tokenizer: 24 x 24 pixels <-> 6 x 6 codes"
+	$(PYTHON) train_vq.py --data shapes --model VQ-demo --image-size 24 --lpips-weight 0 --batch-size 32 --max-steps 1200 \
+	    --lr 1.5e-3 --warmup-steps 100 --schedule cosine --log-every 50 --out $(RUN)/vq
+
+$(RUN)/codes/meta.json: $(RUN)/vq/ckpt.pt
+	@echo "2/4  the pictures as codes"
+	$(PYTHON) vq.py encode --ckpt $(RUN)/vq/ckpt.pt --data shapes:12000 --out $(RUN)/codes --workers 0
+
+$(RUN)/gpt/ckpt.pt: $(RUN)/codes/meta.json
+	@echo "3/4  the GPT over codes"
+	$(PYTHON) train_gpt.py --codes $(RUN)/codes --model demo --batch-size 128 --lr 4e-3 --max-steps 900 \
+	    --warmup-steps 50 --schedule cosine --dropout 0 --val-images 500 --val-every 100 --log-every 50 --out $(RUN)/gpt
+
+$(RUN)/samples.npz: $(RUN)/gpt/ckpt.pt
+	@echo "4/4  samples"
+	$(PYTHON) sample.py --vq $(RUN)/vq/ckpt.pt --gpt $(RUN)/gpt/ckpt.pt --per-class 10 --batch-size 100 \
+	    --cfg-scale 2 --temperature 0.8 --top-k 0 --out $(RUN)/samples.png
+	$(PYTHON) sample.py --vq $(RUN)/vq/ckpt.pt --gpt $(RUN)/gpt/ckpt.pt --num-samples 500 --batch-size 250 --seed 1000 \
+	    --cfg-scale 2 --temperature 0.8 --top-k 0 --out $@
+
+demo: $(RUN)/samples.npz
+	$(PYTHON) tests/demo_agreement.py $(RUN)/samples.npz --at-least 0.8
+	@echo "look at  $$(ls $(RUN)/vq/recon_*.png | tail -1)  and  $(RUN)/samples.png"

@@ -1,0 +1,153 @@
+"""Speed against the hardware: one JSON line a case, with the fraction of the roofline that it reaches.
+
+$ python tests/bench.py                      # all cases; nothing else should be running
+$ python tests/bench.py encode train         # some of them
+$ python tests/bench.py train --model L --batch 64 --compile
+
+Roofline time = max(FLOPs / GEMM rate, bytes that must move / read bandwidth), both rates measured here, first. FLOPs
+are counted by torch.utils.flop_counter; the bytes are the least possible: every weight (and for decoding every cached
+key and value) read once, for training also gradients and optimizer state written and read once.
+"""
+import argparse
+import json
+import platform
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import gpt  # noqa: E402
+import sample  # noqa: E402
+import vq  # noqa: E402
+
+
+def seconds(f, device, repeats=5):
+    """Median time of f() after one warm-up, s."""
+    times = []
+    for _ in range(repeats + 1):
+        began = time.perf_counter()
+        f()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return sorted(times[1:])[repeats // 2]
+
+
+def flops(f):
+    """Floating-point operations of f()."""
+    with FlopCounterMode(display=False) as counter:
+        f()
+    return counter.get_total_flops()
+
+
+def rates(device, dtype):
+    """(FLOP/s of a large matrix product, bytes/s of reading a large array)."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = torch.randn(2, n, n, device=device).to(dtype).unbind()
+    gemm = 2 * n ** 3 / seconds(lambda: a @ b, device, 9)
+    x = torch.ones(2 ** 28 if device.type == "cuda" else 2 ** 27, device=device)   # 1 GB, 512 MB
+    return gemm, x.numel() * 4 / seconds(lambda: x.sum(), device, 9)
+
+
+def report(case, work, time_s, count, n_bytes, roof, unit, **more):
+    """Print one case."""
+    gemm, bandwidth = roof
+    ideal = max(work / gemm, n_bytes / bandwidth)
+    print(json.dumps({"case": case, **more, unit: round(count / time_s, 2), "ms": round(time_s * 1e3, 1),
+                      "GFLOP": round(work / 1e9, 1), "MB": round(n_bytes / 1e6), "roofline": round(ideal / time_s, 3)}),
+          flush=True)
+
+
+def size(model):
+    """Bytes of a model's weights."""
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def bench_tokenizer(case, device, dtype, roof, batch):
+    """VQ-16 at 256 pixels."""
+    model = vq.VQModel(vq.VQ_CONFIGS["VQ-16"]).to(device).eval()
+    x = torch.rand(batch, 3, 256, 256, device=device) * 2 - 1
+    codes = torch.randint(16384, (batch, 16, 16), device=device)
+
+    def step():
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            return model.encode(x) if case == "encode" else model.decode(codes)
+
+    half = model.encoder if case == "encode" else model.decoder
+    report(case, flops(step), seconds(step, device, 3), batch, size(half) + x.numel() * 4, roof, "images/s",
+           model="VQ-16", batch=batch)
+
+
+def bench_train(name, device, dtype, roof, batch, compiled):
+    """One optimizer step at 256 codes an image, dropout on, as train_gpt.py does it."""
+    model = gpt.GPT(gpt.GPT_CONFIGS[name]).to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    codes, labels = torch.randint(16384, (batch, 256), device=device), torch.randint(1000, (batch,), device=device)
+    forward = torch.compile(model) if compiled else model
+
+    def step(run=forward):
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            logits = run(codes[:, :-1], labels)
+        F.cross_entropy(logits.flatten(0, 1).float(), codes.flatten()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    # a weight is read twice, its gradient written and read, weight and both moments read and written: 10 passes
+    work = flops(lambda: step(model))
+    report("train", work, seconds(step, device, 3), batch * 256, 10 * size(model), roof, "codes/s", model=name,
+           batch=batch, compiled=compiled)
+
+
+def bench_decode(name, device, dtype, roof, images):
+    """Guided sampling of 256 codes; one step is two rows an image."""
+    model = gpt.GPT(gpt.GPT_CONFIGS[name]).to(device, dtype).eval()
+    labels, T = torch.randint(1000, (images,), device=device), 256
+
+    def run():
+        sample.generate(model, labels, cfg_scale=4.0, top_k=2000)
+
+    weights = size(model) - size(model.tok_embeddings) - size(model.cls_embedding)
+    cache = model.new_cache(2 * images)
+    n_bytes = T * weights + (T + 1) / 2 * cache.numel() * cache.element_size()
+    report("decode", flops(run), seconds(run, device, 1), images, n_bytes, roof, "images/s", model=name, images=images,
+           cache_MB=round(cache.numel() * cache.element_size() / 1e6))
+
+
+def main():
+    """Measure the machine, then the cases asked for."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("cases", nargs="*", default=["encode", "decode-images", "train", "sample"], metavar="CASE",
+                   help="encode, decode-images, train, sample (default: all)")
+    p.add_argument("--model", default="B", choices=gpt.GPT_CONFIGS, help="GPT size for train and sample")
+    p.add_argument("--batch", type=int, help="images in a batch")
+    p.add_argument("--compile", action="store_true", help="torch.compile the training step")
+    args = p.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    on_gpu = device.type == "cuda"
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    torch.manual_seed(0)
+    roof = rates(device, dtype)
+    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),
+               platform.processor()) if Path("/proc/cpuinfo").exists() else platform.processor()
+    name = torch.cuda.get_device_name() if on_gpu else f"{cpu}, {torch.get_num_threads()} threads"
+    print(json.dumps({"device": name, "torch": torch.__version__, "dtype": str(dtype).removeprefix("torch."),
+                      "GEMM_GFLOP/s": round(roof[0] / 1e9), "read_GB/s": round(roof[1] / 1e9, 1)}), flush=True)
+    for case in args.cases:
+        if case in ("encode", "decode-images"):
+            bench_tokenizer(case, device, dtype, roof, args.batch or (32 if on_gpu else 2))
+        elif case == "train":
+            bench_train(args.model, device, dtype, roof, args.batch or (64 if on_gpu else 8), args.compile)
+        elif case == "sample":
+            for images in [args.batch] if args.batch else [8, 32]:
+                bench_decode(args.model, device, dtype, roof, images)
+        else:
+            p.error(f"no case {case!r}; there are encode, decode-images, train, sample")
+
+
+if __name__ == "__main__":
+    main()
