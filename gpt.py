@@ -11,7 +11,6 @@ The file in order: sizes, rotary positions, model, cached decoding, checkpoints.
 # Shapes:  B images   T codes per image = grid * grid   c condition tokens   V codebook entries
 #          C width   n heads   d = C / n   L positions in one call
 import argparse
-import pickle
 from dataclasses import dataclass, replace
 
 import torch
@@ -212,16 +211,12 @@ def read_checkpoint(path):
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):   # released training files hold their flags so
             return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "Unsupported global" in str(error) or "Unsupported class" in str(error):
-            raise ValueError(f"{path} holds Python objects beside tensors and is refused: it could run code") from None
-        raise ValueError(f"{path} is truncated, or not a PyTorch checkpoint") from None
-    except FileNotFoundError:
-        raise OSError(f"{path}: no such file") from None
-    except OSError:
-        raise
-    except Exception:   # whatever the bytes of a broken file make the reader stumble over
-        raise ValueError(f"{path} is truncated, or not a PyTorch checkpoint") from None
+    except OSError as error:
+        raise OSError(f"{path}: {error.strerror or error}") from None
+    except Exception as error:   # the bytes of a broken file can make the reader stumble in any way
+        code = any(f"Unsupported {kind}" in str(error) for kind in ("global", "class"))
+        raise ValueError(f"{path} holds Python objects beside tensors and is refused: it could run code" if code else
+                         f"{path} is truncated, or not a PyTorch checkpoint") from None
 
 
 def load_gpt(path, device="cpu", grid=None):

@@ -14,7 +14,6 @@ import hashlib
 import json
 import math
 import os
-import pickle
 import random
 import sys
 import urllib.request
@@ -256,16 +255,12 @@ def read_checkpoint(path):
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):   # released training files hold their flags so
             return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "Unsupported global" in str(error) or "Unsupported class" in str(error):
-            raise ValueError(f"{path} holds Python objects beside tensors and is refused: it could run code") from None
-        raise ValueError(f"{path} is truncated, or not a PyTorch checkpoint") from None
-    except FileNotFoundError:
-        raise OSError(f"{path}: no such file") from None
-    except OSError:
-        raise
-    except Exception:   # whatever the bytes of a broken file make the reader stumble over
-        raise ValueError(f"{path} is truncated, or not a PyTorch checkpoint") from None
+    except OSError as error:
+        raise OSError(f"{path}: {error.strerror or error}") from None
+    except Exception as error:   # the bytes of a broken file can make the reader stumble in any way
+        code = any(f"Unsupported {kind}" in str(error) for kind in ("global", "class"))
+        raise ValueError(f"{path} holds Python objects beside tensors and is refused: it could run code" if code else
+                         f"{path} is truncated, or not a PyTorch checkpoint") from None
 
 
 def save_checkpoint(state, path):
@@ -604,6 +599,8 @@ def encode(args):
     size = args.image_size or model.image_size
     ranges = args.crop_range if args.ten_crop else []
     side, step, V = size // model.config.downsample, model.config.downsample, model.config.codebook_size
+    if min(ranges, default=1) < 1:
+        raise ValueError(f"--crop-range {min(ranges)}: crops are cut from at least 1 times the image size")
     if size % step:
         raise ValueError(f"--image-size {size} is not a multiple of the tokenizer's {step}; try {max(side, 1) * step}")
     if V > 2 ** 16:

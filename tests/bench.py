@@ -20,9 +20,13 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import evaluate  # noqa: E402
 import gpt  # noqa: E402
 import sample  # noqa: E402
 import vq  # noqa: E402
+
+
+CASES = ["encode", "decode-images", "train", "sample", "features", "precision-recall"]
 
 
 def seconds(f, device, repeats=5):
@@ -118,11 +122,36 @@ def bench_decode(name, device, dtype, roof, images):
            cache_MB=round(cache.numel() * cache.element_size() / 1e6))
 
 
+def bench_features(device, batch):
+    """Inception features of evaluate.py at 256 pixels, in float32 whatever the other cases run in."""
+    shapes = json.loads((Path(__file__).parent / "golden" / "metrics" / "inception_keys.json").read_text())["tensors"]
+    net = {name: torch.rand(shape, device=device) for name, shape in shapes.items()}
+    images = torch.randint(256, (batch, 256, 256, 3), dtype=torch.uint8, device=device)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+    def run():
+        evaluate.inception(net, images)
+
+    n_bytes = sum(x.numel() * 4 for x in net.values()) + images.numel()
+    report("features", flops(run), seconds(run, device, 3), batch, n_bytes, rates(device, torch.float32), "images/s",
+           model="Inception", batch=batch, dtype="float32")
+
+
+def bench_precision_recall(device, n=10_000):
+    """Precision and recall of n against n features: the distances within both sets and between them."""
+    ref, gen = torch.rand(2, n, 2048, device=device).unbind()
+
+    def run():
+        evaluate.precision_recall(ref, gen, device=device)
+
+    report("precision-recall", 3 * 2 * n * n * 2048, seconds(run, device, 1), n, 3 * n * n * 4,
+           rates(device, torch.float32), "images/s", images=n, dtype="float32")
+
+
 def main():
     """Measure the machine, then the cases asked for."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("cases", nargs="*", default=["encode", "decode-images", "train", "sample"], metavar="CASE",
-                   help="encode, decode-images, train, sample (default: all)")
+    p.add_argument("cases", nargs="*", default=CASES, metavar="CASE", help=f"{', '.join(CASES)} (default: all)")
     p.add_argument("--model", default="B", choices=gpt.GPT_CONFIGS, help="GPT size for train and sample")
     p.add_argument("--batch", type=int, help="images in a batch")
     p.add_argument("--compile", action="store_true", help="torch.compile the training step")
@@ -145,8 +174,12 @@ def main():
         elif case == "sample":
             for images in [args.batch] if args.batch else [8, 32]:
                 bench_decode(args.model, device, dtype, roof, images)
+        elif case == "features":
+            bench_features(device, args.batch or (64 if on_gpu else 8))
+        elif case == "precision-recall":
+            bench_precision_recall(device)
         else:
-            p.error(f"no case {case!r}; there are encode, decode-images, train, sample")
+            p.error(f"no case {case!r}; there are {', '.join(CASES)}")
 
 
 if __name__ == "__main__":

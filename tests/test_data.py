@@ -209,6 +209,7 @@ def test_an_interrupted_encode_goes_on_where_it_ended(tokenizer, tmp_path, monke
     (["--ckpt", "CKPT", "--data", "nowhere"], "--data nowhere: no such folder"),
     (["--ckpt", "CKPT", "--data", "shapes:4", "--image-size", "20"], "--image-size 20 is not a multiple of the tokenizer's 8; try"),
     (["--ckpt", "CKPT", "--data", "shapes:x"], "--data shapes:x"),
+    (["--ckpt", "CKPT", "--data", "shapes:4", "--ten-crop", "--crop-range", "0.9"], "--crop-range 0.9: crops are cut"),
     (["--ckpt", "README.md", "--data", "shapes:4"], "not a PyTorch checkpoint"),
 ])
 def test_a_mistake_gets_one_sentence(tokenizer, tmp_path, flags, sentence):

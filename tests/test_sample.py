@@ -168,3 +168,32 @@ def test_npz_is_balanced_and_the_same_for_any_number_of_processes_and_after_a_st
             assert not (tmp_path / "three.npz").exists()
     assert len(calls) == 3 + 1 + 3   # two batches of the first chunk were kept, the others were made again
     assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "three.npz").read_bytes()
+
+
+@pytest.mark.slow
+def test_pretrained_fetches_the_released_files_once_and_samples_from_them(tmp_path):
+    """Files of the released names, shapes and form, served from this machine in place of Hugging Face."""
+    import os
+    import threading
+    from functools import partial
+    from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+    files = tmp_path / "FoundationVision" / "LlamaGen" / "resolve" / "main"
+    files.mkdir(parents=True)
+    torch.save({"model": vq.VQModel(vq.VQ_CONFIGS["VQ-16"]).half().state_dict()}, files / "vq_ds16_c2i.pt")
+    torch.save({"model": gpt.GPT(gpt.GPT_CONFIGS["B"]).half().state_dict()}, files / "c2i_B_256.pt")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=tmp_path))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    env = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "NANOLLAMAGEN_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, "sample.py", "--pretrained", "B-256", "--paper", "--classes", "red fox"]
+    first = subprocess.run([*command, "--out", tmp_path / "a.png"], cwd=ROOT, capture_output=True, text=True, env=env)
+    server.shutdown()
+    assert first.returncode == 0, first.stderr
+    assert "cfg_scale 2.0" in first.stdout and "top_k 0" in first.stdout
+    with vq.Image.open(tmp_path / "a.png") as image:
+        assert image.size == (256 + 8, 256 + 16 + 8)
+    offline = subprocess.run([*command, "--out", tmp_path / "b.png"], cwd=ROOT, capture_output=True, text=True, env=env)
+    assert offline.returncode == 0, offline.stderr               # the server is gone; the files are here
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    (tmp_path / "cache" / "c2i_B_256.pt").unlink()
+    missing = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
+    assert missing.returncode == 2 and "fetch it elsewhere and put it at" in missing.stderr

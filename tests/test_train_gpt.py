@@ -125,7 +125,7 @@ def test_every_step_takes_other_images_and_crops(codes, tmp_path, monkeypatch):
     (["--codes", "nowhere"], "make it with: python vq.py encode"),
     (["--micro-batch", "3"], "--micro-batch 3 does not divide the 8 images"),
     (["--val-images", "60"], "--val-images 60: the folder has 60 images"),
-    (["--resume"], "ckpt.pt: no such file"),
+    (["--resume"], "ckpt.pt: No such file or directory"),
     (["--vq", "README.md"], "not a PyTorch checkpoint"),
 ])
 def test_a_mistake_gets_one_sentence(codes, tmp_path, monkeypatch, capsys, flags, sentence):

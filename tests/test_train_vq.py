@@ -123,7 +123,7 @@ def test_training_takes_another_image_for_an_unreadable_one_and_says_so_once(tmp
     (["--data", "nowhere"], "--data nowhere: no such folder"),
     (["--image-size", "26"], "--image-size 26 is not a multiple of the downsampling 4; try --image-size 24"),
     (["--lpips-weight", "1"], "Or train without it: --lpips-weight 0"),
-    (["--resume"], "ckpt.pt: no such file"),
+    (["--resume"], "ckpt.pt: No such file or directory"),
     (["--image-size", "16"], "the discriminator needs 24 pixels"),
 ])
 def test_a_mistake_gets_one_sentence(tmp_path, monkeypatch, capsys, flags, sentence):

@@ -71,3 +71,37 @@ def test_training_losses_usage_and_gradients_are_the_reference_ones(released):
     first = model.quantize.embedding.weight.grad[expected["indices"][0, 0, 0].item()]
     assert difference(first, expected["grad_codebook_first_code"]) < 5e-4
     model.eval()
+
+
+def test_released_files_load_and_their_kind_is_recognised(released, tmp_path):
+    """In every wrapper, without the usage queue that some files lack; averaged weights win where both are there."""
+    name, model, expected = released
+    state = {k: v for k, v in model.state_dict().items() if k != "quantize.codebook_used"}
+    other = {k: torch.zeros_like(v) for k, v in state.items()}
+    for checkpoint in (state, {"model": state}, {"state_dict": state}, {"model": other, "ema": state}):
+        torch.save(checkpoint, tmp_path / "vq.pt")
+        loaded = vq.load_vq(tmp_path / "vq.pt")
+        assert loaded.config == vq.VQ_CONFIGS[name] and not loaded.training
+        assert vq.weights_hash(loaded) == vq.weights_hash(model)
+
+
+@pytest.mark.parametrize("checkpoint, sentence", [
+    ({"model": {"tok_embeddings.weight": torch.zeros(1)}}, "is not a tokenizer checkpoint"),
+    ({"model": {"quantize.embedding.weight": torch.zeros(3, 8), "encoder.conv_blocks.4.x": torch.zeros(1)}}, "does not fit"),
+    ([1, 2], "holds a list"),
+])
+def test_a_wrong_checkpoint_gets_one_sentence(tmp_path, checkpoint, sentence):
+    torch.save(checkpoint, tmp_path / "vq.pt")
+    with pytest.raises(ValueError, match=sentence):
+        vq.load_vq(tmp_path / "vq.pt")
+
+
+def test_the_nearest_code_needs_no_matrix_of_all_distances(monkeypatch):
+    """For 4,096 latents and 16,384 entries all products at once would be 256 MB; no piece is above 64 MB."""
+    model, largest, argmax = vq.Quantizer(vq.VQConfig()), [], torch.Tensor.argmax
+    monkeypatch.setattr(torch.Tensor, "argmax", lambda t, dim: (largest.append(t.numel()), argmax(t, dim))[1])
+    z = torch.nn.functional.normalize(torch.randn(4096, 8), dim=-1)
+    codes = model.nearest(z)
+    assert max(largest) * 4 <= 2 ** 26 and codes.shape == (4096,)
+    distances = torch.cdist(z[:50].double(), model.codebook().double())
+    assert torch.equal(codes[:50], distances.argmin(-1))

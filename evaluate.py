@@ -1,0 +1,563 @@
+"""The numbers that papers report, without TensorFlow: IS, FID, sFID, precision and recall as ADM's evaluator computes
+them (arXiv:2105.05233); a tokenizer's rFID, PSNR, SSIM and codebook usage as LlamaGen's code does (arXiv:2406.06525).
+
+$ python evaluate.py recon --vq runs/vq/ckpt.pt --data DIR --out recon.png      # a tokenizer, on one's own images
+$ python evaluate.py stats DIR --size 256 --out ref.npz                         # a reference batch of one's own images
+$ python evaluate.py ref.npz SAMPLES        # SAMPLES: an NPZ, a folder of images, or a folder of codes (then add --vq)
+$ python evaluate.py VIRTUAL_imagenet256_labeled.npz samples.npz --pr-half --json scores.json    # the paper's Table 6
+$ python evaluate.py sweep --vq runs/vq/ckpt.pt --gpt runs/gpt/ckpt.pt --ref ref.npz --cfg-scale 1,1.5,1.75,2,3
+$ torchrun --nproc_per_node=8 evaluate.py ref.npz SAMPLES                       # any of them, on several GPUs
+
+The file in order: Inception, the metrics, sets of images, what is compared with what, commands.
+"""
+# Shapes:  B, N, M images   H, W pixels   D features   V codebook entries   T codes per image
+import argparse
+import hashlib
+import itertools
+import json
+import os
+import re
+import sys
+import zipfile
+from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+import gpt
+import sample
+import vq
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))   # set by torchrun
+
+# ---- Inception ------------------------------------------------------------------------------------------------------
+INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+                 "pt_inception-2015-12-05-6726825d.pth")
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+STRIDED = {"Conv2d_1a_3x3", "Mixed_6a.branch3x3", "Mixed_6a.branch3x3dbl_3", "Mixed_7a.branch3x3_2",
+           "Mixed_7a.branch7x7x3_4"}
+UNPADDED = STRIDED | {"Conv2d_2a_3x3", "Conv2d_4a_3x3"}                # all others keep height and width
+
+
+def load_inception(path=None, device="cpu"):
+    """The network of the 2015-12-05 graph: its tensors by name, float32 on `device`, and the "sha256" of their file,
+    which None downloads (96 MB) to the cache folder, once. torchvision's Inception has the same names but other weights
+    and 1000 classes, and is refused. Raises OSError or ValueError with one sentence."""
+    path = path or vq.download(INCEPTION_URL, vq.cache_dir() / Path(INCEPTION_URL).name, INCEPTION_SHA256)
+    state = vq.read_checkpoint(path)
+    items = state.items() if isinstance(state, dict) else ()
+    state = {k: v for k, v in items if torch.is_tensor(v) and v.is_floating_point()}   # leaves out integer counters
+    if len(state) != 472 or sum(v.numel() for v in state.values() if v.isfinite().all()) != 23_885_392:
+        raise ValueError(f"{path} is damaged or not the Inception of 2015-12-05 with 1008 classes ({INCEPTION_URL})")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False   # float32 is part of the numbers
+    return {"sha256": vq.file_hash(path), **{k: v.to(device) for k, v in state.items()}}
+
+
+def resize_tf1(x):
+    """(B, C, H, W) float32 -> (B, C, 299, 299) by TensorFlow 1's bilinear rule: output i reads position i * H / 299,
+    without half-pixel shift or antialiasing. F.interpolate differs by tens of grey levels."""
+    for axis in (3, 2):                                                # columns first, as TensorFlow does
+        size = x.shape[axis]
+        at = torch.arange(299, dtype=torch.float32, device=x.device) * float(np.float32(size) / np.float32(299))
+        low = at.floor().long()
+        a, b = x.index_select(axis, low), x.index_select(axis, (low + 1).clamp(max=size - 1))
+        x = a + (b - a) * (at - low).view(-1, *[1] * (3 - axis))
+    return x
+
+
+@torch.inference_mode()
+def inception(net, images):
+    """uint8 (B, H, W, 3) of any size -> pool (B, 2048), the mean of the last 8x8 grid, and spatial (B, 2023), the first
+    seven channels of block 6d's 1x1 branch flattened from (17, 17, 7); both float32."""
+    def conv(x, *names):
+        for name in names:
+            weight, stride = net[f"{name}.conv.weight"], 2 if name in STRIDED else 1
+            x = F.conv2d(x, weight, None, stride, 0 if name in UNPADDED else [side // 2 for side in weight.shape[2:]])
+            norm = (net[f"{name}.bn.{k}"] for k in ("running_mean", "running_var", "weight", "bias"))
+            x = F.batch_norm(x, *norm, eps=1e-3).relu_()
+        return x
+
+    def branches(x, block, *chains):                                   # side by side, each a chain of convolutions
+        return torch.cat([conv(x, *(f"Mixed_{block}.branch{name}" for name in chain.split())) for chain in chains], 1)
+
+    mean = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
+    x = ((resize_tf1(images.permute(0, 3, 1, 2).float()) - 128) / 128).contiguous(memory_format=torch.channels_last)
+    x = F.max_pool2d(conv(x, "Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3"), 3, 2)
+    x = F.max_pool2d(conv(x, "Conv2d_3b_1x1", "Conv2d_4a_3x3"), 3, 2)                                # (B, 192, 35, 35)
+    for block in ("5b", "5c", "5d"):
+        x = torch.cat([branches(x, block, "1x1", "5x5_1 5x5_2", "3x3dbl_1 3x3dbl_2 3x3dbl_3"),
+                       branches(mean(x), block, "_pool")], 1)
+    x = torch.cat([branches(x, "6a", "3x3", "3x3dbl_1 3x3dbl_2 3x3dbl_3"), F.max_pool2d(x, 3, 2)], 1)
+    for block in ("6b", "6c", "6d", "6e"):                                                           # (B, 768, 17, 17)
+        y = branches(x, block, "1x1", "7x7_1 7x7_2 7x7_3", "7x7dbl_1 7x7dbl_2 7x7dbl_3 7x7dbl_4 7x7dbl_5")
+        if block == "6d":
+            spatial = y[:, :7].permute(0, 2, 3, 1).flatten(1)
+        x = torch.cat([y, branches(mean(x), block, "_pool")], 1)
+    x = torch.cat([branches(x, "7a", "3x3_1 3x3_2", "7x7x3_1 7x7x3_2 7x7x3_3 7x7x3_4"), F.max_pool2d(x, 3, 2)], 1)
+    for block in ("7b", "7c"):                                                                       # (B, 1280, 8, 8)
+        a, b = branches(x, block, "3x3_1"), branches(x, block, "3x3dbl_1 3x3dbl_2")
+        pooled = mean(x) if block == "7b" else F.max_pool2d(x, 3, 1, 1)   # the maximum is a quirk of this graph
+        x = torch.cat([branches(x, block, "1x1"), branches(a, block, "3x3_2a", "3x3_2b"),
+                       branches(b, block, "3x3dbl_3a", "3x3dbl_3b"), branches(pooled, block, "_pool")], 1)
+    return x.mean((2, 3)), spatial
+
+
+# ---- the metrics ----------------------------------------------------------------------------------------------------
+def statistics(features):
+    """float32 (N, D) -> mean (D,) float32 and sample covariance (D, D) float64, as ADM's evaluator has them."""
+    if len(features) < 2:
+        raise ValueError("statistics of a single image: a covariance needs at least two")
+    return features.mean(0), np.cov(features, rowvar=False)
+
+
+def frechet_distance(mu1, sigma1, mu2, sigma2):
+    """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)): FID on pool, sFID on spatial features.
+
+    The product has the eigenvalues of the symmetric r sigma2 r', where r' r = sigma1; so the trace of its root needs
+    no matrix root, and singular covariances (fewer images than features) are no special case."""
+    mu1, sigma1, mu2, sigma2 = (np.asarray(a, dtype=np.float64) for a in (mu1, sigma1, mu2, sigma2))
+    if not mu1.shape * 2 == mu2.shape * 2 == sigma1.shape == sigma2.shape:
+        raise ValueError(f"means {mu1.shape}, {mu2.shape} and covariances {sigma1.shape}, {sigma2.shape} do not match")
+    if not np.isfinite(sum(a.sum() for a in (mu1, sigma1, mu2, sigma2))):
+        raise ValueError("the statistics of the features hold NaN or infinity")
+    values, vectors = np.linalg.eigh(sigma1)
+    r = np.sqrt(values.clip(0))[:, None] * vectors.T
+    root = np.sqrt(np.linalg.eigvalsh(r @ sigma2 @ r.T).clip(0)).sum()
+    return max(float(((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * root), 0.0)
+
+
+def inception_score(probs, split_size=5000):
+    """exp(mean KL(p, mean p)) of class probabilities (N, classes), averaged over splits of 5000 in file order; a
+    shorter last split counts as much (arXiv:1606.03498). 0 ln 0 is 0."""
+    splits = [p.double() for p in torch.as_tensor(probs).split(split_size)]
+    return np.mean([(torch.xlogy(p, p) - torch.xlogy(p, p.mean(0))).sum(1).mean().exp() for p in splits]).item()
+
+
+def distances(u, v, half=False):
+    """Squared distances (N, M) of rows u (N, D) and v (M, D), float32. half: every step rounded to float16, as in ADM's
+    script unless that overflows; distances then fall on steps of 0.25 to 1, and many points just touch a manifold."""
+    if half:
+        a, b = u.half(), v.half()
+        aa, bb = ((x * x).float().sum(1).half() for x in (a, b))
+        d = aa[:, None] - 2 * (a.float() @ b.float().T).half() + bb
+        if d.isfinite().all():
+            return d.float().clamp_(min=0)
+    return torch.addmm((u * u).sum(1)[:, None], u, v.T, alpha=-2).add_((v * v).sum(1)).clamp_(min=0)
+
+
+def radii(x, k=3, half=False, block=10_000):
+    """(N, D) -> (N,): the squared distance of each row to its k-th nearest neighbour."""
+    return torch.cat([torch.cat([distances(rows, others, half).topk(min(k + 1, len(others)), largest=False).values
+                                 for others in x.split(block)], 1).kthvalue(k + 1).values for rows in x.split(block)])
+
+
+def precision_recall(ref, gen, k=3, half=False, block=10_000, device="cpu"):
+    """Fraction of gen (M, D) in the manifold of ref (N, D), and of ref in that of gen (arXiv:1904.06991). A point is in
+    a manifold when some member is at most that member's radius away. The distances exist block by block only."""
+    if min(len(ref), len(gen)) <= k:
+        raise ValueError(f"precision and recall need more than {k} images a side, got {len(ref)} and {len(gen)}")
+    ref, gen = (torch.as_tensor(x).to(device) for x in (ref, gen))
+    ref_radii, gen_radii = (radii(x, k, half, block) for x in (ref, gen))
+    ref_in, gen_in = (x.new_zeros(len(x)).bool() for x in (ref, gen))
+    for i, j in itertools.product(range(0, len(ref), block), range(0, len(gen), block)):
+        rows, columns = slice(i, i + block), slice(j, j + block)
+        d = distances(ref[rows], gen[columns], half)
+        gen_in[columns] |= (d <= ref_radii[rows, None]).any(0)
+        ref_in[rows] |= (d <= gen_radii[columns]).any(1)
+    return gen_in.double().mean().item(), ref_in.double().mean().item()
+
+
+def psnr(x, y):
+    """Images (B, 3, H, W) in [0, 1], twice -> (B,) float64 in dB; infinite for identical images."""
+    return -10 * (x.double() - y.double()).square().mean((1, 2, 3)).log10()
+
+
+def ssim(x, y, data_range, gaussian=False):
+    """Structural similarity wherever the window fits: (B, 3, H, W) twice -> float64 (B, 3, H - 6, W - 6); its mean is
+    the SSIM. The window is a flat 7x7 with sample covariance, as in scikit-image and LlamaGen; gaussian: 11x11 with
+    population covariance, the original (Wang et al., 2004)."""
+    if min(x.shape[-2:]) < 11:
+        raise ValueError(f"SSIM needs images of at least 11x11 pixels, got {x.shape[-1]}x{x.shape[-2]}")
+    window = torch.exp(-0.5 * (torch.arange(-5, 6) / 1.5).double() ** 2) if gaussian else torch.ones(7).double()
+    window = (window / window.sum()).to(x.device).expand(3, 1, -1)
+    x, y, unbias = x.double(), y.double(), 1.0 if gaussian else 49 / 48
+
+    def mean(a):
+        return F.conv2d(F.conv2d(a, window[:, :, None], groups=3), window[..., None], groups=3)
+    mx, my = mean(x), mean(y)
+    vx, vy, vxy = ((mean(a) - m) * unbias for a, m in ((x * x, mx * mx), (y * y, my * my), (x * y, mx * my)))
+    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
+    return (2 * mx * my + c1) * (2 * vxy + c2) / ((mx ** 2 + my ** 2 + c1) * (vx + vy + c2))
+
+
+def code_usage(codes, V, queue=65_536):
+    """Codes (N, T) -> usage: fraction of the V entries that occur; usage_queue: in 65,536 codes only, like the paper's
+    queue in training (of random images, as a data set is sorted by class); perplexity: exp(entropy) of the codes."""
+    p = np.bincount(codes.ravel(), minlength=V) / codes.size
+    few = codes[np.random.default_rng(0).permutation(len(codes))[:-(-queue // codes.shape[1])]].ravel()[:queue]
+    return {"usage": (p > 0).mean().item(), "usage_queue": len(np.unique(few)) / V,
+            "perplexity": np.exp(-(p[p > 0] * np.log(p[p > 0])).sum()).item()}
+
+
+# ---- sets of images -------------------------------------------------------------------------------------------------
+STATISTICS = {"mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023)}
+# Images, wherever they are: read(indices) yields uint8 (H, W, 3) in that order and keeps none; sha256 is of the file or
+# of a folder's file names and sizes; stored are the statistics that a reference brings, `of` says of which images.
+ImageSet = namedtuple("ImageSet", "path count shape read sha256 stored labels of", defaults=({}, None, ""))
+
+
+def chunks(items, size):
+    """Lists of `size` consecutive items; the last may be shorter."""
+    items = iter(items)
+    while part := list(itertools.islice(items, size)):
+        yield part
+
+
+def in_parallel(function, items):
+    """map() on threads, in order, with at most 256 results waiting."""
+    with ThreadPoolExecutor() as pool:
+        for part in chunks(items, 256):
+            yield from pool.map(function, part)
+
+
+def open_npz(path, expected=STATISTICS):
+    """An ADM batch: arr_0 uint8 (N, H, W, 3), perhaps statistics. Images are read one by one from within the file."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if "arr_0" not in file.files:
+                raise LookupError(f"it holds {', '.join(file.files) or 'nothing'}, but no images under arr_0")
+            extra = {k: file[k] for k in (*expected, "labels", "of") if k in file.files}
+            with file.zip.open("arr_0.npy") as member:
+                header = f"read_array_header_{np.lib.format.read_magic(member)[0]}_0"
+                shape, fortran, dtype = getattr(np.lib.format, header)(member)
+                start, size = member.tell(), int(np.prod(shape[1:]))
+    except OSError:
+        raise
+    except Exception as error:   # whatever a truncated or pickled file makes NumPy stumble over
+        raise ValueError(f"{path} is damaged, or no NPZ of plain arrays: {error}") from None
+    if dtype != np.uint8 or shape[3:] != (3,) or 0 in shape or fortran:
+        raise ValueError(f"arr_0 of {path} is {dtype} {shape}; it must be uint8 (N, H, W, 3), RGB from 0 to 255")
+    stored = {k: extra.get(k, np.empty(0)) for k in expected if "mu" in extra}   # ADM's rule: mu stands for all four
+    if wrong := [f"{k} is {stored[k].shape}, not {expected[k]}" for k in stored if stored[k].shape != expected[k]]:
+        raise ValueError(f"statistics in {path} are of another network: {', '.join(wrong)}")
+
+    def read(indices):
+        try:
+            with zipfile.ZipFile(path) as file, file.open("arr_0.npy") as member:
+                for i in indices:
+                    member.seek(start + i * size)
+                    yield np.frombuffer(member.read(size), np.uint8).reshape(shape[1:])
+        except Exception as error:
+            raise ValueError(f"{path} is damaged: image {i} of {shape[0]:,} cannot be read ({error})") from None
+    return ImageSet(path, shape[0], shape[1:], read, vq.file_hash(path), stored, extra.get("labels"),
+                    str(extra.get("of", "unknown images")))
+
+
+def open_set(path, tokenizer=None, size=None, device="cpu"):
+    """The ImageSet at a path: an NPZ; a codes folder, decoded on the fly by `tokenizer`, a checkpoint's path (the first
+    crop of each image); or all images below a folder by name. Decoded images are resized to `size` pixels, files
+    centre-cropped. Raises OSError or ValueError with one sentence."""
+    path = Path(path)
+    if not path.exists():
+        raise OSError(f"{path} does not exist" + (f"; it is at {ADM_URL}" if ADM_URL.endswith(path.name) else ""))
+    if path.is_file():
+        return open_npz(path)
+    if (path / "codes.npy").exists():
+        codes, labels, meta = vq.load_codes(path)                      # (N, A, T), (N,)
+        model = tokenizer and vq.load_vq(tokenizer, device)
+        if not model or vq.weights_hash(model) != meta["tokenizer"]:
+            raise ValueError(f"{path} holds codes; --vq CKPT must name the tokenizer that made them")
+
+        def read(indices):
+            for part in chunks(indices, 16):
+                yield from sample.to_pixels(model, torch.from_numpy(codes[part, 0].astype(np.int64)).to(device), size)
+        return ImageSet(path, len(codes), next(read([0])).shape, read, vq.file_hash(path / "codes.npy"), labels=labels)
+    files = vq.list_images(path)
+    if not files:
+        raise ValueError(f"{path} holds no images")
+
+    def load(i):
+        image = vq.open_image(files[i])
+        return np.array(vq.center_crop(image, size) if size else image)
+    names = "\n".join(f"{os.path.relpath(f, path)} {os.path.getsize(f)}" for f in files).encode()
+    return ImageSet(path, len(files), load(0).shape, partial(in_parallel, load), hashlib.sha256(names).hexdigest())
+
+
+def over(count, read, function, what, batch_size):
+    """function(batch) -> tensors, for all images that read(indices) yields, joined to arrays (count, ...) on process 0;
+    None on others. Under torchrun each process takes a contiguous part. Nothing but the results grows with count."""
+    mine, rows = range(count * RANK // WORLD, count * (RANK + 1) // WORLD), []
+    with tqdm(total=len(mine), desc=what, unit=" images", disable=RANK > 0) as bar:
+        for batch in chunks(read(mine), batch_size):
+            rows.append([x.cpu().numpy() for x in function(batch)])
+            bar.update(len(batch))
+    parts = [[np.concatenate(x) for x in zip(*rows)]] * WORLD
+    if WORLD > 1:
+        dist.gather_object(parts[0], parts if RANK == 0 else None)
+    return [np.concatenate(x) for x in zip(*filter(None, parts))] if RANK == 0 else None
+
+
+def measure(images, net, batch_size):
+    """An ImageSet as {"pool": features (N, 2048), "mu", "sigma", "mu_s", "sigma_s": its statistics, the stored ones if
+    there are any} on process 0; None on others."""
+    def features(batch):
+        if wrong := [image.shape for image in batch if image.shape != images.shape]:
+            raise ValueError(f"{images.path} mixes images of {images.shape} and {wrong[0]}; --size N crops all of them")
+        return inception(net, torch.from_numpy(np.stack(batch)).to(net["fc.weight"].device))
+    arrays = over(images.count, images.read, features, f"features of {images.path.name}", batch_size)
+    if RANK == 0:
+        return {"pool": arrays[0], **(images.stored or dict(zip(STATISTICS, sum(map(statistics, arrays), ()))))}
+
+
+def score(ref, gen, net, half=False):
+    """The five numbers, from what measure() gave for each side. IS comes first, for it depends on the samples alone: if
+    it matches a paper's and FID does not, the reference is wrong. ADM's classifier has no bias."""
+    fc = net["fc.weight"]                                              # (1008, 2048)
+    probs = (torch.from_numpy(gen["pool"]).to(fc.device) @ fc.T).softmax(-1).cpu()
+    fid = frechet_distance(ref["mu"], ref["sigma"], gen["mu"], gen["sigma"])
+    sfid = frechet_distance(ref["mu_s"], ref["sigma_s"], gen["mu_s"], gen["sigma_s"])
+    precision, recall = precision_recall(ref["pool"], gen["pool"], half=half, device=fc.device)
+    return {"IS": inception_score(probs), "FID": fid, "sFID": sfid, "precision": precision, "recall": recall}
+
+
+# ---- what is compared with what -------------------------------------------------------------------------------------
+ADM_URL = ("https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/"
+           "VIRTUAL_imagenet256_labeled.npz")
+ADM_SHA256 = "b32732719497e42660a9affb4a966068cba0855ac449b82015e34ec376d20758"
+
+
+def describe(images):
+    """An ImageSet in a few words: what its hash, its keys and its count tell."""
+    if images.sha256 == ADM_SHA256:
+        return "ADM's reference: statistics of ImageNet's training set, 10,000 images for precision and recall"
+    stored = f"stored statistics of {images.of}, and " if images.stored else ""
+    return f"{stored}{images.count:,} images of {images.shape[1]}x{images.shape[0]} pixels in {images.path}"
+
+
+def cautions(ref, gen, net):
+    """Sentences on why the scores of gen against ref may not be what they seem."""
+    adm, rebuilt, labels = ref.sha256 == ADM_SHA256, "recon" in gen.path.name.lower(), gen.labels
+    validation = re.search("(^|[^a-z])val", ref.path.name.lower()) or ref.count == 50_000 and not ref.stored
+    in_order = labels is not None and gen.count > 5000 and (np.diff(labels) >= 0).all() and labels[0] != labels[-1]
+    return [sentence for wrong, sentence in (
+        (net["sha256"] != INCEPTION_SHA256, "unpublished Inception weights: compare only scores of this same file"),
+        (gen.count < 50_000, f"only {gen.count:,} samples: papers use 50,000; fewer give a higher FID and a lower IS"),
+        (ref.count < 10_000, f"only {ref.count:,} reference images: 10,000 are customary for precision and recall"),
+        (gen.stored, f"{gen.path} stores statistics, as references do: are the two files swapped?"),
+        (not adm and ADM_URL.endswith(ref.path.name), f"{ref.path} has the name of ADM's reference but other content"),
+        (rebuilt and not validation, "reconstructions belong against the same validation images: evaluate.py recon"),
+        (validation and not rebuilt,
+         f"papers score samples against training-set statistics ({ADM_URL}), not validation"),
+        (gen.shape != ref.shape, f"{gen.shape[1]}-pixel samples against {ref.shape[1]}: papers resize samples first"),
+        (in_order, "samples are sorted by class: shuffle them, for IS takes 5,000 at a time in file order")) if wrong]
+
+
+def report(path, metrics, warnings, **more):
+    """Print the numbers and the warnings; write both as JSON to `path`, if given, with what a repetition needs."""
+    print("".join(f"{name:>14} {value:10.4f}\n" for name, value in metrics.items()), end="")
+    print("".join(f"warning: {w}\n" for w in warnings), end="", file=sys.stderr)
+    if path:
+        more |= {"command": sys.argv, "python": sys.version, "torch": torch.__version__, "numpy": np.__version__}
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(f"{path}.tmp").write_text(json.dumps({"metrics": metrics, "warnings": warnings, **more}, indent=1))
+        os.replace(f"{path}.tmp", path)
+
+
+# ---- commands -------------------------------------------------------------------------------------------------------
+def compare(args):
+    """IS, FID, sFID, precision and recall of samples against a reference."""
+    ref, gen = (open_set(path, args.vq, args.size, args.device) for path in (args.REF, args.SAMPLES))
+    net = load_inception(args.inception, args.device)
+    if RANK == 0:
+        print(f"comparing {describe(gen)}\n     with {describe(ref)}")
+    sides = measure(ref, net, args.batch_size), measure(gen, net, args.batch_size)
+    if RANK == 0:
+        report(args.json, score(*sides, net, args.pr_half), cautions(ref, gen, net), pr_half=args.pr_half,
+               inception=net["sha256"], reference=[describe(ref), ref.sha256], samples=[describe(gen), gen.sha256])
+
+
+def stats(args):
+    """Write a reference batch: the statistics of all images, and up to --keep of them for precision and recall."""
+    net, images = load_inception(args.inception, args.device), open_set(args.IMAGES, args.vq, args.size, args.device)
+    measured = measure(images, net, args.batch_size)
+    if RANK:
+        return
+    keep = np.linspace(0, images.count - 1, min(args.keep, images.count)).round().astype(int).tolist()   # evenly spread
+    pixels = np.lib.format.open_memmap(f"{args.out}.pixels", "w+", np.uint8, (len(keep), *images.shape))
+    for row, image in zip(pixels, images.read(keep)):                  # on disk, because they may not fit in memory
+        row[:] = image
+    with open(f"{args.out}.tmp", "wb") as file:
+        np.savez(file, arr_0=pixels, of=describe(images), **{k: measured[k] for k in STATISTICS})
+    os.replace(f"{args.out}.tmp", args.out)
+    os.remove(f"{args.out}.pixels")
+    print(f"{args.out}: statistics of {describe(images)}; {len(keep):,} of them are kept for precision and recall")
+
+
+def recon(args):
+    """rFID, PSNR, SSIM, codebook usage and perplexity of a tokenizer, and a picture of the extremes.
+
+    The reference of rFID is the same images, centre-cropped. SSIM takes a range of 2 for images in 0..1, because
+    LlamaGen's code does so and its published values need it; SSIM_standard is the original definition."""
+    model, data = vq.load_vq(args.vq, args.device), vq.open_images(args.data)
+    net, size = load_inception(args.inception, args.device), args.image_size or model.image_size
+    final, N = args.eval_size or size, len(data)
+
+    def load(i):
+        image = data.load(i)
+        return vq.to_tensor(vq.center_crop(image, size)), torch.from_numpy(np.array(vq.center_crop(image, final)))
+
+    def reconstruct(batch):   # -> originals and results in 0..1 (B, 3, H, W), both as uint8 (B, H, W, 3), codes
+        x, truth = (torch.stack(t).to(args.device) for t in zip(*batch))
+        codes = model.encode(x)
+        both = torch.cat([x, model.decode(codes)])
+        x, y = (both if final == size else F.interpolate(both, (final, final), mode="bicubic")).chunk(2)
+        result = torch.from_numpy(vq.to_uint8(y)).to(args.device)
+        return (x + 1) / 2, result.permute(0, 3, 1, 2) / 255, truth, result, codes
+
+    def judge(batch):
+        x, y, truth, result, codes = reconstruct(batch)
+        quality = psnr(x, y), ssim(x, y, 2.0).mean((1, 2, 3)), ssim(x, y, 1.0, gaussian=True).mean((1, 2, 3))
+        return inception(net, truth)[0], inception(net, result)[0], torch.stack(quality, 1), codes.flatten(1)
+    arrays = over(N, partial(in_parallel, load), judge, "reconstructing", args.batch_size)
+    if RANK:
+        return
+    real, rebuilt, quality, codes = arrays
+    metrics = {"rFID": frechet_distance(*statistics(real), *statistics(rebuilt)),
+               **dict(zip(("PSNR", "SSIM", "SSIM_standard"), quality.mean(0).tolist())),
+               **code_usage(codes, model.config.codebook_size)}
+    order, k = np.argsort(-quality[:, 0]).tolist(), min(4, N)
+    shown = [(word, i) for word, start in (("best", 0), ("median", (N - k) // 2), ("worst", N - k))
+             for i in order[start:start + k]]
+    _, _, truth, result, _ = reconstruct([load(i) for _, i in shown])
+    vq.save_grid(torch.cat([truth, result], 2).cpu().numpy(), args.out, k,
+                 [f"{word} {quality[i, 0]:.1f} dB, SSIM {quality[i, 1]:.3f}" for word, i in shown])
+    few = [f"only {N:,} images: the paper has ImageNet's 50,000 of validation"] if N < 50_000 else []
+    report(args.json, metrics, few, images=N, data=args.data, image_size=size, eval_size=final, inception=net["sha256"],
+           tokenizer=vq.file_hash(args.vq))
+    print(f"{args.out}: originals, each with its reconstruction on the right")
+
+
+def plot(rows, path):
+    """FID and IS over the guidance scale, a line for each top-k; over top-k, where there is but one scale."""
+    x, line = ("cfg_scale", "top_k") if len({r["cfg_scale"] for r in rows}) > 1 else ("top_k", "cfg_scale")
+    ticks, lines = (list(dict.fromkeys(r[key] for r in rows)) for key in (x, line))
+    sheet, font = Image.new("RGB", (2400, 1000), "white"), ImageFont.load_default(34)   # halved at the end
+    draw, colours = ImageDraw.Draw(sheet), ["#1b6ca8", "#d1495b", "#3a7d44", "#edae49", "#6f4c9b", "#5c5c5c"]
+    for left, metric in ((140, "FID"), (1330, "IS")):                  # each panel is 1000 wide and 700 high
+        low, high = (f(r[metric] for r in rows) for f in (min, max))
+        draw.text((left, 50), f"{metric} over {x}, by {line}:", "black", font)
+        for n in range(5):
+            draw.line((left, 840 - 175 * n, left + 1000, 840 - 175 * n), "#ddd", 3)
+            draw.text((left - 16, 840 - 175 * n), f"{low + n / 4 * (high - low):.3g}", "#555", font, "rm")
+        for n, tick in enumerate(ticks):
+            draw.text((left + 1000 * (n + 0.5) / len(ticks), 910), f"{tick:g}", "#555", font, "mm")
+        for n, value in enumerate(lines):
+            colour = colours[n % len(colours)]
+            points = [(left + 1000 * (ticks.index(r[x]) + 0.5) / len(ticks),
+                       840 - 700 * (r[metric] - low) / (high - low or 1)) for r in rows if r[line] == value]
+            draw.line(points, colour, 6)
+            for px, py in points:
+                draw.ellipse((px - 12, py - 12, px + 12, py + 12), colour)
+            draw.text((left + 520 + 110 * n, 50), f"{value:g}", colour, font)
+    sheet.resize((1200, 500), Image.LANCZOS).save(path)
+
+
+def sweep(args):
+    """Samples and scores for every guidance scale with every top-k; a table and a picture, as the paper's Figure 3."""
+    def tag(*settings):                                                # other settings, other names
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    net, tokenizer = load_inception(args.inception, args.device), vq.load_vq(args.vq, args.device)
+    ref, side = open_set(args.ref, args.vq, args.size, args.device), args.image_size or tokenizer.image_size
+    drawn = {"vq": vq.file_hash(args.vq), "gpt": vq.file_hash(args.gpt), "image_size": side, "size": args.size,
+             "seed": args.seed, "num_samples": args.num_samples}
+    scored = {"reference": ref.sha256, "inception": net["sha256"], "pr_half": args.pr_half}
+    names = {cell: f"{args.out}/cfg{cell[0]:g}-top{cell[1]}-{tag(drawn, cell)}"
+             for cell in itertools.product(args.cfg_scale, args.top_k)}
+    results = {cell: Path(f"{name}-{tag(scored)}.json") for cell, name in names.items()}
+    if todo := [cell for cell in names if not results[cell].exists()]:
+        model = gpt.load_gpt(args.gpt, args.device, grid=side // tokenizer.config.downsample)
+        sample.check_pair(model, tokenizer, args.gpt, args.vq)
+        model = model.bfloat16() if "cuda" in args.device else model
+        reference = measure(ref, net, args.batch_size)
+    for scale, top_k in todo:
+        npz = Path(f"{names[scale, top_k]}.npz")
+        if not npz.exists():
+            sample.write_npz(npz, model, tokenizer, args.num_samples, seed=args.seed, size=args.size, cfg_scale=scale,
+                             top_k=top_k)
+        gen = open_npz(npz)
+        samples = measure(gen, net, args.batch_size)
+        if RANK == 0:
+            row = {"cfg_scale": scale, "top_k": top_k, **score(reference, samples, net, args.pr_half)}
+            report(results[scale, top_k], row, cautions(ref, gen, net), samples=gen.sha256, **drawn, **scored)
+    if RANK:
+        return
+    rows = [json.loads(path.read_text())["metrics"] for path in results.values()]
+    table = [list(rows[0]), *([f"{v:.4g}" for v in row.values()] for row in rows)]
+    Path(f"{args.out}/sweep.csv").write_text("".join(",".join(line) + "\n" for line in table))
+    markdown = "".join(f"| {' | '.join(line)} |\n" for line in [table[0], ["---:"] * len(rows[0]), *table[1:]])
+    Path(f"{args.out}/sweep.md").write_text(markdown)
+    plot(rows, f"{args.out}/sweep.png")
+    print(f"{markdown}{len(todo)} of {len(names)} cells were new; {args.out} has sweep.md, sweep.csv and sweep.png")
+
+
+def main():
+    """The command line; without a command, it is `compare`."""
+    def numbers(text):
+        return [float(word) if "." in word else int(word) for word in text.split(",")]
+
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    images = dict(help="NPZ, folder of images, or codes folder (with --vq)")
+    flags = {
+        "REF": images, "SAMPLES": images, "IMAGES": images, "--ref": images,
+        "--vq": dict(metavar="CKPT", help="tokenizer checkpoint"), "--gpt": dict(metavar="CKPT", help="GPT checkpoint"),
+        "--data": dict(metavar="DIR", help="folder of class folders, or shapes:N"),
+        "--out": dict(help="what to write (default: %(default)s)"),
+        "--size": dict(type=int, help="crop images of folders, resize decoded or sampled ones: pixels a side"),
+        "--image-size": dict(type=int, help="pixels a side that the model works at (default: as it was trained)"),
+        "--eval-size": dict(type=int, help="pixels a side to measure at (default: --image-size)"),
+        "--keep": dict(type=int, default=10_000, help="images to store for precision and recall (default: 10000)"),
+        "--cfg-scale": dict(type=numbers, default=[1, 1.5, 1.75, 2, 3], help="guidance (default: 1,1.5,1.75,2,3)"),
+        "--top-k": dict(type=numbers, default=[0], help="numbers of likeliest codes, 0 is all (default: 0)"),
+        "--num-samples": dict(type=int, default=50_000, help="samples for each cell (default: 50000)"),
+        "--seed": dict(type=int, default=0, help="sample i is drawn from seed + i"),
+        "--pr-half": dict(action="store_true", help="precision and recall in float16, as in published tables"),
+        "--json": dict(metavar="FILE", help="write the numbers with all that a repetition needs"),
+        "--inception": dict(metavar="FILE", help="Inception weights (default: the published ones, downloaded once)"),
+        "--batch-size": dict(type=int, default=64, help="images that go through Inception together (default: 64)"),
+        "--device": dict(default=device, help="cuda or cpu (default: cuda where there is one)")}
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = p.add_subparsers(required=True)
+    for run, out, names in (
+            (compare, None, "REF SAMPLES --vq --size --pr-half --json"),
+            (stats, "ref.npz", "IMAGES --out --size --keep --vq"),
+            (recon, "recon.png", "--vq! --data! --out --image-size --eval-size --json"),
+            (sweep, "runs/sweep", "--vq! --gpt! --ref! --cfg-scale --top-k --num-samples --seed --image-size --size "
+                                  "--out --pr-half")):
+        command = commands.add_parser(run.__name__, help=run.__doc__.splitlines()[0])
+        command.set_defaults(run=run, out=out)
+        for name in f"{names} --inception --batch-size --device".split():
+            must = {"required": True} if name.endswith("!") else {}
+            command.add_argument(name.rstrip("!"), **flags[name.rstrip("!")], **must)
+    words = sys.argv[1:]
+    args = p.parse_args(words if words and words[0] in (*commands.choices, "-h", "--help") else ["compare", *words])
+    p.usage = "python evaluate.py [stats|recon|sweep] ... (--help lists the flags)"
+    try:
+        if WORLD > 1:
+            dist.init_process_group("gloo")
+        Path(args.out or ".").parent.mkdir(parents=True, exist_ok=True)   # find out now, not after an hour
+        args.run(args)
+    except (OSError, ValueError) as error:
+        p.error(str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
