@@ -59,6 +59,11 @@ def norm(channels):
     return nn.GroupNorm(32, channels, eps=1e-6)
 
 
+def silu(x):
+    """x * sigmoid(x) of a fresh tensor; in place where no gradient will ask for it, which spares memory traffic."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
+
+
 class ResBlock(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x)))))), (B, c_in, H, W) -> (B, c_out, H, W)."""
 
@@ -69,8 +74,8 @@ class ResBlock(nn.Module):
         self.nin_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x):
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(silu(self.norm1(x)))
+        h = self.conv2(silu(self.norm2(h)))
         return self.nin_shortcut(x) + h
 
 
@@ -139,7 +144,7 @@ class Encoder(nn.Module):
 
     def forward(self, x):
         x = self.mid(self.conv_blocks(self.conv_in(x)))
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(silu(self.norm_out(x)))
 
 
 class Decoder(nn.Module):
@@ -158,7 +163,7 @@ class Decoder(nn.Module):
 
     def forward(self, z):
         x = self.conv_blocks(self.mid(self.conv_in(z)))
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(silu(self.norm_out(x)))
 
 
 class Quantizer(nn.Module):
@@ -218,6 +223,7 @@ class VQModel(nn.Module):
         self.encoder, self.decoder, self.quantize = Encoder(config), Decoder(config), Quantizer(config)
         self.quant_conv = nn.Conv2d(config.z_channels, config.code_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.code_dim, config.z_channels, 1)
+        self.to(memory_format=torch.channels_last)   # encoding is a sixth faster so, on two CPU cores
 
     def latents(self, images):
         """(B, 3, H, W) in [-1, 1], H and W multiples of the downsampling -> (B, D, h, w) float32, not normalised."""
