@@ -190,40 +190,34 @@ def main():
     scales = [q for q in model.parameters() if q.dim() == 1]
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": args.weight_decay},
                                    {"params": scales, "weight_decay": 0.0}], lr=lr, betas=(0.9, 0.95), fused=True)
-    ema = {k: torch.empty_like(v) for k, v in model.state_dict().items()} if args.ema_decay else None
+    ema = {k: v.clone() for k, v in model.state_dict().items()} if args.ema_decay else None
     first, seen = 0, 0
     if resumed:
-        moments = {str(i): {"step": torch.zeros(()), "exp_avg": torch.zeros_like(q), "exp_avg_sq": torch.zeros_like(q)}
+        moments = {i: {"step": torch.zeros(()), "exp_avg": torch.zeros_like(q), "exp_avg_sq": torch.zeros_like(q)}
                    for i, q in enumerate(matrices + scales)}
-        state = {"model": model.state_dict(), "optimizer": moments, **({"ema": ema} if ema and resumed["ema"] else {})}
-        if path.is_dir():
-            dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
-        else:
-            moments_saved = {str(i): v for i, v in resumed["optimizer"]["state"].items()}
-            fill(state, {**resumed, "optimizer": moments_saved})
-        optimizer.load_state_dict({"state": {int(i): v for i, v in moments.items()},
-                                   "param_groups": optimizer.state_dict()["param_groups"]})
-        first, seen = resumed["step"], resumed["images_seen"]
-    if ema and not (resumed and resumed["ema"]):
-        fill(ema, model.state_dict())
+        restore({"model": model.state_dict(), "optimizer": moments, **({"ema": ema} if ema and resumed["ema"] else {})},
+                path, resumed)
+        optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+        if ema and not resumed["ema"]:
+            fill(ema, model.state_dict())
+        first, seen, resumed = resumed["step"], resumed["images_seen"], None   # None lets go of the file
     forward = torch.compile(model) if compiled and not sharded else model
     if world > 1 and not sharded:
         forward = DistributedDataParallel(forward, device_ids=[device] if device.type == "cuda" else None)
     peak = next((v for k, v in PEAK_FLOPS.items() if device.type == "cuda" and k in torch.cuda.get_device_name()), None)
 
-    say(f"torch {torch.__version__}, {world} process(es) on {device.type}, {'FSDP, ' if sharded else 'DDP, ' if world > 1 else ''}"
-        f"{'bfloat16' if bf16 else 'float32'}"
-        f"{', compiled' if compiled else ''}")
-    say(f"{args.model}: {parameters / 1e6:.1f}M parameters; {T} codes of {config.vocab_size:,} "
-        f"an image, {config.num_classes} classes")
+    say(f"torch {torch.__version__}, {world} process(es) on {device.type}{' with FSDP' * sharded}, "
+        f"{'bfloat16' if bf16 else 'float32'}{', compiled' * compiled}")
+    say(f"{args.model}: {parameters / 1e6:.1f}M parameters; {T} codes of {config.vocab_size:,} an image, "
+        f"{config.num_classes} classes")
     say(f"{args.codes}: {len(train_ids):,} images x {codes.shape[1]} crops, {len(val_ids)} held out; {max_steps:,} steps of "
         f"{args.batch_size} images ({args.batch_size * T:,} codes) = {max_steps * args.batch_size / len(train_ids):.1f} "
         f"epochs -> {out}")
     say(f"the first loss should be {math.log(config.vocab_size):.2f} = ln({config.vocab_size}), since the output layer starts "
-        "at zero" if not resumed else f"resumed at step {first} from {path}")
+        "at zero" if not first else f"resumed at step {first} from {path}")
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        if resumed and (out / "log.jsonl").exists():   # steps that were logged after the checkpoint come again
+        if first and (out / "log.jsonl").exists():   # steps that were logged after the checkpoint come again
             lines = [line for line in (out / "log.jsonl").read_text().splitlines(keepends=True) if line.endswith("}\n")]
             (out / "log.jsonl").write_text("".join(line for line in lines if json.loads(line)["step"] <= first))
 
@@ -346,7 +340,7 @@ def part(value, like):
 
 
 def fill(target, source):
-    """Copy whole tensors into those of a nested dict, which may be shards; tensors of source without a target stay."""
+    """Copy whole tensors into those of a nested dict, which may be shards; what only source has is left out."""
     for key, value in target.items():
         if isinstance(value, dict):
             fill(value, source[key])
@@ -365,6 +359,31 @@ def whole(tree):
     return tree
 
 
+def find_checkpoint(out):
+    """The newest checkpoint of a run folder: its path, and a dict of step, config and so on, to which a file adds its
+    tensors (not yet read from disk). (None, None) if there is none.
+    Raises ValueError with one sentence for a damaged one."""
+    found = [(out / "ckpt.pt", gpt.read_checkpoint(out / "ckpt.pt", mmap=True))] if (out / "ckpt.pt").exists() else []
+    for folder in sorted(out.glob("ckpt_[0-9]*/"))[-1:]:
+        try:
+            files = {i.relative_path for i in dcp.FileSystemReader(folder).read_metadata().storage_data.values()}
+            lost = sorted(name for name in files if not (folder / name).exists())
+            if lost:
+                raise OSError(f"{', '.join(lost)} not found")
+            found.append((folder, json.loads((folder / "plain.json").read_text())))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{folder} is damaged ({error}); remove it to resume from an earlier one") from None
+    return max(found, key=lambda pair: pair[1]["step"], default=(None, None))
+
+
+def restore(state, path, saved):
+    """Fill a nested dict of tensors, which may be shards, from what find_checkpoint found, of any number of processes."""
+    if path.is_dir():
+        dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
+    else:
+        fill(state, {**saved, "optimizer": saved["optimizer"]["state"]})
+
+
 def save_shards(state, plain, out):
     """Write the checkpoint folder out/ckpt_STEP: shards by every process, plain values as plain.json. The folder gets
     its name when it is complete, so that a kill at any moment leaves the one before.
@@ -373,9 +392,8 @@ def save_shards(state, plain, out):
     if dist.get_rank() == 0:
         shutil.rmtree(tmp, ignore_errors=True)
     dist.barrier()
-    moments = {str(i): v for i, v in state["optimizer"]["state"].items()}
     try:
-        dcp.save({**state, "optimizer": moments}, checkpoint_id=tmp)
+        dcp.save({**state, "optimizer": state["optimizer"]["state"]}, checkpoint_id=tmp)
     except dcp.api.CheckpointException as error:
         reason = str(next(iter(error.failures.values()))[0]).splitlines()[0]
         raise OSError(f"could not save {folder} ({reason}); earlier checkpoints are untouched") from None
@@ -384,25 +402,6 @@ def save_shards(state, plain, out):
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(tmp, folder)
     dist.barrier()
-
-
-def find_checkpoint(out):
-    """The newest checkpoint of a run folder: its path, and a dict of step, config and so on, to which a file adds its
-    tensors (not yet read from disk). (None, None) if there is none.
-    Raises ValueError with one sentence for a damaged one."""
-    found = [(out / "ckpt.pt", gpt.read_checkpoint(out / "ckpt.pt", mmap=True))] if (out / "ckpt.pt").exists() else []
-    folders = sorted(out.glob("ckpt_[0-9]*/"))
-    if folders:
-        try:
-            files = {i.relative_path for i in dcp.FileSystemReader(folders[-1]).read_metadata().storage_data.values()}
-            missing = sorted(name for name in files if not (folders[-1] / name).exists())
-            plain = json.loads((folders[-1] / "plain.json").read_text())
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{folders[-1]} is damaged ({error}); remove it to resume from an earlier one") from None
-        if missing:
-            raise ValueError(f"{folders[-1]} lacks {', '.join(missing)}; remove it to resume from an earlier one")
-        found.append((folders[-1], plain))
-    return max(found, key=lambda pair: pair[1]["step"], default=(None, None))
 
 
 def keep_some(out, keep, step, sharded):
