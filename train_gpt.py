@@ -51,6 +51,21 @@ def flops_per_image(config):
     return 6 * weights * T + 6 * config.n_layer * config.dim * T ** 2
 
 
+def cross_entropy_(logits, tokens, scale=1.0):
+    """The sum of -log p over logits (B, T, V) and tokens (B, T), times scale; its gradient overwrites the logits.
+
+    A step's largest tensors would be this loss's: in float32 autograd holds three of the logits' size. Here there are
+    the logits alone, in their own type, since log-probabilities and gradient exist for a few rows at a time."""
+    rows = 1024 if logits.is_cuda else 64   # many small kernels are slow on a GPU, large buffers do not fit a CPU's cache
+    total = torch.zeros((), device=logits.device)
+    for some, targets in zip(logits.detach().view(-1, logits.shape[-1]).split(rows), tokens.reshape(-1, 1).split(rows)):
+        log_p = some.float().log_softmax(-1)                                       # (rows, V)
+        total -= log_p.gather(1, targets).sum()
+        p = log_p.exp_()
+        some.copy_(p.scatter_add_(1, targets, p.new_full(targets.shape, -1)).mul_(scale))
+    return total * scale
+
+
 def main():
     """Flags, set-up, loop."""
     # ---- flags ------------------------------------------------------------------------------------------------------
@@ -139,13 +154,12 @@ def main():
         if resumed and not args.resume:
             raise ValueError(f"--out {out} holds a run; add --resume to go on with it, or choose another folder")
         if args.resume and not resumed:
-            raise ValueError(f"--resume: {out}/ckpt.pt: no such file, nor a folder ckpt_STEP")
-        if resumed and resumed["config"] != asdict(config):
-            wrong = {k: v for k, v in resumed["config"].items() if v != asdict(config)[k]}
-            raise ValueError(f"{path} is of another model or other codes: it has {wrong}")
-        if resumed and (resumed["tokenizer"], resumed.get("images", len(codes))) != (meta["tokenizer"], len(codes)):
-            raise ValueError(f"--codes {args.codes} is not the folder that {path} was trained on: its images or its "
-                             "tokenizer differ")
+            raise ValueError(f"--resume: {out}/ckpt.pt: no such file, and no folder ckpt_STEP")
+        data = {**{k: meta[k] for k in ("classes", "tokenizer", "image_size")}, "images": len(codes)}
+        now, then = {**asdict(config), **data}, {**resumed["config"], **resumed} if resumed else {}
+        wrong = {k: then[k] for k in now if then.get(k, now[k]) != now[k]}
+        if wrong:
+            raise ValueError(f"{path} is of another model or other codes: it has {str(wrong)[:200]}")
         vq_model = vq.load_vq(args.vq, device) if args.vq and rank == 0 else None
         if vq_model and vq.weights_hash(vq_model) != meta["tokenizer"]:
             raise ValueError(f"--vq {args.vq} is not the tokenizer that made {args.codes}")
@@ -166,9 +180,8 @@ def main():
 
     # ---- model and optimizer ----------------------------------------------------------------------------------------
     if sharded:
-        S = args.shard_size or world
-        mesh = (init_device_mesh(device.type, (world // S, S), mesh_dim_names=("copy", "shard")) if S < world else
-                init_device_mesh(device.type, (world,)))
+        shape = (world // args.shard_size, args.shard_size) if args.shard_size else (world,)
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=("copy", "shard")[-len(shape):])
         # weights stay float32 and travel as bfloat16; inputs are not cast, since the rotary table is float32
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32,
                                       cast_forward_inputs=False)
@@ -250,9 +263,8 @@ def main():
                 forward.require_backward_grad_sync = i + micro == per_rank
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 logits = forward(tokens[i:i + micro, :-1], classes[i:i + micro])     # (B, T, V)
-            loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens[i:i + micro].flatten()) * micro / per_rank
-            loss.backward()
-            total += loss.detach()
+            total += cross_entropy_(logits, tokens[i:i + micro], scale=1 / (per_rank * T))
+            logits.backward(logits.detach())
 
         # 4. clip and update; averaged weights follow, with a decay that grows so that early ones are soon forgotten
         norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
@@ -302,9 +314,7 @@ def main():
                 picture(config, weights, vq_model, meta["classes"], device, out / f"samples_{step:06d}.png")
         if due["save"] or stop:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), **({"ema": ema} if ema else {})}
-            plain = {"step": step, "images_seen": seen, "images": len(codes), "config": asdict(config),
-                     "classes": meta["classes"], "tokenizer": meta["tokenizer"], "image_size": meta["image_size"],
-                     "args": vars(args)}
+            plain = {"step": step, "images_seen": seen, "config": asdict(config), "args": vars(args), **data}
             try:
                 if sharded:
                     save_shards(state, {**plain, "ema": bool(ema)}, out)
@@ -316,12 +326,11 @@ def main():
                     keep_some(out, args.keep, step, sharded)
             except OSError as error:
                 sys.exit(stopped(rank, str(error)))
-    if dist.is_initialized():
+    say(f"asked to stop: saved at step {step}; --resume goes on" if step < max_steps else f"done: {out}/ckpt.pt")
+    if dist.is_initialized() and device.type == "cuda":
         dist.destroy_process_group()
-    if stop and step < max_steps:
-        say(f"asked to stop: saved at step {step}; --resume goes on")
-    else:
-        say(f"done: {out}/ckpt.pt")
+    elif dist.is_initialized():   # gloo, when it is taken down in order, hangs in one of 30 runs (torch 2.13)
+        os._exit(0)
 
 
 def stopped(rank, text):
@@ -427,7 +436,7 @@ def validate(model, ids, to_device, micro, rank, world, device, bf16):
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             logits = model(tokens[:, :-1], classes)
         if len(mine):
-            loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten(), reduction="sum").double()
+            loss = cross_entropy_(logits, tokens).double()
             sums += torch.stack([loss, loss.new_tensor(tokens.numel())])
     if world > 1:
         dist.all_reduce(sums)
