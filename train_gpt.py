@@ -117,7 +117,8 @@ def main():
     bf16 = args.dtype == "bfloat16" if args.dtype else device.type == "cuda"
     compiled = args.compile if args.compile is not None else device.type == "cuda"
     out, caught = Path(args.out), []
-    for number in (signal.SIGTERM, signal.SIGUSR1):   # what queues send before they kill: finish the step and save
+    # what queues send before they kill: finish the step and save (not where a test imports this file: let it be ended)
+    for number in (signal.SIGTERM, signal.SIGUSR1) if __name__ == "__main__" else ():
         signal.signal(number, lambda number, _: (caught.append(number), signal.signal(number, signal.SIG_DFL)))
 
     def say(text):

@@ -16,6 +16,7 @@ import gpt
 
 STILL = ["--dropout", 0, "--class-dropout", 0, "--max-steps", 50, "--ema-decay", 0.9, "--val-images", 7, "--val-every", 25]
 pytestmark = pytest.mark.slow
+os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")   # gloo would look up the host's name otherwise, which can take minutes
 
 
 @pytest.fixture(scope="module")
