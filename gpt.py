@@ -11,6 +11,7 @@ The file in order: sizes, rotary positions, model, cached decoding, checkpoints.
 # Shapes:  B images   T codes per image = grid * grid   c condition tokens   V codebook entries
 #          C width   n heads   d = C / n   L positions in one call
 import argparse
+import zlib
 from dataclasses import dataclass, replace
 
 import torch
@@ -161,10 +162,19 @@ class GPT(nn.Module):
         self.norm = RMSNorm(config.dim)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.rope = rope_table(config.grid, config.dim // config.n_head, config.cond_tokens)
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=0.02)
-        nn.init.zeros_(self.output.weight)                    # so the first loss is ln(V)
+        if not self.norm.weight.is_meta:
+            self.load_state_dict(dict(self.initial_weights(seed=int(torch.randint(2 ** 62, ())))))
+
+    def initial_weights(self, seed):
+        """Yield (name, tensor) of an untrained model: N(0, 0.02), ones for norms, and zeros for the output layer, so
+        that the first loss is ln(V). A tensor follows from (seed, name) alone and only one exists at a time: processes
+        that hold a shard each of a large model draw it like this and agree (train_gpt.py)."""
+        for name, weight in self.named_parameters():
+            value = torch.ones(weight.shape, device=weight.device)
+            if weight.dim() > 1:
+                generator = torch.Generator(weight.device).manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+                value.normal_(std=0.02, generator=generator)
+            yield name, value.zero_() if name == "output.weight" else value
 
     def _apply(self, fn, recurse=True):
         """Move or cast the model; the rotary table follows to the device but stays float32 (not a buffer for that)."""
@@ -204,13 +214,14 @@ class GPT(nn.Module):
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
-def read_checkpoint(path):
-    """A checkpoint as a dict of plain values and tensors on the CPU; nothing in the file is executed.
+def read_checkpoint(path, mmap=False):
+    """A checkpoint as a dict of plain values and tensors on the CPU; nothing in the file is executed. With mmap,
+    tensors are read from disk when they are used.
 
     Raises OSError for a missing file and ValueError for one that is damaged or holds other objects."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):   # released training files hold their flags so
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except OSError as error:
         raise OSError(f"{path}: {error.strerror or error}") from None
     except Exception as error:   # the bytes of a broken file can make the reader stumble in any way

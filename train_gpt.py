@@ -4,6 +4,8 @@ A small one on a laptop's CPU:
 $ python train_gpt.py --codes codes --model demo --batch-size 64 --lr 4e-3 --max-steps 1000 --vq runs/vq/ckpt.pt
 The paper's 343M model, one node with 8 GPUs (the defaults are its recipe; --resume goes on after a stop):
 $ torchrun --nproc_per_node=8 train_gpt.py --model L
+The 3.1B model on two nodes, which both run this line; its weights, gradients and averages are sharded (FSDP):
+$ torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 train_gpt.py --model 3B
 
 The loss is plain cross-entropy: every code is predicted from its class and the codes before it.
 """
@@ -12,17 +14,26 @@ import argparse
 import json
 import math
 import os
+import shutil
+import signal
 import sys
 import time
 from dataclasses import asdict, replace
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 import gpt
 import sample
@@ -40,13 +51,28 @@ def flops_per_image(config):
     return 6 * weights * T + 6 * config.n_layer * config.dim * T ** 2
 
 
+def cross_entropy_(logits, tokens, scale=1.0):
+    """The sum of -log p over logits (B, T, V) and tokens (B, T), times scale; its gradient overwrites the logits.
+
+    A step's largest tensors would be this loss's: in float32 autograd holds three of the logits' size. Here there are
+    the logits alone, in their own type, since log-probabilities and gradient exist for a few rows at a time."""
+    rows = 1024 if logits.is_cuda else 64   # many small kernels are slow on a GPU, large buffers do not fit a CPU's cache
+    total = torch.zeros((), device=logits.device)
+    for some, targets in zip(logits.detach().view(-1, logits.shape[-1]).split(rows), tokens.reshape(-1, 1).split(rows)):
+        log_p = some.float().log_softmax(-1)                                       # (rows, V)
+        total -= log_p.gather(1, targets).sum()
+        p = log_p.exp_()
+        some.copy_(p.scatter_add_(1, targets, p.new_full(targets.shape, -1)).mul_(scale))
+    return total * scale
+
+
 def main():
     """Flags, set-up, loop."""
     # ---- flags ------------------------------------------------------------------------------------------------------
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--codes", default="codes", help="folder written by vq.py encode")
-    p.add_argument("--out", default="runs/gpt", help="run folder: ckpt.pt, log.jsonl, samples_*.png")
-    p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    p.add_argument("--out", default="runs/gpt", help="run folder: ckpt.pt or ckpt_STEP/, log.jsonl, samples_*.png")
+    p.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     p.add_argument("--model", choices=gpt.GPT_CONFIGS, default="B", help="named size, see GPT_CONFIGS in gpt.py")
     p.add_argument("--batch-size", type=int, default=256, help="images per step, summed over processes")
     p.add_argument("--micro-batch", type=int, help="images that one process takes at once, if its share is too many")
@@ -66,10 +92,19 @@ def main():
     p.add_argument("--sample-every", type=int, default=5000, help="steps between samples_*.png; 0: none")
     p.add_argument("--log-every", type=int, default=100, help="steps")
     p.add_argument("--save-every", type=int, default=5000, help="steps between checkpoints")
+    p.add_argument("--keep", type=int, default=0, help="older checkpoints to keep beside the newest, as ckpt_STEP")
+    p.add_argument("--consolidate", action="store_true", help="FSDP: write ckpt.pt at every save, not only at the end")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
     p.add_argument("--dtype", choices=["float32", "bfloat16"], help="arithmetic (default: bfloat16 on GPU)")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the model (default: on GPU)")
+    p.add_argument("--parallel", choices=["auto", "ddp", "fsdp"], default="auto", help="ddp: every process holds the "
+                   "model; fsdp: a shard of it; auto: fsdp above 1B parameters, on several processes")
+    p.add_argument("--shard-size", type=int, help="FSDP: processes that share one copy of the model, those of a node say "
+                   "(default: all)")
+    p.add_argument("--checkpoint-activations", action="store_true", help="compute each block again in the backward pass: "
+                   "less memory, a third more work")
+    p.add_argument("--timeout", type=float, default=10, help="minutes after which a process stops waiting for the others")
     args = p.parse_args()
     p.usage = "python train_gpt.py --codes DIR ... (--help lists the flags)"
 
@@ -81,8 +116,10 @@ def main():
         torch.cuda.set_device(device)
     bf16 = args.dtype == "bfloat16" if args.dtype else device.type == "cuda"
     compiled = args.compile if args.compile is not None else device.type == "cuda"
-    torch.manual_seed(args.seed)
-    out = Path(args.out)
+    out, caught = Path(args.out), []
+    # what queues send before they kill: finish the step and save (not where a test imports this file: let it be ended)
+    for number in (signal.SIGTERM, signal.SIGUSR1) if __name__ == "__main__" else ():
+        signal.signal(number, lambda number, _: (caught.append(number), signal.signal(number, signal.SIG_DFL)))
 
     def say(text):
         if rank == 0:
@@ -104,19 +141,33 @@ def main():
             raise ValueError(f"--val-images {args.val_images}: the folder has {len(codes)} images")
         config = replace(gpt.GPT_CONFIGS[args.model], vocab_size=meta["codebook_size"], grid=meta["h"],
                          num_classes=len(meta["classes"]), dropout=args.dropout, class_dropout=args.class_dropout)
-        if not args.resume and (out / "ckpt.pt").exists():
+        with torch.device("meta"):
+            model = gpt.GPT(config)   # shapes only; memory comes when it is known what this process holds
+        parameters = sum(q.numel() for q in model.parameters())
+        sharded = args.parallel == "fsdp" or args.parallel == "auto" and parameters > 1e9 and world > 1
+        if sharded and "RANK" not in os.environ:
+            raise ValueError("--parallel fsdp: start it with torchrun")
+        if args.shard_size and not sharded:
+            raise ValueError("--shard-size is for --parallel fsdp")
+        if args.shard_size and (args.shard_size < 1 or world % args.shard_size):
+            raise ValueError(f"--shard-size {args.shard_size} does not divide the {world} processes")
+        path, resumed = find_checkpoint(out)
+        if resumed and not args.resume:
             raise ValueError(f"--out {out} holds a run; add --resume to go on with it, or choose another folder")
-        resumed = gpt.read_checkpoint(out / "ckpt.pt") if args.resume else None
-        if resumed and resumed["config"] != asdict(config):
-            wrong = {k: v for k, v in resumed["config"].items() if v != asdict(config)[k]}
-            raise ValueError(f"{out}/ckpt.pt is of another model or other codes: it has {wrong}")
+        if args.resume and not resumed:
+            raise ValueError(f"--resume: {out}/ckpt.pt: no such file, and no folder ckpt_STEP")
+        data = {**{k: meta[k] for k in ("classes", "tokenizer", "image_size")}, "images": len(codes)}
+        now, then = {**asdict(config), **data}, {**resumed["config"], **resumed} if resumed else {}
+        wrong = {k: then[k] for k in now if then.get(k, now[k]) != now[k]}
+        if wrong:
+            raise ValueError(f"{path} is of another model or other codes: it has {str(wrong)[:200]}")
         vq_model = vq.load_vq(args.vq, device) if args.vq and rank == 0 else None
         if vq_model and vq.weights_hash(vq_model) != meta["tokenizer"]:
             raise ValueError(f"--vq {args.vq} is not the tokenizer that made {args.codes}")
     except (OSError, ValueError) as error:
         p.error(str(error))
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if world > 1 or sharded:   # the timeout: a process that waits for a dead one ends too
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=args.timeout))
     T = meta["h"] * meta["w"]
     order = np.random.RandomState(0).permutation(len(codes))   # the same images are held out whatever --seed
     train_ids, val_ids = order[args.val_images:], np.sort(order[:args.val_images])
@@ -129,40 +180,66 @@ def main():
         return rows.to(device, non_blocking=True), torch.from_numpy(labels[ids].astype(np.int64)).to(device)
 
     # ---- model and optimizer ----------------------------------------------------------------------------------------
-    model = gpt.GPT(config).to(device)
+    if sharded:
+        shape = (world // args.shard_size, args.shard_size) if args.shard_size else (world,)
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=("copy", "shard")[-len(shape):])
+        # weights stay float32 and travel as bfloat16; inputs are not cast, since the rotary table is float32
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32,
+                                      cast_forward_inputs=False)
+    for layer in model.layers:
+        if sharded and compiled:   # block by block, so that FSDP's transfers stay between the compiled parts
+            layer.forward = torch.compile(layer.forward)
+        if args.checkpoint_activations:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        if sharded:
+            fully_shard(layer, mesh=mesh, mp_policy=policy)
+    if sharded:
+        fully_shard(model, mesh=mesh, mp_policy=policy)
+    model.to_empty(device=device)
+    if not resumed:
+        weights = model.state_dict()
+        for name, value in model.initial_weights(args.seed):
+            weights[name].copy_(part(value, weights[name]))
     matrices = [q for q in model.parameters() if q.dim() > 1]   # scales of norms are not decayed
     scales = [q for q in model.parameters() if q.dim() == 1]
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": args.weight_decay},
                                    {"params": scales, "weight_decay": 0.0}], lr=lr, betas=(0.9, 0.95), fused=True)
+    ema = {k: v.clone() for k, v in model.state_dict().items()} if args.ema_decay else None
     first, seen = 0, 0
     if resumed:
-        model.load_state_dict(resumed["model"])
-        optimizer.load_state_dict(resumed["optimizer"])
-        first, seen = resumed["step"], resumed["images_seen"]
-    ema = {k: v.clone() for k, v in model.state_dict().items()} if args.ema_decay else None
-    if ema and resumed and resumed["ema"]:
-        ema = {k: v.to(device) for k, v in resumed["ema"].items()}
-    forward = torch.compile(model) if compiled else model
-    if world > 1:
+        moments = {i: {"step": torch.zeros(()), "exp_avg": torch.zeros_like(q), "exp_avg_sq": torch.zeros_like(q)}
+                   for i, q in enumerate(matrices + scales)}
+        restore({"model": model.state_dict(), "optimizer": moments, **({"ema": ema} if ema and resumed["ema"] else {})},
+                path, resumed)
+        optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+        if ema and not resumed["ema"]:
+            fill(ema, model.state_dict())
+        first, seen, resumed = resumed["step"], resumed["images_seen"], None   # None lets go of the file
+    forward = torch.compile(model) if compiled and not sharded else model
+    if world > 1 and not sharded:
         forward = DistributedDataParallel(forward, device_ids=[device] if device.type == "cuda" else None)
     peak = next((v for k, v in PEAK_FLOPS.items() if device.type == "cuda" and k in torch.cuda.get_device_name()), None)
 
-    say(f"torch {torch.__version__}, {world} process(es) on {device.type}, {'bfloat16' if bf16 else 'float32'}"
-        f"{', compiled' if compiled else ''}")
-    say(f"{args.model}: {sum(q.numel() for q in model.parameters()) / 1e6:.1f}M parameters; {T} codes of {config.vocab_size:,} "
-        f"an image, {config.num_classes} classes")
+    say(f"torch {torch.__version__}, {world} process(es) on {device.type}{' with FSDP' * sharded}, "
+        f"{'bfloat16' if bf16 else 'float32'}{', compiled' * compiled}")
+    say(f"{args.model}: {parameters / 1e6:.1f}M parameters; {T} codes of {config.vocab_size:,} an image, "
+        f"{config.num_classes} classes")
     say(f"{args.codes}: {len(train_ids):,} images x {codes.shape[1]} crops, {len(val_ids)} held out; {max_steps:,} steps of "
         f"{args.batch_size} images ({args.batch_size * T:,} codes) = {max_steps * args.batch_size / len(train_ids):.1f} "
         f"epochs -> {out}")
     say(f"the first loss should be {math.log(config.vocab_size):.2f} = ln({config.vocab_size}), since the output layer starts "
-        "at zero" if not resumed else f"resumed at step {first}")
+        "at zero" if not first else f"resumed at step {first} from {path}")
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
+        if first and (out / "log.jsonl").exists():   # steps that were logged after the checkpoint come again
+            lines = [line for line in (out / "log.jsonl").read_text().splitlines(keepends=True) if line.endswith("}\n")]
+            (out / "log.jsonl").write_text("".join(line for line in lines if json.loads(line)["step"] <= first))
 
     # ---- loop -------------------------------------------------------------------------------------------------------
     pairs = vq.shuffled(len(train_ids), args.seed, seen)
     step, total, clock, clock_step, record = first, torch.zeros((), device=device), time.time(), first, {}
-    while step < max_steps:
+    stop = torch.zeros((), device=device)
+    while step < max_steps and not stop:
         # 1. learning rate of this step; its dropout too follows from (seed, step, process), so that a resumed run needs
         #    no stored random state
         scale = min(1, (step + 1) / max(args.warmup_steps, 1))
@@ -181,18 +258,20 @@ def main():
         # 3. forward and backward over the micro-batches; gradients sync on the last one
         model.train()
         for i in range(0, per_rank, micro):
-            if world > 1:
+            if sharded:
+                model.set_requires_gradient_sync(i + micro == per_rank)
+            elif world > 1:
                 forward.require_backward_grad_sync = i + micro == per_rank
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 logits = forward(tokens[i:i + micro, :-1], classes[i:i + micro])     # (B, T, V)
-            loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens[i:i + micro].flatten()) * micro / per_rank
-            loss.backward()
-            total += loss.detach()
+            total += cross_entropy_(logits, tokens[i:i + micro], scale=1 / (per_rank * T))
+            logits.backward(logits.detach())
 
         # 4. clip and update; averaged weights follow, with a decay that grows so that early ones are soon forgotten
         norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
+        norm = norm.full_tensor() if sharded else norm
         if not torch.isfinite(norm):
-            sys.exit(stopped(rank, f"the loss is not finite at step {step}; {out}/ckpt.pt is the last good state. "
+            sys.exit(stopped(rank, f"the loss is not finite at step {step}; {out} holds the last good state. "
                              "A lower --lr or --dtype float32 may help"))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -200,16 +279,19 @@ def main():
             decay = min(args.ema_decay, (1 + step) / (10 + step))
             with torch.no_grad():
                 for name, value in model.state_dict().items():
-                    ema[name].lerp_(value, 1 - decay)
+                    ema[name].mul_(decay).add_(value, alpha=1 - decay)
         step, seen = step + 1, seen + args.batch_size
 
-        # 5. one line, validation, a picture, a checkpoint
+        # 5. one line, validation, a picture, a checkpoint; if any process was asked to stop, all do
+        stop.fill_(len(caught))
+        if world > 1:
+            dist.all_reduce(stop, dist.ReduceOp.MAX)
         due = {k: every and (step % every == 0 or step == max_steps) for k, every in
                (("log", args.log_every), ("val", args.val_images and args.val_every), ("sample", args.sample_every),
                 ("save", args.save_every))}
         if due["val"]:
-            record["val_loss"] = validate(model, val_ids[rank::world], to_device, micro, world, device, bf16)
-        if due["log"] or due["val"] or step == first + 1:
+            record["val_loss"] = validate(model, val_ids, to_device, micro, rank, world, device, bf16)
+        if due["log"] or due["val"] or step == first + 1 or stop:
             if world > 1:
                 dist.all_reduce(total)
             now, steps = time.time(), step - clock_step
@@ -227,19 +309,29 @@ def main():
                 + (f" | MFU {record['mfu']:.1%}" if peak else "") + f" | {(max_steps - step) * dt / 60:.1f} min left")
             total.zero_()
             clock, clock_step, record = now, step, {}
-        if due["sample"] and vq_model:
-            picture(model, ema, vq_model, meta["classes"], out / f"samples_{step:06d}.png")
-        if due["save"] and rank == 0:
+        if due["sample"] and args.vq:
+            weights = whole(ema or model.state_dict())
+            if rank == 0:
+                picture(config, weights, vq_model, meta["classes"], device, out / f"samples_{step:06d}.png")
+        if due["save"] or stop:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), **({"ema": ema} if ema else {})}
+            plain = {"step": step, "images_seen": seen, "config": asdict(config), "args": vars(args), **data}
             try:
-                vq.save_checkpoint(
-                    {"model": model.state_dict(), "ema": ema, "optimizer": optimizer.state_dict(), "step": step,
-                     "images_seen": seen, "config": asdict(config), "classes": meta["classes"],
-                     "tokenizer": meta["tokenizer"], "image_size": meta["image_size"], "args": vars(args)}, out / "ckpt.pt")
+                if sharded:
+                    save_shards(state, {**plain, "ema": bool(ema)}, out)
+                if not sharded or args.consolidate or step == max_steps:
+                    state = whole(state)
+                    if rank == 0:
+                        vq.save_checkpoint({"ema": None, **state, **plain}, out / "ckpt.pt")
+                if rank == 0:
+                    keep_some(out, args.keep, step, sharded)
             except OSError as error:
                 sys.exit(stopped(rank, str(error)))
-    if world > 1:
+    say(f"asked to stop: saved at step {step}; --resume goes on" if step < max_steps else f"done: {out}/ckpt.pt")
+    if dist.is_initialized() and device.type == "cuda":
         dist.destroy_process_group()
-    say(f"done: {out}/ckpt.pt")
+    elif dist.is_initialized():   # gloo, when it is taken down in order, hangs in one of 30 runs (torch 2.13)
+        os._exit(0)
 
 
 def stopped(rank, text):
@@ -249,29 +341,115 @@ def stopped(rank, text):
     return 2
 
 
+# ---- shards and checkpoints -----------------------------------------------------------------------------------------
+def part(value, like):
+    """What `like` holds of a whole tensor: all of it, or under FSDP this process's shard. No process sends anything."""
+    if isinstance(like, DTensor):
+        return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+    return value
+
+
+def fill(target, source):
+    """Copy whole tensors into those of a nested dict, which may be shards; what only source has is left out."""
+    for key, value in target.items():
+        if isinstance(value, dict):
+            fill(value, source[key])
+        else:
+            value.copy_(part(source[key], value))
+
+
+def whole(tree):
+    """A nested dict with every shard replaced by its whole tensor: on the CPU of process 0, None elsewhere. All processes
+    must call it. Tensors are gathered one at a time, so that no GPU holds more than one of them."""
+    if isinstance(tree, dict):
+        return {k: whole(v) for k, v in tree.items()}
+    if isinstance(tree, DTensor):
+        value = tree.full_tensor()
+        return value.cpu() if dist.get_rank() == 0 else None
+    return tree
+
+
+def find_checkpoint(out):
+    """The newest checkpoint of a run folder: its path, and a dict of step, config and so on, to which a file adds its
+    tensors (not yet read from disk). (None, None) if there is none.
+    Raises ValueError with one sentence for a damaged one."""
+    found = [(out / "ckpt.pt", gpt.read_checkpoint(out / "ckpt.pt", mmap=True))] if (out / "ckpt.pt").exists() else []
+    for folder in sorted(out.glob("ckpt_[0-9]*/"))[-1:]:
+        try:
+            files = {i.relative_path for i in dcp.FileSystemReader(folder).read_metadata().storage_data.values()}
+            lost = sorted(name for name in files if not (folder / name).exists())
+            if lost:
+                raise OSError(f"{', '.join(lost)} not found")
+            found.append((folder, json.loads((folder / "plain.json").read_text())))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{folder} is damaged ({error}); remove it to resume from an earlier one") from None
+    return max(found, key=lambda pair: pair[1]["step"], default=(None, None))
+
+
+def restore(state, path, saved):
+    """Fill a nested dict of tensors, which may be shards, from what find_checkpoint found, of any number of processes."""
+    if path.is_dir():
+        dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
+    else:
+        fill(state, {**saved, "optimizer": saved["optimizer"]["state"]})
+
+
+def save_shards(state, plain, out):
+    """Write the checkpoint folder out/ckpt_STEP: shards by every process, plain values as plain.json. The folder gets
+    its name when it is complete, so that a kill at any moment leaves the one before.
+    Raises OSError with one sentence, on every process."""
+    tmp, folder = out / "ckpt.tmp", out / f"ckpt_{plain['step']:08d}"
+    if dist.get_rank() == 0:
+        shutil.rmtree(tmp, ignore_errors=True)
+    dist.barrier()
+    try:
+        dcp.save({**state, "optimizer": state["optimizer"]["state"]}, checkpoint_id=tmp)
+    except dcp.api.CheckpointException as error:
+        reason = str(next(iter(error.failures.values()))[0]).splitlines()[0]
+        raise OSError(f"could not save {folder} ({reason}); earlier checkpoints are untouched") from None
+    if dist.get_rank() == 0:
+        (tmp / "plain.json").write_text(json.dumps(plain))
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(tmp, folder)
+    dist.barrier()
+
+
+def keep_some(out, keep, step, sharded):
+    """Name the new ckpt.pt also ckpt_STEP.pt if older ones are wanted, and delete all but the `keep` older ones."""
+    if keep and not sharded:
+        (out / f"ckpt_{step:08d}.pt").unlink(missing_ok=True)
+        os.link(out / "ckpt.pt", out / f"ckpt_{step:08d}.pt")
+    newest = 1 if keep or sharded else 0
+    for old in sorted(out.glob("ckpt_[0-9]*"), reverse=True)[newest + keep:]:
+        shutil.rmtree(old) if old.is_dir() else old.unlink()
+
+
+# ---- what a run shows -----------------------------------------------------------------------------------------------
 @torch.no_grad()
-def validate(model, ids, to_device, micro, world, device, bf16):
-    """Mean loss over the first crop of the held-out images, without dropout; ids are this process's part of them."""
+def validate(model, ids, to_device, micro, rank, world, device, bf16):
+    """Mean loss over the first crop of the held-out images, without dropout, shared among the processes."""
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=device)
-    for i in range(0, len(ids), micro):
-        tokens, classes = to_device(ids[i:i + micro], np.zeros(len(ids[i:i + micro]), dtype=int))
+    for i in range(0, len(ids), micro * world):   # as many forward passes everywhere: under FSDP they are collective
+        mine = ids[i:i + micro * world][rank::world]
+        padded = mine if len(mine) else ids[:1]
+        tokens, classes = to_device(padded, np.zeros(len(padded), dtype=int))
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             logits = model(tokens[:, :-1], classes)
-        sums += torch.stack([F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten(), reduction="sum").double(),
-                             torch.tensor(float(tokens.numel()), dtype=torch.float64, device=device)])
+        if len(mine):
+            loss = cross_entropy_(logits, tokens).double()
+            sums += torch.stack([loss, loss.new_tensor(tokens.numel())])
     if world > 1:
         dist.all_reduce(sums)
     return float(sums[0] / sums[1])
 
 
-def picture(model, ema, vq_model, names, path):
-    """Draw two images of each of the first ten classes, with the averaged weights where there are some."""
-    shadow = gpt.GPT(model.config).to(model.norm.weight.device).eval()
-    shadow.load_state_dict(ema or model.state_dict())
+def picture(config, weights, vq_model, names, device, path):
+    """Draw two images of each of the first ten classes."""
+    shadow = gpt.GPT(config).to(device).eval()
+    shadow.load_state_dict(weights)
     labels = list(range(min(10, len(names)))) * 2
-    cond = torch.tensor(labels, device=model.norm.weight.device)
-    codes = sample.generate(shadow, cond, cfg_scale=2.0, seeds=range(len(labels)))
+    codes = sample.generate(shadow, torch.tensor(labels, device=device), cfg_scale=2.0, seeds=range(len(labels)))
     vq.save_grid(sample.to_pixels(vq_model, codes), path, len(labels) // 2, [names[c] for c in labels])
     print(f"{path}: samples, guidance 2", flush=True)
 

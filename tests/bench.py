@@ -16,13 +16,13 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate  # noqa: E402
 import gpt  # noqa: E402
 import sample  # noqa: E402
+import train_gpt  # noqa: E402
 import vq  # noqa: E402
 
 
@@ -96,7 +96,8 @@ def bench_train(name, device, dtype, roof, batch, compiled):
     def step(run=forward):
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             logits = run(codes[:, :-1], labels)
-        F.cross_entropy(logits.flatten(0, 1).float(), codes.flatten()).backward()
+        train_gpt.cross_entropy_(logits, codes, scale=1 / codes.numel())
+        logits.backward(logits.detach())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

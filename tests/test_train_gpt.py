@@ -40,9 +40,9 @@ def train(monkeypatch, *args):
 
 
 def torchrun(n, *args):
-    """One run on n processes."""
+    """One run on n processes; a hang is an error, not a wait."""
     return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", "train_gpt.py",
-                           *flags_for(*args)], cwd=ROOT, capture_output=True, text=True)
+                           *flags_for(*args)], cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
 def log(out):
@@ -125,7 +125,7 @@ def test_every_step_takes_other_images_and_crops(codes, tmp_path, monkeypatch):
     (["--codes", "nowhere"], "make it with: python vq.py encode"),
     (["--micro-batch", "3"], "--micro-batch 3 does not divide the 8 images"),
     (["--val-images", "60"], "--val-images 60: the folder has 60 images"),
-    (["--resume"], "ckpt.pt: No such file or directory"),
+    (["--resume"], "ckpt.pt: no such file"),
     (["--vq", "README.md"], "not a PyTorch checkpoint"),
 ])
 def test_a_mistake_gets_one_sentence(codes, tmp_path, monkeypatch, capsys, flags, sentence):
@@ -164,6 +164,30 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
         train(monkeypatch, codes, tmp_path / "run", "--max-steps", 4, "--resume")
     assert stop.value.code == 2 and "not finite at step 2" in capsys.readouterr().err
     assert (tmp_path / "run" / "ckpt.pt").read_bytes() == good
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_loss_and_its_gradient_are_those_of_torch(dtype):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, 40, 30, generator=generator).to(dtype).requires_grad_()
+    tokens = torch.randint(30, (5, 40), generator=generator)
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten())
+    expected.backward()
+    ours = logits.detach().clone()
+    assert float(train_gpt.cross_entropy_(ours, tokens, scale=1 / 200)) == pytest.approx(float(expected.detach()), abs=1e-5)
+    assert torch.allclose(ours, logits.grad, atol=1e-6, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
+def test_weights_of_a_seed_are_the_same_whole_or_drawn_in_parts():
+    torch.manual_seed(3)
+    model = gpt.GPT(gpt.GPTConfig(dim=64, n_layer=2, n_head=4, vocab_size=100, grid=4))
+    with torch.device("meta"):
+        names = gpt.GPT(model.config).state_dict().keys()
+    first, again = dict(model.initial_weights(1)), dict(model.initial_weights(1))
+    assert first.keys() == names and all(torch.equal(first[k], again[k]) for k in first)
+    wqkv = [v for k, v in first.items() if k.endswith("wqkv.weight")]
+    assert not torch.equal(*wqkv) and not torch.equal(wqkv[0], dict(model.initial_weights(2))["layers.0.attention.wqkv.weight"])
+    assert float(wqkv[0].std()) == pytest.approx(0.02, rel=0.05) and not first["output.weight"].any()
 
 
 def test_flops_are_those_that_torch_counts():

@@ -1,0 +1,160 @@
+"""What train_gpt.py promises about several processes: one, many and sharded are the same run, and it survives a kill."""
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+from test_train_gpt import codes, flags_for, log, losses, torchrun, train  # noqa: F401 (codes is a fixture)
+
+import gpt
+
+STILL = ["--dropout", 0, "--class-dropout", 0, "--max-steps", 50, "--ema-decay", 0.9, "--val-images", 7, "--val-every", 25]
+pytestmark = pytest.mark.slow
+os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")   # gloo would look up the host's name otherwise, which can take minutes
+
+
+@pytest.fixture(scope="module")
+def runs(codes, tmp_path_factory):  # noqa: F811
+    """A folder with 50 steps each on one process, two DDP and two FSDP processes: one, ddp, fsdp."""
+    out = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        train(patch, codes, out / "one", *STILL, "--save-every", 20, "--keep", 2)
+    for name, flags in (("ddp", []), ("fsdp", ["--parallel", "fsdp", "--save-every", 20, "--keep", 1, "--micro-batch", 2,
+                                               "--checkpoint-activations"])):
+        result = torchrun(2, codes, out / name, *STILL, *flags)
+        assert result.returncode == 0, result.stderr
+    return out
+
+
+def workers(n, *args):
+    """The n processes of one run, as a cluster's scheduler starts them, without torchrun."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    return [subprocess.Popen([sys.executable, "train_gpt.py", *flags_for(*args)], cwd=ROOT, stderr=subprocess.PIPE, text=True,
+                             env={**os.environ, "RANK": str(rank), "WORLD_SIZE": str(n), "LOCAL_RANK": str(rank),
+                                  "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}) for rank in range(n)]
+
+
+def wait_for_step(out, step, processes):
+    while not (out / "log.jsonl").exists() or len(log(out)) < step:
+        assert all(p.poll() is None for p in processes), processes[0].communicate()
+        time.sleep(0.02)
+
+
+def test_one_process_two_and_two_with_shards_agree(runs):
+    one = log(runs / "one")
+    assert one[-1]["loss"] < 2.7                                 # so that there was something to differ
+    for name in ("ddp", "fsdp"):
+        assert losses(runs / name) == pytest.approx(losses(runs / "one"), abs=1e-4)
+        assert [r["norm"] for r in log(runs / name)] == pytest.approx([r["norm"] for r in one], rel=1e-3)
+        assert log(runs / name)[-1]["val_loss"] == pytest.approx(one[-1]["val_loss"], abs=1e-4)
+    saved = {name: gpt.read_checkpoint(runs / name / "ckpt.pt") for name in ("one", "ddp", "fsdp")}
+    for name in ("ddp", "fsdp"):
+        assert saved[name].keys() == saved["one"].keys()
+        for part in ("model", "ema"):
+            assert max(float((v - saved["one"][part][k]).abs().max()) for k, v in saved[name][part].items()) < 1e-3
+
+
+def test_old_checkpoints_are_kept_as_asked(runs):
+    names = {name: sorted(p.name for p in (runs / name).glob("ckpt*")) for name in ("one", "ddp", "fsdp")}
+    assert names["one"] == ["ckpt.pt", "ckpt_00000020.pt", "ckpt_00000040.pt", "ckpt_00000050.pt"]
+    assert names["ddp"] == ["ckpt.pt"]
+    assert names["fsdp"] == ["ckpt.pt", "ckpt_00000040", "ckpt_00000050"]
+
+
+def test_a_sharded_run_killed_goes_on_in_one_process(runs, codes, tmp_path, monkeypatch):  # noqa: F811
+    out, flags = tmp_path / "run", [*STILL, "--save-every", 10]
+    processes = workers(2, codes, out, *flags, "--parallel", "fsdp")
+    wait_for_step(out, 23, processes)
+    for p in processes:
+        p.kill()
+        p.communicate()
+    assert not (out / "ckpt.pt").exists()
+    (out / "ckpt.tmp").mkdir(exist_ok=True)                      # as a save leaves it that is killed half-way
+    train(monkeypatch, codes, out, *flags, "--resume")
+    assert losses(out) == pytest.approx(losses(runs / "one"), abs=1e-4)
+    ema, expected = (gpt.read_checkpoint(folder / "ckpt.pt")["ema"] for folder in (out, runs / "one"))
+    assert max(float((v - expected[k]).abs().max()) for k, v in ema.items()) < 1e-3
+
+
+def test_one_process_goes_on_as_shards_and_two_copies_as_two_shards(runs, codes, tmp_path):  # noqa: F811
+    """From ckpt.pt to FSDP with --shard-size 1 (a whole copy in each of two processes), then from its shards to two."""
+    (tmp_path / "run").mkdir()
+    shutil.copy(runs / "one" / "ckpt_00000020.pt", tmp_path / "run" / "ckpt.pt")
+    for steps, size in ((35, 1), (50, 2)):
+        result = torchrun(2, codes, tmp_path / "run", *STILL, "--resume", "--parallel", "fsdp", "--shard-size", size,
+                          "--max-steps", steps)
+        assert result.returncode == 0, result.stderr
+    assert losses(tmp_path / "run") == pytest.approx(losses(runs / "one")[20:], abs=1e-4)
+
+
+@pytest.mark.parametrize("parallel, number", [("fsdp", signal.SIGTERM), ("ddp", signal.SIGUSR1)])
+def test_a_signal_to_any_process_saves_and_exits_0(codes, tmp_path, parallel, number):  # noqa: F811
+    processes = workers(2, codes, tmp_path / "run", "--max-steps", 100000, "--parallel", parallel)
+    wait_for_step(tmp_path / "run", 3, processes)
+    processes[1].send_signal(number)
+    for p in processes:
+        _, err = p.communicate(timeout=60)
+        assert p.returncode == 0, err
+    if parallel == "fsdp":
+        assert len(list((tmp_path / "run").glob("ckpt_*/plain.json"))) == 1
+    else:
+        assert gpt.read_checkpoint(tmp_path / "run" / "ckpt.pt")["step"] == log(tmp_path / "run")[-1]["step"]
+
+
+def test_a_process_that_dies_ends_the_others(codes, tmp_path):  # noqa: F811
+    processes = workers(2, codes, tmp_path / "run", "--max-steps", 100000, "--timeout", 0.2)
+    wait_for_step(tmp_path / "run", 3, processes)
+    processes[1].kill()
+    processes[1].communicate()
+    processes[0].communicate(timeout=60)
+    assert processes[0].returncode != 0
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    (["--shard-size", 4], "--shard-size 4 does not divide the 2 processes"),
+    (["--parallel", "ddp", "--shard-size", 2], "--shard-size is for --parallel fsdp"),
+    (["--resume", "--model", "B"], "is of another model or other codes"),
+    (["--resume"], "__1_0.distcp not found); remove it to resume from an earlier one"),
+])
+def test_a_mistake_gets_one_sentence(runs, codes, tmp_path, monkeypatch, capsys, flags, sentence):  # noqa: F811
+    if "--resume" in flags:
+        shutil.copytree(runs / "fsdp" / "ckpt_00000040", tmp_path / "run" / "ckpt_00000040")
+        if "--model" not in flags:
+            (tmp_path / "run" / "ckpt_00000040" / "__1_0.distcp").unlink()
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit) as stop:
+        train(monkeypatch, codes, tmp_path / "run", *STILL, "--parallel", "fsdp", *flags)
+    assert stop.value.code == 2 and sentence in capsys.readouterr().err
+
+
+def test_fsdp_without_torchrun_says_so(codes, tmp_path, monkeypatch, capsys):  # noqa: F811
+    with pytest.raises(SystemExit) as stop:
+        train(monkeypatch, codes, tmp_path / "run", "--parallel", "fsdp")
+    assert stop.value.code == 2 and "start it with torchrun" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
+def test_compiled_equals_eager(codes, tmp_path, monkeypatch):  # noqa: F811
+    """On a model of one block, to compile in seconds; without dropout, whose random numbers differ when compiled."""
+    monkeypatch.setitem(gpt.GPT_CONFIGS, "demo", gpt.GPTConfig(dim=32, n_layer=1, n_head=2))
+    flags = ["--dropout", 0, "--class-dropout", 0, "--max-steps", 30]
+    train(monkeypatch, codes, tmp_path / "eager", *flags)
+    train(monkeypatch, codes, tmp_path / "compiled", *flags, "--compile")
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), abs=1e-4)
+    assert losses(tmp_path / "eager")[-1] < 2.9
+
+
+@pytest.mark.parametrize("name", gpt.GPT_CONFIGS)
+def test_every_size_is_built_without_memory(name):
+    with torch.device("meta"):
+        model = gpt.GPT(gpt.GPT_CONFIGS[name])
+    assert all(q.is_meta for q in model.parameters()) and model.output.weight.shape[1] == gpt.GPT_CONFIGS[name].dim
