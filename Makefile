@@ -1,4 +1,4 @@
-# make demo   train a tokenizer and a GPT on drawn shapes, then sample from them (8 minutes on two CPU cores)
+# make demo   train a tokenizer and a GPT on drawn shapes, then sample from them (seven and a half minutes on two CPU cores)
 # make test   all tests
 # Both set up .venv first, with the pinned versions of requirements.txt. Finished stages of the demo are not repeated;
 # `rm -r runs/demo` starts it afresh.

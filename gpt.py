@@ -259,6 +259,7 @@ def load_gpt(path, device="cpu", grid=None):
     try:
         model.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:
-        raise ValueError(f"{path} does not fit a GPT of width {config.dim}: {str(error).splitlines()[1].strip()}") from None
+        reason = str(error).splitlines()[1].strip()
+        raise ValueError(f"{path} does not fit a GPT of width {config.dim}: {reason}") from None
     model.classes, model.tokenizer = checkpoint.get("classes"), checkpoint.get("tokenizer")   # None in released files
     return model.float().to(device).eval()

@@ -115,8 +115,8 @@ def write_npz(path, model, vq_model, num_samples, *, seed=0, batch_size=32, size
     Raises ValueError when PATH.parts was begun with other settings."""
     rank, world, device = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), model.norm.weight.device
     path, parts = Path(path), Path(f"{path}.parts")
-    made_with = json.dumps({"gpt": vq.weights_hash(model), "vq": vq.weights_hash(vq_model), "seed": seed, "n": num_samples,
-                            "size": size, "batch_size": batch_size, **settings})
+    made_with = json.dumps({"gpt": vq.weights_hash(model), "vq": vq.weights_hash(vq_model), "seed": seed,
+                            "n": num_samples, "size": size, "batch_size": batch_size, **settings})
     parts.mkdir(parents=True, exist_ok=True)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("gloo")
@@ -204,10 +204,10 @@ def main():
     p.add_argument("--pretrained", choices=PAPER_CFG, help="released weights, by size and pixels")
     p.add_argument("--vq", help="tokenizer checkpoint")
     p.add_argument("--gpt", help="GPT checkpoint")
-    p.add_argument("--image-size", type=int, help="pixels a side that a released --gpt file was trained for (256 or 384)")
+    p.add_argument("--image-size", type=int, help="pixels a side that a released --gpt file is for (256 or 384)")
     p.add_argument("--classes", help="ids or names, separated by commas (default: eight of ImageNet, or the first ten)")
     p.add_argument("--per-class", type=int, default=1, help="images of each class")
-    p.add_argument("--titles", action=argparse.BooleanOptionalAction, default=True, help="write each image's class above it")
+    p.add_argument("--titles", action=argparse.BooleanOptionalAction, default=True, help="write classes above images")
     p.add_argument("--out", default="sample.png", help="PNG, or NPZ with --num-samples")
     p.add_argument("--num-samples", type=int, help="write so many images, balanced over all classes, as NPZ")
     p.add_argument("--seed", type=int, default=0, help="image i is drawn from seed + i")
@@ -255,7 +255,8 @@ def main():
         model = model.bfloat16()
     looking = (PAPER_CFG.get(args.pretrained, 2.0), 0) if args.paper else (4.0, 2000)
     settings = dict(cfg_scale=looking[0] if args.cfg_scale is None else args.cfg_scale, cfg_interval=args.cfg_interval,
-                    temperature=args.temperature, top_k=looking[1] if args.top_k is None else args.top_k, top_p=args.top_p)
+                    temperature=args.temperature, top_p=args.top_p,
+                    top_k=looking[1] if args.top_k is None else args.top_k)
     print(f"{args.gpt}: {', '.join(f'{k} {v}' for k, v in settings.items())}, seed {args.seed}")
 
     if args.num_samples:

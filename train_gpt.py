@@ -56,7 +56,7 @@ def cross_entropy_(logits, tokens, scale=1.0):
 
     A step's largest tensors would be this loss's: in float32 autograd holds three of the logits' size. Here there are
     the logits alone, in their own type, since log-probabilities and gradient exist for a few rows at a time."""
-    rows = 1024 if logits.is_cuda else 64   # many small kernels are slow on a GPU, large buffers do not fit a CPU's cache
+    rows = 1024 if logits.is_cuda else 64   # small kernels are slow on a GPU, large buffers do not fit a CPU's cache
     total = torch.zeros((), device=logits.device)
     for some, targets in zip(logits.detach().view(-1, logits.shape[-1]).split(rows), tokens.reshape(-1, 1).split(rows)):
         log_p = some.float().log_softmax(-1)                                       # (rows, V)
@@ -78,7 +78,7 @@ def main():
     p.add_argument("--micro-batch", type=int, help="images that one process takes at once, if its share is too many")
     p.add_argument("--epochs", type=float, default=300, help="passes over the images, one random crop of each")
     p.add_argument("--max-steps", type=int, help="steps, instead of --epochs")
-    p.add_argument("--lr", type=float, default=1e-4, help="AdamW's learning rate for 256 images; scaled with --batch-size")
+    p.add_argument("--lr", type=float, default=1e-4, help="AdamW's rate for 256 images; scaled with --batch-size")
     p.add_argument("--schedule", choices=["constant", "cosine"], default="constant", help="cosine ends at 0")
     p.add_argument("--warmup-steps", type=int, default=0, help="steps of linear warm-up")
     p.add_argument("--weight-decay", type=float, default=0.05)
@@ -100,11 +100,11 @@ def main():
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the model (default: on GPU)")
     p.add_argument("--parallel", choices=["auto", "ddp", "fsdp"], default="auto", help="ddp: every process holds the "
                    "model; fsdp: a shard of it; auto: fsdp above 1B parameters, on several processes")
-    p.add_argument("--shard-size", type=int, help="FSDP: processes that share one copy of the model, those of a node say "
-                   "(default: all)")
-    p.add_argument("--checkpoint-activations", action="store_true", help="compute each block again in the backward pass: "
-                   "less memory, a third more work")
-    p.add_argument("--timeout", type=float, default=10, help="minutes after which a process stops waiting for the others")
+    p.add_argument("--shard-size", type=int, help="FSDP: processes that share one copy of the model, those of a node "
+                   "say (default: all)")
+    p.add_argument("--checkpoint-activations", action="store_true", help="compute each block again in the backward "
+                   "pass: less memory, a third more work")
+    p.add_argument("--timeout", type=float, default=10, help="minutes a process waits for the others before it ends")
     args = p.parse_args()
     p.usage = "python train_gpt.py --codes DIR ... (--help lists the flags)"
 
@@ -136,7 +136,7 @@ def main():
             raise ValueError(f"--micro-batch {micro} does not divide the {per_rank} images of each process")
         codes, labels, meta = vq.load_codes(args.codes)
         if meta["h"] != meta["w"]:
-            raise ValueError(f"--codes {args.codes}: {meta['h']} x {meta['w']} codes an image; only squares are trained")
+            raise ValueError(f"--codes {args.codes}: {meta['h']} x {meta['w']} codes an image; only squares will do")
         if not 0 <= args.val_images < len(codes):
             raise ValueError(f"--val-images {args.val_images}: the folder has {len(codes)} images")
         config = replace(gpt.GPT_CONFIGS[args.model], vocab_size=meta["codebook_size"], grid=meta["h"],
@@ -224,11 +224,11 @@ def main():
         f"{'bfloat16' if bf16 else 'float32'}{', compiled' * compiled}")
     say(f"{args.model}: {parameters / 1e6:.1f}M parameters; {T} codes of {config.vocab_size:,} an image, "
         f"{config.num_classes} classes")
-    say(f"{args.codes}: {len(train_ids):,} images x {codes.shape[1]} crops, {len(val_ids)} held out; {max_steps:,} steps of "
-        f"{args.batch_size} images ({args.batch_size * T:,} codes) = {max_steps * args.batch_size / len(train_ids):.1f} "
-        f"epochs -> {out}")
-    say(f"the first loss should be {math.log(config.vocab_size):.2f} = ln({config.vocab_size}), since the output layer starts "
-        "at zero" if not first else f"resumed at step {first} from {path}")
+    say(f"{args.codes}: {len(train_ids):,} images x {codes.shape[1]} crops, {len(val_ids)} held out; {max_steps:,} "
+        f"steps of {args.batch_size} images ({args.batch_size * T:,} codes) = "
+        f"{max_steps * args.batch_size / len(train_ids):.1f} epochs -> {out}")
+    say(f"the first loss should be {math.log(config.vocab_size):.2f} = ln({config.vocab_size}), since the output layer "
+        "starts at zero" if not first else f"resumed at step {first} from {path}")
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         if first and (out / "log.jsonl").exists():   # steps that were logged after the checkpoint come again
@@ -296,8 +296,8 @@ def main():
                 dist.all_reduce(total)
             now, steps = time.time(), step - clock_step
             dt = (now - clock) / steps
-            record = {"step": step, "loss": float(total) / world / steps, **record, "lr": lr * scale, "norm": float(norm),
-                      "codes_per_s": args.batch_size * T / dt}
+            record = {"step": step, "loss": float(total) / world / steps, **record, "lr": lr * scale,
+                      "norm": float(norm), "codes_per_s": args.batch_size * T / dt}
             if peak:
                 record["mfu"] = flops_per_image(config) * args.batch_size / dt / peak / world
             if rank == 0:
@@ -305,7 +305,8 @@ def main():
                     f.write(json.dumps(record) + "\n")
             say(f"step {step:06d}/{max_steps} | loss {record['loss']:.4f}"
                 + (f" | val {record['val_loss']:.4f}" if "val_loss" in record else "")
-                + f" | lr {lr * scale:.1e} | norm {float(norm):.2f} | {dt * 1e3:.0f} ms | {record['codes_per_s']:,.0f} codes/s"
+                + f" | lr {lr * scale:.1e} | norm {float(norm):.2f} | {dt * 1e3:.0f} ms"
+                + f" | {record['codes_per_s']:,.0f} codes/s"
                 + (f" | MFU {record['mfu']:.1%}" if peak else "") + f" | {(max_steps - step) * dt / 60:.1f} min left")
             total.zero_()
             clock, clock_step, record = now, step, {}
@@ -359,8 +360,8 @@ def fill(target, source):
 
 
 def whole(tree):
-    """A nested dict with every shard replaced by its whole tensor: on the CPU of process 0, None elsewhere. All processes
-    must call it. Tensors are gathered one at a time, so that no GPU holds more than one of them."""
+    """A nested dict with every shard replaced by its whole tensor: on the CPU of process 0, None elsewhere. All
+    processes must call it. Tensors are gathered one at a time, so that no GPU holds more than one of them."""
     if isinstance(tree, dict):
         return {k: whole(v) for k, v in tree.items()}
     if isinstance(tree, DTensor):
@@ -387,7 +388,7 @@ def find_checkpoint(out):
 
 
 def restore(state, path, saved):
-    """Fill a nested dict of tensors, which may be shards, from what find_checkpoint found, of any number of processes."""
+    """Fill a nested dict of tensors, or shards, from what find_checkpoint found, of any number of processes."""
     if path.is_dir():
         dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
     else:

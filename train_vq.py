@@ -51,7 +51,8 @@ class LPIPS(nn.Module):
 
     def load(self, vgg, lin):
         """Take the weights of torchvision's VGG16 file and of the published LPIPS file."""
-        self.features.load_state_dict({k.removeprefix("features."): v for k, v in vgg.items() if k.startswith("features.")})
+        features = {k.removeprefix("features."): v for k, v in vgg.items() if k.startswith("features.")}
+        self.features.load_state_dict(features)
         for i, weight in enumerate(self.lin):
             weight.copy_(lin[f"lin{i}.model.1.weight"])
         return self
@@ -69,8 +70,9 @@ class LPIPS(nn.Module):
 
 def load_lpips():
     """LPIPS with its two weight files, downloaded once (528 MB and 7 KB). Raises OSError that says what to do."""
+    github = "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1"
     files = {"vgg16-397923af.pth": ("https://download.pytorch.org/models/vgg16-397923af.pth", "397923af"),
-             "lpips_vgg_lin.pth": ("https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth",
+             "lpips_vgg_lin.pth": (f"{github}/vgg.pth",
                                    "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868")}
     try:
         paths = [vq.download(url, vq.cache_dir() / name, sha256) for name, (url, sha256) in files.items()]
@@ -183,6 +185,7 @@ def main():
     out, config = Path(args.out), vq.VQ_CONFIGS[args.model]
     if args.codebook_size:
         config = vq.VQConfig(**{**asdict(config), "codebook_size": args.codebook_size})
+    down, side = config.downsample, args.image_size // config.downsample
 
     def say(text):
         if rank == 0:
@@ -193,12 +196,12 @@ def main():
         if args.batch_size % world:
             raise ValueError(f"--batch-size {args.batch_size} does not split over {world} processes; "
                              f"try --batch-size {max(args.batch_size // world, 1) * world}")
-        if args.image_size % config.downsample:
-            raise ValueError(f"--image-size {args.image_size} is not a multiple of the downsampling {config.downsample}; "
-                             f"try --image-size {max(args.image_size // config.downsample, 1) * config.downsample}")
+        if args.image_size % down:
+            raise ValueError(f"--image-size {args.image_size} is not a multiple of the downsampling {down}; "
+                             f"try --image-size {max(side, 1) * down}")
         if args.image_size < 24 and args.disc_weight:
-            raise ValueError(f"--image-size {args.image_size}: the discriminator needs 24 pixels; --disc-weight 0 trains "
-                             "without it")
+            raise ValueError(f"--image-size {args.image_size}: the discriminator needs 24 pixels; --disc-weight 0 "
+                             "trains without it")
         if not args.resume and (out / "ckpt.pt").exists():
             raise ValueError(f"--out {out} holds a run; add --resume to go on with it, or choose another folder")
         images = vq.open_images(args.data)
@@ -242,17 +245,17 @@ def main():
         if rank == 0 and args.sample_every else None
 
     say(f"torch {torch.__version__}, {world} process(es) on {device.type}, {'bfloat16' if bf16 else 'float32'}")
-    say(f"{args.model}: {sum(q.numel() for q in model.parameters()) / 1e6:.1f}M parameters, {args.image_size} pixels -> "
-        f"{args.image_size // config.downsample} x {args.image_size // config.downsample} codes of {config.codebook_size:,}")
+    say(f"{args.model}: {sum(q.numel() for q in model.parameters()) / 1e6:.1f}M parameters, {args.image_size} pixels "
+        f"-> {side} x {side} codes of {config.codebook_size:,}")
     say(f"{args.data}: {len(images):,} images in {len(images.classes)} classes; {max_steps:,} steps of "
         f"{args.batch_size} images = {max_steps * args.batch_size / len(images):.1f} epochs -> {out}")
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
 
     def save():
-        state = {"model": model.state_dict(), "ema": ema, "disc": disc.state_dict(), "optimizer": optimizer.state_dict(),
-                 "disc_optimizer": disc_optimizer.state_dict(), "step": step, "images_seen": seen,
-                 "config": asdict(config), "image_size": args.image_size, "args": vars(args)}
+        state = {"model": model.state_dict(), "ema": ema, "disc": disc.state_dict(),
+                 "optimizer": optimizer.state_dict(), "disc_optimizer": disc_optimizer.state_dict(), "step": step,
+                 "images_seen": seen, "config": asdict(config), "image_size": args.image_size, "args": vars(args)}
         vq.save_checkpoint(state, out / "ckpt.pt")
 
     # ---- loop -------------------------------------------------------------------------------------------------------
@@ -285,9 +288,9 @@ def main():
         sum(terms.values()).backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
         if not torch.isfinite(norm):
-            sys.exit(stopped(rank, f"the loss is not finite at step {step}: "
-                             f"{ {k: float(v) for k, v in terms.items()} }; {out}/ckpt.pt is the last good state. "
-                             "A lower --lr or --dtype float32 may help"))
+            values = {k: float(v.detach()) for k, v in terms.items()}
+            sys.exit(stopped(rank, f"the loss is not finite at step {step}: {values}; {out}/ckpt.pt is the last good "
+                             "state. A lower --lr or --dtype float32 may help"))
         optimizer.step()
 
         # 3. discriminator, on the same images

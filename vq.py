@@ -278,7 +278,8 @@ def save_checkpoint(state, path):
         os.replace(tmp, path)
     except (OSError, RuntimeError) as error:
         tmp.unlink(missing_ok=True)
-        raise OSError(f"could not save {path} ({str(error).splitlines()[0]}); an earlier file there is untouched") from None
+        reason = str(error).splitlines()[0]
+        raise OSError(f"could not save {path} ({reason}); an earlier file there is untouched") from None
 
 
 def load_vq(path, device="cpu"):
@@ -688,7 +689,7 @@ def load_codes(folder):
     meta = json.loads((folder / "meta.json").read_text())
     codes = np.load(folder / "codes.npy", mmap_mode="r", allow_pickle=False)
     labels = np.load(folder / "labels.npy", allow_pickle=False)
-    if codes.dtype != np.uint16 or codes.ndim != 3 or codes.shape[2] != meta["h"] * meta["w"] or len(labels) != len(codes):
+    if codes.dtype != np.uint16 or codes.shape[2:] != (meta["h"] * meta["w"],) or len(labels) != len(codes):
         raise ValueError(f"{folder}: codes.npy {codes.dtype} {codes.shape}, labels.npy {labels.shape} and meta.json "
                          f"(h = {meta['h']}, w = {meta['w']}) do not belong together")
     return codes, labels, meta
@@ -711,12 +712,13 @@ def main():
     commands = p.add_subparsers(dest="command", required=True)
     enc = commands.add_parser("encode", help="write every image of a data set as codes")
     rec = commands.add_parser("reconstruct", help="write a picture of images and their reconstructions")
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     for c in (enc, rec):
         weights = c.add_mutually_exclusive_group(required=True)
         weights.add_argument("--ckpt", help="tokenizer checkpoint: train_vq.py's or a released file")
         weights.add_argument("--pretrained", choices=["VQ-16", "VQ-8"], help="fetch the released tokenizer instead")
         c.add_argument("--image-size", type=int, help="pixels a side (default: as the tokenizer was trained)")
-        c.add_argument("--device", default=f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+        c.add_argument("--device", default=device, help="cuda or cpu (default: cuda where there is one)")
     enc.add_argument("--data", required=True, help="a folder of class folders, or shapes, or shapes:N for N of them")
     enc.add_argument("--out", default="codes", help="folder to write (default: codes)")
     enc.add_argument("--ten-crop", action="store_true", help="ten crops an image, as the paper, not two")
