@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+import data
 import gpt
 import vq
 
@@ -274,7 +275,7 @@ def main():
         pixels.append(to_pixels(vq_model, generate(model, cond, seeds=seeds, progress=True, **settings), args.resize))
     titles = [names[c].split(",")[0] for c in labels] if args.titles else None
     columns = args.per_class if args.per_class > 1 else min(len(labels), 10)
-    vq.save_grid(np.concatenate(pixels), args.out, columns, titles)
+    data.save_grid(np.concatenate(pixels), args.out, columns, titles)
     print(f"{args.out}: {len(labels)} images, {len(labels) / (time.time() - began):.2f} images/s")
 
 
