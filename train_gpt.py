@@ -162,8 +162,8 @@ def main():
         now, then = {**asdict(config), **data}, {**resumed["config"], **resumed} if resumed else {}
         wrong = [f"{k} was {str(then[k])[:40]}, is {str(now[k])[:40]}" for k in now if then.get(k, now[k]) != now[k]]
         if wrong:
-            raise ValueError(f"{path} is of another model or other codes ({'; '.join(wrong)}); go on with those of that "
-                             "run, or choose another --out")
+            raise ValueError(f"{path} is of another model or other codes ({'; '.join(wrong)}); go on with those of "
+                             "that run, or choose another --out")
         vq_model = vq.load_vq(args.vq, device) if args.vq and rank == 0 else None
         if vq_model and vq.weights_hash(vq_model) != meta["tokenizer"]:
             raise ValueError(f"--vq {args.vq} is not the tokenizer that made {args.codes}")
@@ -312,8 +312,8 @@ def main():
             if rank == 0:
                 with open(out / "log.jsonl", "a") as f:
                     f.write(json.dumps(record) + "\n")
-                for name, value in record.items() if board else ():
-                    board.add_scalar(name, value, step)
+                for name in record.keys() - {"step"} if board else ():
+                    board.add_scalar(name, record[name], step)
                     board.flush()
             say(f"step {step:06d}/{max_steps} | loss {record['loss']:.4f}"
                 + (f" | val {record['val_loss']:.4f}" if "val_loss" in record else "")
