@@ -13,6 +13,7 @@ The loss is plain cross-entropy: every code is predicted from its class and the 
 import argparse
 import json
 import math
+import mmap
 import os
 import shutil
 import signal
@@ -27,7 +28,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -92,6 +92,7 @@ def main():
     p.add_argument("--vq", help="tokenizer that made the codes: draws samples_*.png")
     p.add_argument("--sample-every", type=int, default=5000, help="steps between samples_*.png; 0: none")
     p.add_argument("--log-every", type=int, default=100, help="steps")
+    p.add_argument("--tensorboard", action="store_true", help="write what log.jsonl gets for TensorBoard too")
     p.add_argument("--save-every", type=int, default=5000, help="steps between checkpoints")
     p.add_argument("--keep", type=int, default=0, help="older checkpoints to keep beside the newest, as ckpt_STEP")
     p.add_argument("--consolidate", action="store_true", help="FSDP: write ckpt.pt at every save, not only at the end")
@@ -136,6 +137,7 @@ def main():
         if per_rank % micro:
             raise ValueError(f"--micro-batch {micro} does not divide the {per_rank} images of each process")
         codes, labels, meta = vq.load_codes(args.codes)
+        codes.base.madvise(mmap.MADV_RANDOM)   # a row is 512 bytes; the kernel would read megabytes around each
         if meta["h"] != meta["w"]:
             raise ValueError(f"--codes {args.codes}: {meta['h']} x {meta['w']} codes an image; only squares will do")
         if not 0 <= args.val_images < len(codes):
@@ -157,14 +159,19 @@ def main():
             raise ValueError(f"--out {out} holds a run; add --resume to go on with it, or choose another folder")
         if args.resume and not resumed:
             raise ValueError(f"--resume: {out}/ckpt.pt: no such file, and no folder ckpt_STEP")
-        origin = {**{k: meta[k] for k in ("classes", "tokenizer", "image_size")}, "images": len(codes)}
+        origin = {k: meta.get(k) for k in ("classes", "tokenizer", "image_size", "crops")} | {"images": len(codes)}
         now, then = {**asdict(config), **origin}, {**resumed["config"], **resumed} if resumed else {}
-        wrong = {k: then[k] for k in now if then.get(k, now[k]) != now[k]}
+        wrong = [f"{k} was {str(then[k])[:40]}, is {str(now[k])[:40]}" for k in now if then.get(k, now[k]) != now[k]]
         if wrong:
-            raise ValueError(f"{path} is of another model or other codes: it has {str(wrong)[:200]}")
+            raise ValueError(f"{path} is of another model or other codes ({'; '.join(wrong)}); go on with those of "
+                             "that run, or choose another --out")
         vq_model = vq.load_vq(args.vq, device) if args.vq and rank == 0 else None
         if vq_model and vq.weights_hash(vq_model) != meta["tokenizer"]:
             raise ValueError(f"--vq {args.vq} is not the tokenizer that made {args.codes}")
+        if args.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        p.error(f"--tensorboard: {error}; install it with: pip install tensorboard")
     except (OSError, ValueError) as error:
         p.error(str(error))
     if world > 1 or sharded:   # the timeout: a process that waits for a dead one ends too
@@ -232,9 +239,11 @@ def main():
         "starts at zero" if not first else f"resumed at step {first} from {path}")
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        if first and (out / "log.jsonl").exists():   # steps that were logged after the checkpoint come again
+        if (out / "log.jsonl").exists():   # steps that were logged after the checkpoint come again
             lines = [line for line in (out / "log.jsonl").read_text().splitlines(keepends=True) if line.endswith("}\n")]
-            (out / "log.jsonl").write_text("".join(line for line in lines if json.loads(line)["step"] <= first))
+            (out / "log.tmp").write_text("".join(line for line in lines if json.loads(line)["step"] <= first))
+            os.replace(out / "log.tmp", out / "log.jsonl")
+        board = SummaryWriter(out, purge_step=first + 1) if args.tensorboard else None
 
     # ---- loop -------------------------------------------------------------------------------------------------------
     pairs = vq.shuffled(len(train_ids), args.seed, seen)
@@ -272,8 +281,8 @@ def main():
         norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
         norm = norm.full_tensor() if sharded else norm
         if not torch.isfinite(norm):
-            sys.exit(stopped(rank, f"the loss is not finite at step {step}; {out} holds the last good state. "
-                             "A lower --lr or --dtype float32 may help"))
+            p.exit(2, f"train_gpt.py: the loss is not finite at step {step}; {out} holds the last good state. A lower "
+                      "--lr or --dtype float32 may help\n" * (rank == 0))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if ema:
@@ -304,6 +313,9 @@ def main():
             if rank == 0:
                 with open(out / "log.jsonl", "a") as f:
                     f.write(json.dumps(record) + "\n")
+                for name in record.keys() - {"step"} if board else ():
+                    board.add_scalar(name, record[name], step)
+                    board.flush()
             say(f"step {step:06d}/{max_steps} | loss {record['loss']:.4f}"
                 + (f" | val {record['val_loss']:.4f}" if "val_loss" in record else "")
                 + f" | lr {lr * scale:.1e} | norm {float(norm):.2f} | {dt * 1e3:.0f} ms"
@@ -328,19 +340,12 @@ def main():
                 if rank == 0:
                     keep_some(out, args.keep, step, sharded)
             except OSError as error:
-                sys.exit(stopped(rank, str(error)))
+                p.exit(2, f"train_gpt.py: {error}\n" * (rank == 0))
     say(f"asked to stop: saved at step {step}; --resume goes on" if step < max_steps else f"done: {out}/ckpt.pt")
     if dist.is_initialized() and device.type == "cuda":
         dist.destroy_process_group()
     elif dist.is_initialized():   # gloo, when it is taken down in order, hangs in one of 30 runs (torch 2.13)
         os._exit(0)
-
-
-def stopped(rank, text):
-    """Print why a run ends early (once) and return its exit code."""
-    if rank == 0:
-        print(f"train_gpt.py: {text}", file=sys.stderr)
-    return 2
 
 
 # ---- shards and checkpoints -----------------------------------------------------------------------------------------

@@ -10,11 +10,14 @@ key and value) read once, for training also gradients and optimizer state writte
 """
 import argparse
 import json
+import mmap
 import platform
 import sys
+import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -26,7 +29,7 @@ import train_gpt  # noqa: E402
 import vq  # noqa: E402
 
 
-CASES = ["encode", "decode-images", "train", "sample", "features", "precision-recall"]
+CASES = ["encode", "decode-images", "train", "load", "sample", "features", "precision-recall"]
 
 
 def seconds(f, device, repeats=5):
@@ -108,6 +111,43 @@ def bench_train(name, device, dtype, roof, batch, compiled):
            batch=batch, compiled=compiled)
 
 
+def imagenet_codes(folder):
+    """Write a codes folder of ImageNet's size, 1,281,167 images x 20 crops x 256 codes: 13 GB to who reads it, but
+    a sparse file that takes no room on disk. All codes are 0."""
+    n = 1281167
+    np.lib.format.open_memmap(folder / "codes.npy", "w+", np.uint16, (n, 20, 256))
+    np.save(folder / "labels.npy", np.arange(n, dtype=np.int32) % 1000)
+    (folder / "meta.json").write_text(json.dumps({"classes": [str(c) for c in range(1000)], "h": 16, "w": 16, "skipped": [],
+                                                  "codebook_size": 16384, "image_size": 256, "tokenizer": "0"}))
+
+
+def bench_load(name, roof, batch, steps=50):
+    """The codes of a batch, as train_gpt.py reads them from a folder of ImageNet's size; the file has no blocks on disk,
+    so this is everything but the disk. steps_ahead: batches loaded in the roofline time of one training step."""
+    anon = [int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")]
+    with tempfile.TemporaryDirectory() as folder:
+        imagenet_codes(Path(folder))
+        began = time.perf_counter()
+        codes, labels, _ = vq.load_codes(folder)
+        codes.base.madvise(mmap.MADV_RANDOM)
+        order = np.random.RandomState(0).permutation(len(codes))
+        pairs = vq.shuffled(len(order), seed=0)
+
+        def load():
+            ids = order[[index for _, (_, index) in zip(range(batch), pairs)]]
+            crops = np.random.randint(codes.shape[1], size=batch)
+            return codes[ids, crops].astype(np.int64), labels[ids].astype(np.int64)
+
+        load()
+        start = time.perf_counter() - began
+        time_s = seconds(lambda: [load() for _ in range(steps)], torch.device("cpu"), 9) / steps
+    anon += [int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")]
+    step_s = train_gpt.flops_per_image(gpt.GPT_CONFIGS[name]) * batch / roof[0]
+    print(json.dumps({"case": "load", "model": name, "batch": batch, "batches/s": round(1 / time_s), "ms": round(time_s * 1e3, 2),
+                      "start_s": round(start, 2), "memory_MB": round((anon[1] - anon[0]) / 1e3),
+                      "steps_ahead": round(step_s / time_s)}), flush=True)
+
+
 def bench_decode(name, device, dtype, roof, images):
     """Guided sampling of 256 codes; one step is two rows an image."""
     model = gpt.GPT(gpt.GPT_CONFIGS[name]).to(device, dtype).eval()
@@ -153,7 +193,7 @@ def main():
     """Measure the machine, then the cases asked for."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("cases", nargs="*", default=CASES, metavar="CASE", help=f"{', '.join(CASES)} (default: all)")
-    p.add_argument("--model", default="B", choices=gpt.GPT_CONFIGS, help="GPT size for train and sample")
+    p.add_argument("--model", default="B", choices=gpt.GPT_CONFIGS, help="GPT size for train, load and sample")
     p.add_argument("--batch", type=int, help="images in a batch")
     p.add_argument("--compile", action="store_true", help="torch.compile the training step")
     args = p.parse_args()
@@ -172,6 +212,8 @@ def main():
             bench_tokenizer(case, device, dtype, roof, args.batch or (32 if on_gpu else 2))
         elif case == "train":
             bench_train(args.model, device, dtype, roof, args.batch or (64 if on_gpu else 8), args.compile)
+        elif case == "load":
+            bench_load(args.model, roof, args.batch or 256)
         elif case == "sample":
             for images in [args.batch] if args.batch else [8, 32]:
                 bench_decode(args.model, device, dtype, roof, images)

@@ -1,5 +1,6 @@
 """What train_gpt.py promises about several processes: one, many and sharded are the same run, and it survives a kill."""
 import os
+import random
 import shutil
 import signal
 import socket
@@ -13,6 +14,7 @@ from conftest import ROOT
 from test_train_gpt import codes, flags_for, log, losses, torchrun, train  # noqa: F401 (codes is a fixture)
 
 import gpt
+import train_gpt
 
 STILL = ["--dropout", 0, "--class-dropout", 0, "--max-steps", 50, "--ema-decay", 0.9, "--val-images", 7, "--val-every", 25]
 pytestmark = pytest.mark.slow
@@ -84,6 +86,45 @@ def test_a_sharded_run_killed_goes_on_in_one_process(runs, codes, tmp_path, monk
     assert max(float((v - expected[k]).abs().max()) for k, v in ema.items()) < 1e-3
 
 
+def killed_often(kills, n, codes, out, *flags):  # noqa: F811
+    """Start a run of n processes `kills` times and kill them all, at a random moment of a random one of the next six steps
+    or of the start; then let it end. It saves after every step, so that many of the kills fall into a save."""
+    rng, step, start_s, step_s = random.Random(kills), 1, 3.0, 0.05
+    for _ in range(kills):
+        resume = ["--resume"] if train_gpt.find_checkpoint(out)[0] else []
+        processes, ahead = workers(n, codes, out, *flags, "--save-every", 1, *resume), rng.randrange(6)
+        if ahead:
+            step += ahead
+            wait_for_step(out, step, processes)
+        time.sleep(rng.random() * (step_s if ahead else start_s))
+        assert all(p.poll() is None for p in processes), processes[0].communicate()
+        for p in processes:
+            p.kill()
+        for p in processes:
+            p.communicate()
+    for p in (processes := workers(n, codes, out, *flags, "--save-every", 1, "--resume")):
+        assert p.wait() == 0, p.communicate()
+
+
+def test_a_run_killed_at_twenty_random_moments_equals_one_never_killed(codes, tmp_path):  # noqa: F811
+    """With dropout and averaged weights, to the last bit."""
+    flags = ["--ema-decay", 0.9, "--keep", 2, "--max-steps", 60]
+    for p in workers(1, codes, tmp_path / "whole", *flags):
+        assert p.wait() == 0, p.communicate()
+    killed_often(20, 1, codes, tmp_path / "cut", *flags)
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    one, two = (gpt.read_checkpoint(tmp_path / name / "ckpt.pt") for name in ("whole", "cut"))
+    assert all(torch.equal(one[part][k], two[part][k]) for part in ("model", "ema") for k in one[part])
+    assert sorted(p.name for p in (tmp_path / "cut").iterdir()) == [
+        "ckpt.pt", "ckpt_00000058.pt", "ckpt_00000059.pt", "ckpt_00000060.pt", "log.jsonl"]
+
+
+def test_a_sharded_run_killed_at_five_random_moments_equals_one_never_killed(runs, codes, tmp_path):  # noqa: F811
+    killed_often(5, 2, codes, tmp_path / "run", *STILL, "--parallel", "fsdp")
+    assert losses(tmp_path / "run") == pytest.approx(losses(runs / "one"), abs=1e-4)
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["ckpt.pt", "ckpt_00000050", "log.jsonl"]
+
+
 def test_one_process_goes_on_as_shards_and_two_copies_as_two_shards(runs, codes, tmp_path):  # noqa: F811
     """From ckpt.pt to FSDP with --shard-size 1 (a whole copy in each of two processes), then from its shards to two."""
     (tmp_path / "run").mkdir()
@@ -97,16 +138,20 @@ def test_one_process_goes_on_as_shards_and_two_copies_as_two_shards(runs, codes,
 
 @pytest.mark.parametrize("parallel, number", [("fsdp", signal.SIGTERM), ("ddp", signal.SIGUSR1)])
 def test_a_signal_to_any_process_saves_and_exits_0(codes, tmp_path, parallel, number):  # noqa: F811
-    processes = workers(2, codes, tmp_path / "run", "--max-steps", 100000, "--parallel", parallel)
+    consolidate = ["--consolidate"] if parallel == "fsdp" else []
+    processes = workers(2, codes, tmp_path / "run", "--max-steps", 100000, "--parallel", parallel, *consolidate)
     wait_for_step(tmp_path / "run", 3, processes)
     processes[1].send_signal(number)
     for p in processes:
         _, err = p.communicate(timeout=60)
         assert p.returncode == 0, err
-    if parallel == "fsdp":
-        assert len(list((tmp_path / "run").glob("ckpt_*/plain.json"))) == 1
-    else:
-        assert gpt.read_checkpoint(tmp_path / "run" / "ckpt.pt")["step"] == log(tmp_path / "run")[-1]["step"]
+    file = gpt.read_checkpoint(tmp_path / "run" / "ckpt.pt")
+    assert file["step"] == log(tmp_path / "run")[-1]["step"]
+    if parallel == "fsdp":                                       # --consolidate: the file holds what the shards hold
+        shards, = (tmp_path / "run").glob("ckpt_[0-9]*")
+        state = {k: torch.empty_like(v) for k, v in file["model"].items()}
+        train_gpt.restore({"model": state}, shards, None)
+        assert shards.name == f"ckpt_{file['step']:08d}" and all(torch.equal(state[k], v) for k, v in file["model"].items())
 
 
 def test_a_process_that_dies_ends_the_others(codes, tmp_path):  # noqa: F811
@@ -121,7 +166,7 @@ def test_a_process_that_dies_ends_the_others(codes, tmp_path):  # noqa: F811
 @pytest.mark.parametrize("flags, sentence", [
     (["--shard-size", 4], "--shard-size 4 does not divide the 2 processes"),
     (["--parallel", "ddp", "--shard-size", 2], "--shard-size is for --parallel fsdp"),
-    (["--resume", "--model", "B"], "is of another model or other codes"),
+    (["--resume", "--model", "B"], "is of another model or other codes (dim was 128, is 768; "),
     (["--resume"], "__1_0.distcp not found); remove it to resume from an earlier one"),
 ])
 def test_a_mistake_gets_one_sentence(runs, codes, tmp_path, monkeypatch, capsys, flags, sentence):  # noqa: F811
@@ -151,6 +196,24 @@ def test_compiled_equals_eager(codes, tmp_path, monkeypatch):  # noqa: F811
     train(monkeypatch, codes, tmp_path / "compiled", *flags, "--compile")
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), abs=1e-4)
     assert losses(tmp_path / "eager")[-1] < 2.9
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
+def test_compiled_equals_eager_in_the_mean_with_dropout(codes, tmp_path, monkeypatch):  # noqa: F811
+    """Eight seeds each way, strong dropout: the mean loss of the last steps agrees within 3 standard errors, which are
+    small enough to see that dropout is there at all."""
+    monkeypatch.setitem(gpt.GPT_CONFIGS, "demo", gpt.GPTConfig(dim=32, n_layer=1, n_head=2))
+
+    def ends(name, *flags):
+        """Mean loss of steps 31 to 40 for each seed."""
+        for seed in range(8):
+            train(monkeypatch, codes, tmp_path / f"{name}{seed}", "--dropout", 0.3, "--max-steps", 40, "--seed", seed, *flags)
+        return torch.tensor([losses(tmp_path / f"{name}{seed}")[30:] for seed in range(8)]).mean(1)
+
+    eager, compiled, without = ends("eager"), ends("compiled", "--compile"), ends("without", "--dropout", 0)
+    assert (compiled != eager).all()                             # other random numbers, so there is something to compare
+    error = float((compiled - eager).std()) / 8 ** 0.5
+    assert abs(float((compiled - eager).mean())) < 3 * error < abs(float((without - eager).mean()))
 
 
 @pytest.mark.parametrize("name", gpt.GPT_CONFIGS)

@@ -3,10 +3,13 @@ import json
 import math
 import subprocess
 import sys
+import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from bench import imagenet_codes
 from conftest import ROOT
 
 import gpt
@@ -106,7 +109,7 @@ def test_every_step_takes_other_images_and_crops(codes, tmp_path, monkeypatch):
 
     class Recorder:
         def __init__(self, array):
-            self.array, self.shape, self.dtype = array, array.shape, array.dtype
+            self.array, self.shape, self.dtype, self.base = array, array.shape, array.dtype, array.base
 
         def __len__(self):
             return len(self.array)
@@ -119,6 +122,30 @@ def test_every_step_takes_other_images_and_crops(codes, tmp_path, monkeypatch):
     train(monkeypatch, codes, tmp_path / "run", "--epochs", 2)
     assert sorted(i for i, _ in taken) == sorted(2 * list(range(60)))
     assert {crop for _, crop in taken} == {0, 1}
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="asks Linux for the memory and what was read")
+def test_codes_of_imagenets_size_are_neither_read_nor_held(tmp_path):
+    """13 GB of codes, in a process of its own: it peaks below 1 GB (of which PyTorch is a third), reads less than that by
+    any read(), and of the memory map gets no more than the pages of the 16 rows it trained on: no megabytes around each."""
+    (tmp_path / "codes").mkdir()
+    imagenet_codes(tmp_path / "codes")
+    script = """if True:
+        import train_gpt, vq
+        load, kept = vq.load_codes, []
+        vq.load_codes = lambda folder: kept.append(load(folder)) or kept[0]   # so that the map is there to be looked at
+        train_gpt.main()
+        print("FACTS")
+        print(open("/proc/self/status").read(), open("/proc/self/io").read(), sep="")
+        print(open("/proc/self/smaps").read().partition("codes.npy")[2].partition("Shared_Clean")[0])
+        """
+    result = subprocess.run([sys.executable, "-c", script, *flags_for(tmp_path / "codes", tmp_path / "run", "--micro-batch", 2,
+                             "--max-steps", 2)], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    facts = dict(line.split(":") for line in result.stdout.partition("FACTS\n")[2].splitlines() if line)
+    assert int(facts["VmHWM"].split()[0]) * 1024 < 1e9            # the peak of all that is resident, mapped files included
+    assert int(facts["rchar"]) < 1e9
+    assert 0 < int(facts["Rss"].split()[0]) <= 16 * 2 * 4         # kB; a row may lie across two pages
 
 
 @pytest.mark.parametrize("flags, sentence", [
@@ -141,6 +168,60 @@ def test_a_run_is_neither_overwritten_nor_continued_as_another(codes, tmp_path, 
         with pytest.raises(SystemExit) as stop:
             train(monkeypatch, codes, tmp_path / "run", *flags)
         assert stop.value.code == 2 and sentence in capsys.readouterr().err
+
+
+def test_codes_that_changed_since_the_checkpoint_are_refused(codes, tmp_path, monkeypatch, capsys):
+    train(monkeypatch, codes, tmp_path / "run", "--max-steps", 1)
+    changed = tmp_path / "codes"
+    changed.mkdir()
+    meta = json.loads((codes / "meta.json").read_text())
+    for n, news, sentence in ((59, {}, "images was 60, is 59"), (60, {"tokenizer": "1"}, "tokenizer was 0, is 1"),
+                              (60, {"crops": {"ten_crop_ranges": [1.1]}}, "crops was None, is {'ten_crop_ranges': [1.1]}")):
+        for name in ("codes.npy", "labels.npy"):
+            np.save(changed / name, np.load(codes / name)[:n])
+        (changed / "meta.json").write_text(json.dumps({**meta, **news}))
+        with pytest.raises(SystemExit) as stop:
+            train(monkeypatch, changed, tmp_path / "run", "--max-steps", 2, "--resume")
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and f"ckpt.pt is of another model or other codes ({sentence}); go on with" in error
+
+
+def test_the_log_of_a_run_that_died_before_its_first_checkpoint_starts_again(codes, tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "log.jsonl").write_text('{"step": 1, "loss": 9.0}\n{"step": 2, "lo')
+    train(monkeypatch, codes, tmp_path / "run", "--max-steps", 2)
+    assert [r["step"] for r in log(tmp_path / "run")] == [1, 2] and losses(tmp_path / "run")[0] < 4
+
+
+def test_tensorboard_gets_what_the_log_gets_and_hides_the_steps_that_come_again(codes, tmp_path, monkeypatch):
+    """Through a stand-in for its writer, since the package need not be there."""
+    written, purged = [], []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            assert folder == tmp_path / "run"
+            purged.append(purge_step)
+
+        def add_scalar(self, name, value, step):
+            written.append((step, name, value))
+
+        def flush(self):
+            pass
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter))
+    train(monkeypatch, codes, tmp_path / "run", "--max-steps", 2, "--val-images", 6, "--val-every", 2, "--tensorboard")
+    train(monkeypatch, codes, tmp_path / "run", "--max-steps", 3, "--val-images", 6, "--val-every", 2, "--tensorboard", "--resume")
+    assert sorted(written) == sorted((r["step"], k, r[k]) for r in log(tmp_path / "run") for k in r if k != "step")
+    assert purged == [1, 3] and "val_loss" in {name for _, name, _ in written}
+
+
+def test_tensorboard_that_is_not_installed_gets_one_sentence(codes, tmp_path, monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(SystemExit) as stop:
+        train(monkeypatch, codes, tmp_path / "run", "--tensorboard")
+    assert stop.value.code == 2 and "install it with: pip install tensorboard" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_another_tokenizers_pictures_are_refused(codes, tmp_path, monkeypatch, capsys):
