@@ -52,11 +52,12 @@ def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0):
 
 
 @torch.no_grad()
-def generate(model, cond, *, cfg_scale=1.0, cfg_interval=-1, temperature=1.0, top_k=0, top_p=1.0, seeds=None,
+def generate(model, cond, mask=None, *, cfg_scale=1.0, cfg_interval=-1, temperature=1.0, top_k=0, top_p=1.0, seeds=None,
              progress=False):
     """Codes for a batch of conditions, one image each.
 
-    cond          (B,) int64 class ids on the model's device
+    cond          (B,) int64 class ids on the model's device, or (B, c, D) features of captions, padded on the left
+    mask          (B, c) bool, False where a caption is padded; None for classes
     cfg_scale     classifier-free guidance: logits = uncond + (cond - uncond) * scale; up to 1 there is none
     cfg_interval  -1 guides every code; k >= 0 the first and the k + 1 after it (as the released code counts)
     seeds         one int an image: its codes then do not depend on the batch it is in; None: torch's own state
@@ -71,18 +72,19 @@ def generate(model, cond, *, cfg_scale=1.0, cfg_interval=-1, temperature=1.0, to
     uniform = uniform.to(cond.device, torch.float64)
     guided = cfg_scale > 1
     if guided:   # rows 0 .. B-1 carry the condition, rows B .. 2B-1 none
-        cond = torch.cat([cond, torch.full_like(cond, model.config.num_classes)])
+        cond = torch.cat([cond, model.cls_embedding.uncond(cond)])
+        mask = mask if mask is None else mask.repeat(2, 1)          # "no caption" is seen where the caption is
     cache = model.new_cache(len(cond))
     codes = torch.empty(B, T, dtype=torch.int64, device=cond.device)
     x, start = model.cls_embedding(cond), 0
     bar = vq.progress(T, "codes", unit=" codes") if progress else None
     for i in range(T):
         if guided and 0 <= cfg_interval and i > cfg_interval + 1:   # the unconditional rows are not needed any more
-            x, cache, guided = x[:B], cache[:, :, :B], False
-        logits = model.extend(x, start, cache)                      # (2B or B, V)
+            x, cache, guided, mask = x[:B], cache[:, :, :B], False, mask if mask is None else mask[:B]
+        logits = model.extend(x, start, cache, mask)                # (2B or B, V)
         if guided:
-            with_class, without = logits.chunk(2)
-            logits = without + (with_class - without) * cfg_scale
+            given, without = logits.chunk(2)
+            logits = without + (given - without) * cfg_scale
         cumulative = probabilities(logits, temperature, top_k, top_p).double().cumsum(-1)
         target = uniform[:, i:i + 1] * cumulative[:, -1:]
         codes[:, i] = torch.searchsorted(cumulative, target, right=True)[:, 0]   # never an entry of probability 0

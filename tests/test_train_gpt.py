@@ -102,7 +102,7 @@ def test_two_processes_and_micro_batches_give_the_losses_of_one(codes, tmp_path,
 
 def test_every_step_takes_other_images_and_crops(codes, tmp_path, monkeypatch):
     """Over two epochs every image comes twice, and both of its crops are used somewhere."""
-    taken, load = [], vq.load_codes
+    taken, load = [], gpt.load_codes
 
     class Recorder:
         def __init__(self, array):
@@ -115,7 +115,7 @@ def test_every_step_takes_other_images_and_crops(codes, tmp_path, monkeypatch):
             taken.extend(zip(*(k.tolist() for k in key)))
             return self.array[key]
 
-    monkeypatch.setattr(vq, "load_codes", lambda folder: (Recorder(load(folder)[0]), *load(folder)[1:]))
+    monkeypatch.setattr(gpt, "load_codes", lambda folder: (Recorder(load(folder)[0]), *load(folder)[1:]))
     train(monkeypatch, codes, tmp_path / "run", "--epochs", 2)
     assert sorted(i for i, _ in taken) == sorted(2 * list(range(60)))
     assert {crop for _, crop in taken} == {0, 1}
