@@ -384,11 +384,13 @@ class CaptionEncoder:
         """Strings -> float tensors (n, D) on the CPU, n <= 120 tokens each; n = 0 where cleaning leaves nothing. Of too
         many tokens the first 119 and the last one stay, which is T5's end mark."""
         texts, words = [clean_caption(text) for text in texts], self.about["encoder"] == "words"
-        rows = [text.split() for text in texts] if words else self.tokenizer(texts, verbose=False).input_ids
+        rows = [re.findall(r"[\w'-]+", text) for text in texts] if words else \
+            self.tokenizer(texts, verbose=False).input_ids
         self.cut += sum(len(row) > CAPTION_TOKENS for row in rows)
         rows = [row if len(row) <= CAPTION_TOKENS else row[:CAPTION_TOKENS - 1] + row[-1:] for row in rows]
         features = [torch.zeros(0, self.about["dim"])] * len(rows)
-        order = sorted((i for i in range(len(rows)) if texts[i]), key=lambda i: len(rows[i]))   # so: little padding
+        order = [i for i in range(len(rows)) if texts[i] and rows[i]]
+        order.sort(key=lambda i: len(rows[i]))   # so that batches need little padding
         for batch in (order[i:i + batch_size] for i in range(0, len(order), batch_size)):
             if words:
                 out = [torch.tensor(np.stack([np.random.RandomState(zlib.crc32(word.encode())).randn(64)
@@ -498,7 +500,7 @@ def captions(args):
     parts = folder / f"text.parts-{about['hash'][:8]}-{about['bytes']}"   # other encoders have other parts
     parts.mkdir(exist_ok=True)
     texts, files = read_captions(path), [parts / f"{s:010d}.npz" for s in range(0, count, 1024)]
-    for number, file in enumerate(tqdm(files, desc="captions", unit=" x 1024 images", disable=rank > 0)):
+    for number, file in enumerate(tqdm(files, desc="captions", unit=" parts of 1024", disable=rank > 0)):
         some = list(itertools.islice(texts, min(1024, count - 1024 * number)))
         if len(some) < min(1024, count - 1024 * number):
             raise ValueError(f"{path} has fewer lines than codes.npy has images, {count:,}")

@@ -268,8 +268,8 @@ def main():
     say(f"torch {torch.__version__}, {world} process(es) on {device.type}{' with FSDP' * sharded}, "
         f"{'bfloat16' if bf16 else 'float32'}{', compiled' * compiled}")
     say(f"{args.model}: {parameters / 1e6:.1f}M parameters; {T} codes of {config.vocab_size:,} an image, "
-        + (f"{config.num_classes} classes" if has == "class" else f"captions of {config.caption_dim} features a token "
-           f"by {encoder['encoder']}; {len(codes) - len(usable):,} images have none"))
+        + (f"{config.num_classes} classes" if has == "class" else f"captions through {encoder['encoder']} "
+           f"({config.caption_dim} features a token), which {len(codes) - len(usable):,} images do not have"))
     say(f"{args.codes}: {len(train_ids):,} images x {codes.shape[1]} crops, {len(val_ids)} held out; {max_steps:,} "
         f"steps of {args.batch_size} images ({args.batch_size * T:,} codes) = "
         f"{max_steps * args.batch_size / len(train_ids):.1f} epochs -> {out}")
