@@ -360,6 +360,7 @@ class CaptionEncoder:
     Raises OSError or ValueError with one sentence when transformers or the weights are missing."""
 
     def __init__(self, name="google/flan-t5-xl", device="cpu"):
+        name = os.path.abspath(name) if os.path.isdir(name) else name   # checkpoints remember it
         self.device, self.cut, self.about = torch.device(device), 0, {"encoder": name, "dim": 64, "hash": "words"}
         if name == "words":
             return
