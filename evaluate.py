@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
+import data
 import gpt
 import sample
 import vq
@@ -280,13 +281,13 @@ def open_set(path, tokenizer=None, size=None, device="cpu"):
             for part in chunks(indices, 16):
                 yield from sample.to_pixels(model, torch.from_numpy(codes[part, 0].astype(np.int64)).to(device), size)
         return ImageSet(path, len(codes), next(read([0])).shape, read, vq.file_hash(path / "codes.npy"), labels=labels)
-    files = vq.list_images(path)
+    files = data.list_images(path)
     if not files:
         raise ValueError(f"{path} holds no images")
 
     def load(i):
-        image = vq.open_image(files[i])
-        return np.array(vq.center_crop(image, size) if size else image)
+        image = data.open_image(files[i])
+        return np.array(data.center_crop(image, size) if size else image)
     names = "\n".join(f"{os.path.relpath(f, path)} {os.path.getsize(f)}" for f in files).encode()
     return ImageSet(path, len(files), load(0).shape, partial(in_parallel, load), hashlib.sha256(names).hexdigest())
 
@@ -406,13 +407,13 @@ def recon(args):
 
     The reference of rFID is the same images, centre-cropped. SSIM takes a range of 2 for images in 0..1, because
     LlamaGen's code does so and its published values need it; SSIM_standard is the original definition."""
-    model, data = vq.load_vq(args.vq, args.device), vq.open_images(args.data)
+    model, images = vq.load_vq(args.vq, args.device), data.open_images(args.data)
     net, size = load_inception(args.inception, args.device), args.image_size or model.image_size
-    final, N = args.eval_size or size, len(data)
+    final, N = args.eval_size or size, len(images)
 
     def load(i):
-        image = data.load(i)
-        return vq.to_tensor(vq.center_crop(image, size)), torch.from_numpy(np.array(vq.center_crop(image, final)))
+        image = images.load(i)
+        return vq.to_tensor(data.center_crop(image, size)), torch.from_numpy(np.array(data.center_crop(image, final)))
 
     def reconstruct(batch):   # -> originals and results in 0..1 (B, 3, H, W), both as uint8 (B, H, W, 3), codes
         x, truth = (torch.stack(t).to(args.device) for t in zip(*batch))
@@ -437,8 +438,8 @@ def recon(args):
     shown = [(word, i) for word, start in (("best", 0), ("median", (N - k) // 2), ("worst", N - k))
              for i in order[start:start + k]]
     _, _, truth, result, _ = reconstruct([load(i) for _, i in shown])
-    vq.save_grid(torch.cat([truth, result], 2).cpu().numpy(), args.out, k,
-                 [f"{word} {quality[i, 0]:.1f} dB, SSIM {quality[i, 1]:.3f}" for word, i in shown])
+    data.save_grid(torch.cat([truth, result], 2).cpu().numpy(), args.out, k,
+                   [f"{word} {quality[i, 0]:.1f} dB, SSIM {quality[i, 1]:.3f}" for word, i in shown])
     few = [f"only {N:,} images: the paper has ImageNet's 50,000 of validation"] if N < 50_000 else []
     report(args.json, metrics, few, images=N, data=args.data, image_size=size, eval_size=final, inception=net["sha256"],
            tokenizer=vq.file_hash(args.vq))

@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+import data
 import gpt
 import vq
 
@@ -311,7 +312,7 @@ def main():
         seeds = [args.seed + i for i in range(s, s + len(some[0]))]
         pixels.append(to_pixels(vq_model, generate(model, *some, seeds=seeds, progress=True, **settings), args.resize))
     columns = args.per_class if args.per_class > 1 else min(len(rows), 10)
-    vq.save_grid(np.concatenate(pixels), args.out, columns, [titles[row] for row in rows] if args.titles else None)
+    data.save_grid(np.concatenate(pixels), args.out, columns, [titles[row] for row in rows] if args.titles else None)
     print(f"{args.out}: {len(rows)} images, {len(rows) / (time.time() - began):.2f} images/s")
 
 

@@ -39,6 +39,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+import data
 import gpt
 import sample
 import vq
@@ -180,8 +181,9 @@ def main():
             raise ValueError(f"--out {out} holds a run; add --resume to go on with it, or choose another folder")
         if args.resume and not resumed:
             raise ValueError(f"--resume: {out}/ckpt.pt: no such file, and no folder ckpt_STEP")
-        data = {**{k: meta[k] for k in ("classes", "tokenizer", "image_size")}, "images": len(codes), "text": encoder}
-        now, then = {**asdict(config), **data}, {**resumed["config"], **resumed} if resumed else {}
+        origin = {**{k: meta[k] for k in ("classes", "tokenizer", "image_size")}, "images": len(codes),
+                  "text": encoder}
+        now, then = {**asdict(config), **origin}, {**resumed["config"], **resumed} if resumed else {}
         wrong = {k: then[k] for k in now if then.get(k, now[k]) != now[k]}
         if wrong:
             raise ValueError(f"{path} is of another model or other codes: it has {str(wrong)[:200]}")
@@ -371,7 +373,7 @@ def main():
                 picture(config, weights, vq_model, *shown, out / f"samples_{step:06d}.png")
         if due["save"] or stop:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), **({"ema": ema} if ema else {})}
-            plain = {"step": step, "images_seen": seen, "config": asdict(config), "args": vars(args), **data}
+            plain = {"step": step, "images_seen": seen, "config": asdict(config), "args": vars(args), **origin}
             try:
                 if sharded:
                     save_shards(state, {**plain, "ema": bool(ema)}, out)
@@ -506,7 +508,7 @@ def picture(config, weights, vq_model, given, titles, path):
     shadow.load_state_dict(weights)
     scale, seeds = 7.5 if config.caption_dim else 2.0, range(2 * len(titles))
     codes = sample.generate(shadow, *(torch.cat([x, x]) for x in given), cfg_scale=scale, seeds=seeds)
-    vq.save_grid(sample.to_pixels(vq_model, codes), path, len(titles), titles * 2)
+    data.save_grid(sample.to_pixels(vq_model, codes), path, len(titles), titles * 2)
     print(f"{path}: samples, guidance {scale:g}", flush=True)
 
 

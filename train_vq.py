@@ -24,9 +24,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+import data
 import vq
 
 
@@ -122,8 +124,8 @@ class TrainCrops(torch.utils.data.Dataset):
         index = key[1]
         for _ in range(100):
             try:
-                image = vq.random_crop(self.images.load(index), self.size, rng)
-                image = image.transpose(vq.Image.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else image
+                image = data.random_crop(self.images.load(index), self.size, rng)
+                image = image.transpose(Image.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else image
                 return vq.to_tensor(image)
             except OSError as error:
                 if index not in self.warned:
@@ -207,7 +209,7 @@ def main():
                              "trains without it")
         if not args.resume and (out / "ckpt.pt").exists():
             raise ValueError(f"--out {out} holds a run; add --resume to go on with it, or choose another folder")
-        images = vq.open_images(args.data)
+        images = data.open_images(args.data)
         lpips = load_lpips() if args.lpips_weight else None
         resumed = vq.read_checkpoint(out / "ckpt.pt") if args.resume else None
         if resumed and resumed["config"] != asdict(config):
@@ -250,7 +252,7 @@ def main():
         TrainCrops(images, args.image_size, args.seed), num_workers=workers, pin_memory=device.type == "cuda",
         batch_sampler=batches(len(images), args.seed, seen, rank, world, per_rank))
     max_steps = args.max_steps or math.ceil(args.epochs * len(images) / args.batch_size)
-    shown = torch.stack([vq.to_tensor(vq.center_crop(images.load(i), args.image_size)) for i in
+    shown = torch.stack([vq.to_tensor(data.center_crop(images.load(i), args.image_size)) for i in
                          random.Random(args.seed).sample(range(len(images)), min(8, len(images)))]).to(device) \
         if rank == 0 and args.sample_every else None
 
@@ -367,7 +369,7 @@ def picture(model, ema, images, path):
     shadow = vq.VQModel(model.config).to(images.device).eval()
     shadow.load_state_dict(ema or model.state_dict())
     both = np.concatenate([vq.to_uint8(images), vq.to_uint8(shadow.decode(shadow.encode(images)))])
-    vq.save_grid(both, path, columns=len(images))
+    data.save_grid(both, path, columns=len(images))
     print(f"{path}: originals above, reconstructions below", flush=True)
 
 

@@ -5,16 +5,14 @@ $ python vq.py encode --ckpt runs/vq/ckpt.pt --data DIR --out codes --ten-crop -
 $ torchrun --nproc_per_node=8 vq.py encode --pretrained VQ-16 --data imagenet/train --out codes --ten-crop
 $ python vq.py reconstruct --ckpt runs/vq/ckpt.pt --out recon.png a.jpg b.jpg    # originals above reconstructions
 
-The file in order: model, checkpoints, images and crops, the embedded data set `shapes`, codes on disk, commands.
+The file in order: model, checkpoints and downloads, pixels, codes on disk, commands.
 """
 # Shapes:  B images   H, W pixels   h, w latent grid   T codes = h * w   V codebook entries   D code dimension
 #          C channels   A crops per image   N images in a data set
 import argparse
 import hashlib
 import json
-import math
 import os
-import random
 import sys
 import urllib.request
 from collections import OrderedDict
@@ -25,9 +23,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
 from torch import nn
 from tqdm import tqdm
+
+import data
 
 
 # ---- model ----------------------------------------------------------------------------------------------------------
@@ -367,91 +366,7 @@ def pretrained(name, repository="FoundationVision/LlamaGen"):
     return download(f"{host}/{repository}/resolve/main/{name}", cache_dir() / name)
 
 
-# ---- images and crops -----------------------------------------------------------------------------------------------
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
-
-
-def list_images(folder):
-    """Paths (str) of all images below a folder at any depth, sorted."""
-    return sorted(os.path.join(d, f) for d, _, files in os.walk(folder, followlinks=True)
-                  for f in files if f.lower().endswith(IMAGE_ENDINGS))
-
-
-def open_image(path):
-    """An image file as RGB. Raises OSError, whatever way the file is broken."""
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except Exception as error:   # Pillow raises half a dozen kinds for damaged files
-        reason = str(error).split(" '")[0]   # without the path, which Pillow repeats
-        raise OSError(f"{path}: {reason}") from None
-
-
-class ImageFolder:
-    """Images in class folders, as ImageNet is shipped: ROOT/class name/image. Classes are numbered by sorted name."""
-
-    def __init__(self, root):
-        if not os.path.isdir(root):
-            raise ValueError(f"--data {root}: no such folder")
-        folders = sorted(e.name for e in os.scandir(root) if e.is_dir())
-        inside = {c: sorted(e.name for e in os.scandir(os.path.join(root, c))) for c in folders}
-        inside = {c: [n for n in names if n.lower().endswith(IMAGE_ENDINGS)] for c, names in inside.items()}
-        self.classes = [c for c in folders if inside[c]]
-        if not self.classes:
-            nested = next((c for c in folders if list_images(os.path.join(root, c))), None)
-            hint = (f"its sub-folders hold more folders, as ImageNet's own root does; did you mean {root}/{nested}?"
-                    if nested else f"expected class folders with {', '.join(IMAGE_ENDINGS)} files, as {root}/cat/1.jpg")
-            raise ValueError(f"--data {root}: no images in its sub-folders; {hint}")
-        if len(self.classes) <= 2:
-            print(f"warning: {root} has only {len(self.classes)} class folder(s): {', '.join(self.classes)}. Is it the "
-                  f"folder above or below the one you meant?", file=sys.stderr)
-        self.paths = [os.path.join(root, c, n) for c in self.classes for n in inside[c]]
-        self.labels = [label for label, c in enumerate(self.classes) for _ in inside[c]]
-
-    def __len__(self):
-        return len(self.paths)
-
-    def name(self, i):
-        """What to call image i in a message."""
-        return self.paths[i]
-
-    def load(self, i):
-        """Image i as RGB; raises OSError when it cannot be read."""
-        return open_image(self.paths[i])
-
-
-def shrink(image, side):
-    """Resize so that the short side is `side`: halve with a box filter while it can be, then bicubic (as ADM does)."""
-    while min(image.size) >= 2 * side:
-        image = image.resize((image.width // 2, image.height // 2), Image.BOX)
-    scale = side / min(image.size)
-    return image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
-
-
-def center_crop(image, size):
-    """The middle size x size pixels after resizing the short side to `size`; small images are enlarged."""
-    image = shrink(image, size)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
-
-
-def random_crop(image, size, rng):
-    """ADM's training crop: a size x size window that covers 0.8 to 1.0 of the short side; rng is a random.Random."""
-    image = shrink(image, rng.randrange(size, math.ceil(size / 0.8) + 1))
-    left, top = rng.randrange(image.width - size + 1), rng.randrange(image.height - size + 1)
-    return image.crop((left, top, left + size, top + size))
-
-
-def ten_crop(image, size, crop_range):
-    """From a centre crop of int(size * crop_range): four corners and the middle, then the same of its mirror image."""
-    side = int(size * crop_range)
-    far, middle = side - size, round((side - size) / 2)
-    windows = [(0, 0), (far, 0), (0, far), (far, far), (middle, middle)]
-    image = center_crop(image, side)
-    return [picture.crop((x, y, x + size, y + size))
-            for picture in (image, image.transpose(Image.FLIP_LEFT_RIGHT)) for x, y in windows]
-
-
+# ---- pixels ---------------------------------------------------------------------------------------------------------
 def to_tensor(image):
     """RGB image -> float32 (3, H, W) in [-1, 1]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
@@ -460,105 +375,6 @@ def to_tensor(image):
 def to_uint8(images):
     """Float images (B, 3, H, W) -> uint8 array (B, H, W, 3): clamp(127.5 x + 128), truncated, as the paper's code."""
     return (127.5 * images.detach().float() + 128).clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
-
-
-def save_grid(images, path, columns, titles=None):
-    """Write uint8 images (n, H, W, 3) as one PNG, row by row; titles: one string an image, drawn above it. Images
-    below 96 pixels are enlarged by a whole factor, so that they can be seen."""
-    scale = max(1, -(-96 // images.shape[1]))
-    h, w, gap, head = images.shape[1] * scale, images.shape[2] * scale, 4, 16 if titles else 0
-    rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * (w + gap) + gap, rows * (h + head + gap) + gap), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, pixels in enumerate(images):
-        x, y = gap + i % columns * (w + gap), gap + i // columns * (h + head + gap)
-        if titles:
-            title = titles[i]
-            while title and draw.textlength(title) > w:
-                title = title[:-1]
-            draw.text((x + w / 2, y + head / 2), title, fill="black", anchor="mm")
-        sheet.paste(Image.fromarray(pixels).resize((w, h), Image.NEAREST), (x, y + head))
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(f"{path}.tmp", "PNG")
-    os.replace(f"{path}.tmp", path)
-
-
-# ---- the embedded data set ------------------------------------------------------------------------------------------
-INKS = {"red": (220, 40, 40), "orange": (245, 140, 30), "yellow": (245, 215, 50), "green": (40, 165, 75),
-        "cyan": (60, 200, 215), "blue": (55, 115, 235), "purple": (155, 70, 200), "pink": (245, 130, 190)}
-PAPERS = {"white": (250, 250, 250), "grey": (110, 110, 115), "navy": (25, 30, 80), "black": (15, 15, 15)}
-
-
-def curve(f, n=60):
-    """n points of the closed curve f(angle) -> (x, y)."""
-    return [f(2 * math.pi * i / n) for i in range(n)]
-
-
-def circle(radius=1.0, y=0.0):
-    """A circle's outline, its centre moved down by y."""
-    return curve(lambda a: (radius * math.cos(a), y + radius * math.sin(a)))
-
-
-def spikes(*radii, turn=-math.pi / 2):
-    """A polygon whose corners lie at these distances from the centre, evenly spaced, the first one at the top."""
-    return [(r * math.cos(2 * math.pi * i / len(radii) + turn), r * math.sin(2 * math.pi * i / len(radii) + turn))
-            for i, r in enumerate(radii)]
-
-
-# class -> outlines within the unit circle, y down: the first in the ink's colour, a second one in the paper's. All look
-# the same in a mirror, so that the mirrored crops of `encode` add no second look to a class.
-SHAPES = {
-    "circle": [circle(0.85)],
-    "square": [spikes(1, 1, 1, 1, turn=-math.pi / 4)],
-    "triangle": [spikes(1, 1, 1)],
-    "star": [spikes(*[1, 0.42] * 5)],
-    "heart": [curve(lambda a: (0.95 * math.sin(a) ** 3, -0.1 - (13 * math.cos(a) - 5 * math.cos(2 * a)
-                                                                - 2 * math.cos(3 * a) - math.cos(4 * a)) / 17))],
-    "cross": [[(-.3, -.95), (.3, -.95), (.3, -.3), (.95, -.3), (.95, .3), (.3, .3), (.3, .95), (-.3, .95), (-.3, .3),
-               (-.95, .3), (-.95, -.3), (-.3, -.3)]],
-    "ring": [circle(0.95), circle(0.5)],
-    "crescent": [circle(0.95), circle(0.8, y=-0.5)],
-    "arrow": [[(0, -1), (0.85, -0.1), (0.32, -0.1), (0.32, 1), (-0.32, 1), (-0.32, -0.1), (-0.85, -0.1)]],
-    "bowtie": [[(-0.95, -0.7), (0, -0.15), (0.95, -0.7), (0.95, 0.7), (0, 0.15), (-0.95, 0.7)]],
-}
-
-
-class Shapes:
-    """Pictures of 64 x 64 pixels drawn on demand: image i shows class i % 10 in random colours, size, place and
-    rotation, always the same for the same (seed, i). Nothing is downloaded or written."""
-
-    def __init__(self, n=24000, seed=0):
-        self.classes, self.seed = list(SHAPES), seed
-        self.labels = [i % len(SHAPES) for i in range(n)]
-
-    def __len__(self):
-        return len(self.labels)
-
-    def name(self, i):
-        """What to call image i in a message."""
-        return f"shapes image {i}"
-
-    def load(self, i):
-        """Image i as RGB."""
-        rng = random.Random(f"{self.seed}/{i}")
-        ink, paper = rng.choice(list(INKS.values())), rng.choice(list(PAPERS.values()))
-        radius, turn = rng.uniform(21, 27), math.radians(rng.uniform(-12, 12))   # pixels of 64; radians
-        x, y = (32 + rng.uniform(-4, 4) for _ in range(2))
-        image = Image.new("RGB", (128, 128), paper)
-        for outline, colour in zip(SHAPES[self.classes[self.labels[i]]], (ink, paper)):
-            points = [(2 * (x + radius * (px * math.cos(turn) - py * math.sin(turn))),
-                       2 * (y + radius * (px * math.sin(turn) + py * math.cos(turn)))) for px, py in outline]
-            ImageDraw.Draw(image).polygon(points, fill=colour)
-        return image.reduce(2)
-
-
-def open_images(data):
-    """The data set a user named: "shapes", "shapes:500" (so many images), or a folder of class folders. It has
-    len(), load(i) -> RGB image (OSError when unreadable), labels, classes and name(i)."""
-    name, _, count = data.partition(":")
-    if name == "shapes" and (not count or count.isdigit() and int(count)):
-        return Shapes(int(count or 24000))
-    return ImageFolder(data)
 
 
 def shuffled(n, seed, start=0):
@@ -573,36 +389,13 @@ def shuffled(n, seed, start=0):
 
 
 # ---- codes on disk --------------------------------------------------------------------------------------------------
-class Crops(torch.utils.data.Dataset):
-    """Image i as (i, uint8 crops (A, H, W, 3)), or (i, None) when it cannot be read."""
-
-    def __init__(self, images, size, ranges):
-        self.images, self.size, self.ranges = images, size, ranges
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, i):
-        try:
-            image = self.images.load(i)
-        except OSError as error:
-            print(f"warning: skipped, {error}", file=sys.stderr)
-            return i, None
-        crops = [crop for r in self.ranges for crop in ten_crop(image, self.size, r)]
-        if not crops:
-            middle = center_crop(image, self.size)
-            crops = [middle, middle.transpose(Image.FLIP_LEFT_RIGHT)]
-        return i, np.stack([np.array(crop) for crop in crops])
-
-
 def encode(args):
-    """Write the folder --out: codes.npy uint16 (N, A, T), labels.npy int32 (N,), meta.json.
+    """Write the folder --out: codes.npy uint16 (N, A, T), labels.npy int32 (N,) or captions.jsonl, meta.json.
 
-    Until all is done the rows stand in codes.part.npy, with one byte an image in state.npy (0 to do, 1 done,
-    2 unreadable); each process of a torchrun owns every world-th image, and a second start goes on where the first
-    ended. meta.json is written last: where it is, the folder is complete."""
+    Until all is done state.npy holds one byte an image; each process of a torchrun owns every world-th image, and a
+    second start goes on where the first ended. meta.json is written last: where it is, the folder is complete."""
     rank, world, device = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), args.device
-    images, model, out = open_images(args.data), load_vq(args.ckpt, device), Path(args.out)
+    images, model, out = data.open_images(args.data), load_vq(args.ckpt, device), Path(args.out)
     size = args.image_size or model.image_size
     ranges = args.crop_range if args.ten_crop else []
     side, step, V = size // model.config.downsample, model.config.downsample, model.config.codebook_size
@@ -612,8 +405,11 @@ def encode(args):
         raise ValueError(f"--image-size {size} is not a multiple of the tokenizer's {step}; try {max(side, 1) * step}")
     if V > 2 ** 16:
         raise ValueError(f"{args.ckpt}: codes.npy holds uint16, but the codebook has {V:,} entries (more than 65,536)")
-    meta = {"classes": images.classes, "image_size": size, "h": side, "w": side, "codebook_size": V,
-            "crops": {"ten_crop_ranges": ranges} if ranges else "centre and its mirror image",
+    if images.captions and ranges:
+        raise ValueError("--ten-crop would cut away what captions name; leave it out")
+    plain = "centre" if images.captions else "centre and its mirror image"
+    meta = {"classes": list(images.classes), "captions": bool(images.captions), "image_size": size, "h": side,
+            "w": side, "codebook_size": V, "crops": {"ten_crop_ranges": ranges} if ranges else plain,
             "tokenizer": weights_hash(model), "data": args.data, "images": len(images)}
     settings, begun, finished = json.dumps(meta), out / "begun.json", out / "meta.json"
     if finished.exists():
@@ -621,10 +417,10 @@ def encode(args):
         if {k: done.get(k) for k in meta} != json.loads(settings):
             raise ValueError(f"--out {out} holds codes made with other settings; choose another folder or delete it")
         return print(f"{out} is complete: {done['images'] - len(done['skipped']):,} images. Nothing to do.")
-    shape = (len(images), 10 * len(ranges) or 2, side * side)
+    shape = (len(images), 10 * len(ranges) or (1 if images.captions else 2), side * side)
     if rank == 0 and not begun.exists():
         out.mkdir(parents=True, exist_ok=True)
-        np.lib.format.open_memmap(out / "codes.part.npy", "w+", np.uint16, shape)
+        np.lib.format.open_memmap(out / "codes.npy", "w+", np.uint16, shape)
         np.lib.format.open_memmap(out / "state.npy", "w+", np.uint8, shape[:1])
         begun.write_text(settings)
     if world > 1:
@@ -632,22 +428,22 @@ def encode(args):
         dist.barrier()
     if begun.read_text() != settings:
         raise ValueError(f"--out {out} was begun with other settings; choose another folder or delete it")
-    codes = np.lib.format.open_memmap(out / "codes.part.npy", "r+")
+    codes = np.lib.format.open_memmap(out / "codes.npy", "r+")
     state = np.lib.format.open_memmap(out / "state.npy", "r+")
 
-    todo = [i for i in range(rank, len(images), world) if state[i] == 0]
+    todo = [i for i in range(rank, len(images), world) if state[i] == data.TO_DO]
     per_batch = max(1, args.batch_size // shape[1])   # images; their crops go through the encoder together
-    loader = torch.utils.data.DataLoader(Crops(images, size, ranges), sampler=todo, batch_size=per_batch,
+    loader = torch.utils.data.DataLoader(data.Crops(images, size, ranges), sampler=todo, batch_size=per_batch,
                                          collate_fn=list, num_workers=args.workers)
     with progress(len(todo), "encode" + f" (process 1 of {world})" * (world > 1), rank) as bar:
         for batch in loader:
-            good = [(i, crops) for i, crops in batch if crops is not None]
+            good = [(i, crops) for i, crops in batch if isinstance(crops, np.ndarray)]
             if good:
                 pixels = torch.from_numpy(np.concatenate([crops for _, crops in good])).to(device)
                 rows = model.encode(pixels.permute(0, 3, 1, 2).float() / 127.5 - 1)
                 codes[[i for i, _ in good]] = rows.view(len(good), *shape[1:]).cpu().numpy().astype(np.uint16)
             for i, crops in batch:
-                state[i] = 2 if crops is None else 1
+                state[i] = data.DONE if isinstance(crops, np.ndarray) else crops
             bar.update(len(batch))
     if world > 1:
         dist.barrier()
@@ -657,25 +453,30 @@ def encode(args):
 
 
 def finish(out, images, codes, state, meta):
-    """Turn a fully encoded part file into a codes folder, leaving out the rows of unreadable images."""
-    keep = np.flatnonzero(state == 1)
-    skipped = [images.name(i) for i in np.flatnonzero(state == 2)]
+    """Complete a fully encoded folder: leave out the rows of skipped images, add labels or captions, and meta.json."""
+    keep, skipped = np.flatnonzero(state == data.DONE), np.flatnonzero(state != data.DONE)
+    counts = {why: (state == code).sum() for code, why in data.SKIPPED.items()}
+    counts = ", ".join(f"{count:,} {why}" for why, count in counts.items() if count)
     if not len(keep):
-        raise ValueError(f"none of the {len(images)} images could be read; nothing was written")
-    if skipped:
+        raise ValueError(f"none of the {len(images)} images could be used ({counts}); nothing was written")
+    if len(codes) > len(keep):   # not yet shortened by a start that ended here
         final = np.lib.format.open_memmap(out / "codes.tmp.npy", "w+", np.uint16, (len(keep), *codes.shape[1:]))
         for start in range(0, len(keep), 4096):
             final[start:start + 4096] = codes[keep[start:start + 4096]]
         final.flush()
-        os.replace(out / "codes.tmp.npy", out / "codes.part.npy")
-    np.save(out / "labels.npy", np.array(images.labels, dtype=np.int32)[keep])
-    os.replace(out / "codes.part.npy", out / "codes.npy")
-    (out / "meta.tmp").write_text(json.dumps({**meta, "skipped": skipped}, indent=1))
+        os.replace(out / "codes.tmp.npy", out / "codes.npy")
+    if images.captions:
+        with open(out / "captions.jsonl", "w", encoding="utf8") as f:
+            f.writelines(json.dumps(images.captions[i], ensure_ascii=False) + "\n" for i in keep)
+    else:
+        np.save(out / "labels.npy", np.array(images.labels, dtype=np.int32)[keep])
+    meta["skipped"] = {str(images.places[i]): data.SKIPPED[state[i]] for i in skipped}
+    (out / "meta.tmp").write_text(json.dumps(meta, indent=1))
     os.replace(out / "meta.tmp", out / "meta.json")
     (out / "begun.json").unlink()
     (out / "state.npy").unlink()
-    print(f"{out}: {len(keep):,} images x {codes.shape[1]} crops x {codes.shape[2]} codes"
-          + (f"; {len(skipped)} unreadable images were left out, meta.json names them" if skipped else ""))
+    print(f"{out}: {len(keep):,} images x {codes.shape[1]} crop{'s' * (codes.shape[1] > 1)} x {codes.shape[2]} codes"
+          + (f"; left out: {counts}; meta.json names them" if counts else ""))
 
 
 # ---- commands -------------------------------------------------------------------------------------------------------
@@ -683,9 +484,10 @@ def reconstruct(args):
     """Write a picture with the originals above what is left of them after encoding and decoding."""
     model = load_vq(args.ckpt, args.device)
     size = args.image_size or model.image_size
-    originals = torch.stack([to_tensor(center_crop(open_image(path), size)) for path in args.images]).to(args.device)
+    originals = torch.stack([to_tensor(data.center_crop(data.open_image(path), size)) for path in args.images])
+    originals = originals.to(args.device)
     results = torch.cat([model.decode(model.encode(image[None])) for image in originals])
-    save_grid(np.concatenate([to_uint8(originals), to_uint8(results)]), args.out, columns=len(originals))
+    data.save_grid(np.concatenate([to_uint8(originals), to_uint8(results)]), args.out, columns=len(originals))
     print(f"{args.out}: originals above, reconstructions below")
 
 

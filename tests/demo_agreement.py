@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import vq  # noqa: E402
+import data  # noqa: E402
 
 
 def pictures(n, seed, size):
     """n fresh shapes as (uint8 (n, size, size, 3), labels (n,))."""
-    shapes = vq.Shapes(n, seed)
-    return np.stack([np.array(vq.center_crop(shapes.load(i), size)) for i in range(n)]), torch.tensor(shapes.labels)
+    shapes = data.shapes(n, seed)
+    return np.stack([np.array(data.center_crop(shapes.load(i), size)) for i in range(n)]), torch.tensor(shapes.labels)
 
 
 def to_input(images):
@@ -66,7 +66,7 @@ def main():
     fresh, truth = pictures(1000, seed=2, size=images.shape[1])
     right = (net(to_input(fresh)).argmax(-1) == truth).float().mean().item()
     agree = net(to_input(images)).argmax(-1) == labels
-    names = list(vq.SHAPES)
+    names = list(data.SHAPES)
     each = ", ".join(f"{names[c]} {agree[labels == c].float().mean():.0%}" for c in range(len(names)))
     print(f"a classifier that is right on {right:.1%} of fresh drawings sees the wanted class in "
           f"{agree.float().mean():.1%} of {len(agree)} samples ({each})")

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, difference, fill, golden, released_keys
+from PIL import Image
 
 import evaluate
 import gpt
@@ -398,7 +399,7 @@ def test_training_learns_what_the_caption_tells_and_remembers_the_encoder(codes,
     assert log(tmp_path / "run")[-1]["val_loss"] < 2.6
     model = gpt.load_gpt(tmp_path / "run" / "ckpt.pt")
     assert model.text == {"encoder": "words", "dim": 64, "hash": "words"} and model.config.caption_dim == 64
-    with vq.Image.open(tmp_path / "run" / "samples_000060.png") as image:
+    with Image.open(tmp_path / "run" / "samples_000060.png") as image:
         assert image.size == (10 * 100 + 4, 2 * 116 + 4)     # ten captions, two images each
 
 
@@ -464,7 +465,7 @@ def test_from_captions_to_pictures_in_two_stages_through_t5(t5, tokenizer, tmp_p
     out = go("sample.py", "--vq", tokenizer, "--gpt", tmp_path / "2" / "ckpt.pt", "--prompt", "a red thing", "--prompt",
              "a blue thing", "--out", tmp_path / "a.png", "--resize", 96)
     assert "cfg_scale 7.5" in out and "top_k 1000" in out
-    with vq.Image.open(tmp_path / "a.png") as image:
+    with Image.open(tmp_path / "a.png") as image:
         assert image.size == (2 * 100 + 4, 96 + 16 + 8)
 
 

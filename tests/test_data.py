@@ -1,9 +1,11 @@
-"""What vq.py promises about images and codes on disk: exact crops, clear words about bad data, nothing lost."""
+"""What data.py and vq.py promise about images and codes on disk: exact crops, clear words about bad data, nothing lost."""
 import json
+import os
 import random
 import shutil
 import subprocess
 import sys
+import tarfile
 import zlib
 
 import numpy as np
@@ -12,6 +14,7 @@ import torch
 from conftest import ROOT, golden
 from PIL import Image
 
+import data
 import gpt
 import vq
 
@@ -21,15 +24,15 @@ def test_centre_crops_are_adms_to_the_pixel():
     expected, _ = golden("crops")
     for name in [k for k in expected if "_center" in k]:
         pic, size = name.split("_center")
-        crop = vq.center_crop(Image.fromarray(expected[pic].numpy()), int(size))
+        crop = data.center_crop(Image.fromarray(expected[pic].numpy()), int(size))
         assert np.array_equal(np.array(crop), expected[name].numpy()), name
 
 
 def test_ten_crops_are_the_reference_ones():
     expected, meta = golden("crops")
-    small = vq.ten_crop(Image.fromarray(expected["pic2"].numpy()), 50, 1.1)
+    small = data.ten_crop(Image.fromarray(expected["pic2"].numpy()), 50, 1.1)
     assert np.array_equal(np.stack(small), expected["pic2_ten50"].numpy())
-    large = [np.array(crop) for crop in vq.ten_crop(Image.fromarray(expected["pic0"].numpy()), 64, 1.1)]
+    large = [np.array(crop) for crop in data.ten_crop(Image.fromarray(expected["pic0"].numpy()), 64, 1.1)]
     assert np.array_equal(np.stack([c[:4, :4] for c in large]), expected["pic0_ten64_corner"].numpy())
     assert [zlib.crc32(c.tobytes()) for c in large] == expected["pic0_ten64_crc32"].tolist()
 
@@ -39,7 +42,7 @@ def test_ten_crop_windows_at_the_sizes_in_use():
     for size, percent, side, top, left in golden("crops")[0]["ten_crop_table"].tolist():
         rows, columns = np.mgrid[:side, :side]
         place = Image.fromarray(np.stack([rows // 256, rows % 256, columns % 256], -1).astype(np.uint8))
-        middle = np.array(vq.ten_crop(place, size, percent / 100)[4])
+        middle = np.array(data.ten_crop(place, size, percent / 100)[4])
         assert middle.shape[:2] == (size, size) and middle[0, 0].tolist() == [top // 256, top % 256, left % 256]
 
 
@@ -48,7 +51,7 @@ def test_random_crops_cover_eight_to_ten_tenths():
     picture = Image.fromarray(rows).convert("RGB")
     seen = set()
     for seed in range(200):
-        crop = np.array(vq.random_crop(picture, 80, random.Random(seed)))
+        crop = np.array(data.random_crop(picture, 80, random.Random(seed)))
         assert crop.shape == (80, 80, 3)
         seen.add(round((int(crop[-1, 0, 0]) - int(crop[0, 0, 0])) / 200, 1))
     assert seen == {0.8, 0.9, 1.0}                       # of the picture's height: bicubic from 100 to 80 .. 100 rows
@@ -60,7 +63,7 @@ def test_pixels_are_rounded_as_the_paper_does():
 
 
 def test_shapes_are_the_same_every_time_and_balanced():
-    a, b, other = vq.Shapes(30), vq.Shapes(30), vq.Shapes(30, seed=1)
+    a, b, other = data.shapes(30), data.shapes(30), data.shapes(30, seed=1)
     assert np.array_equal(a.load(7), b.load(7)) and not np.array_equal(a.load(7), other.load(7))
     assert np.bincount(a.labels).tolist() == [3] * 10 and len(a.classes) == 10
 
@@ -93,30 +96,30 @@ def test_labels_follow_the_sorted_class_names_and_any_mode_becomes_rgb(tmp_path)
     Image.new("RGBA", (20, 20)).save(root / "cat" / "clear.webp")
     (root / "cat" / "notes.txt").write_text("not an image")
     (root / "empty").mkdir()
-    images = vq.open_images(str(root))
+    images = data.open_images(str(root))
     assert images.classes == ["ant", "bee", "cat"] and np.bincount(images.labels).tolist() == [3, 5, 5]
     assert all(images.load(i).mode == "RGB" for i in range(len(images)))
 
 
 def test_the_wrong_folder_is_named(tmp_path, capsys):
-    with pytest.raises(ValueError, match="no such folder"):
-        vq.open_images(str(tmp_path / "missing"))
+    with pytest.raises(ValueError, match="no such file or folder"):
+        data.open_images(str(tmp_path / "missing"))
     (tmp_path / "void").mkdir()
     with pytest.raises(ValueError, match="no images in its sub-folders"):
-        vq.open_images(str(tmp_path / "void"))
+        data.open_images(str(tmp_path / "void"))
     folder(tmp_path / "imagenet" / "train")
     folder(tmp_path / "imagenet" / "val")
     with pytest.raises(ValueError, match="did you mean .*imagenet/train"):
-        vq.open_images(str(tmp_path / "imagenet"))
+        data.open_images(str(tmp_path / "imagenet"))
     folder(tmp_path / "two", classes=("train", "val"))
-    vq.open_images(str(tmp_path / "two"))
+    data.open_images(str(tmp_path / "two"))
     assert "only 2 class folder(s): train, val" in capsys.readouterr().err
 
 
 def test_real_photographs_open(photos):
-    images = vq.open_images(str(photos / "imagenet_sample"))
+    images = data.open_images(str(photos / "imagenet_sample"))
     assert len(images) == 125 and len(images.classes) == 125
-    assert all(vq.center_crop(images.load(i), 256).size == (256, 256) for i in range(0, 125, 5))
+    assert all(data.center_crop(images.load(i), 256).size == (256, 256) for i in range(0, 125, 5))
 
 
 # ---- encode and reconstruct -----------------------------------------------------------------------------------------
@@ -150,9 +153,9 @@ def test_codes_are_those_of_the_crops(tokenizer, tmp_path):
     assert codes.shape == (9, 20, 4) and codes.dtype == np.uint16 and isinstance(codes, np.memmap)
     assert labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2] and meta["classes"] == ["ant", "bee", "cat"]
     assert (meta["h"], meta["w"], meta["image_size"], meta["codebook_size"]) == (2, 2, 16, 40)
-    model, images = vq.load_vq(tokenizer), vq.open_images(str(tmp_path / "data"))
+    model, images = vq.load_vq(tokenizer), data.open_images(str(tmp_path / "data"))
     assert meta["tokenizer"] == vq.weights_hash(model)
-    crops = vq.ten_crop(images.load(5), 16, 1.1) + vq.ten_crop(images.load(5), 16, 1.5)
+    crops = data.ten_crop(images.load(5), 16, 1.1) + data.ten_crop(images.load(5), 16, 1.5)
     assert np.array_equal(codes[5], model.encode(torch.stack([vq.to_tensor(c) for c in crops])).flatten(1).numpy())
     assert len({tuple(row) for row in codes[:, 0].tolist()}) > 1
 
@@ -162,10 +165,11 @@ def test_unreadable_images_are_left_out_and_counted(tokenizer, tmp_path):
     (root / "bee" / "1.png").write_bytes((root / "bee" / "1.png").read_bytes()[:200])
     (root / "cat" / "9.jpg").write_text("not a picture")
     result = encode("--ckpt", tokenizer, "--data", root, "--out", tmp_path / "codes")
-    assert result.returncode == 0 and "2 unreadable images were left out" in result.stdout
+    assert result.returncode == 0 and "left out: 2 unreadable" in result.stdout
     codes, labels, meta = gpt.load_codes(tmp_path / "codes")
     assert codes.shape == (8, 2, 4) and labels.tolist() == [0, 0, 0, 1, 1, 2, 2, 2]
-    assert [p.split("/")[-2:] for p in meta["skipped"]] == [["bee", "1.png"], ["cat", "9.jpg"]]
+    assert [(*p.split("/")[-2:], why) for p, why in meta["skipped"].items()] == [
+        ("bee", "1.png", "unreadable"), ("cat", "9.jpg", "unreadable")]
 
 
 def test_two_processes_write_what_one_does_and_a_second_start_does_nothing(tokenizer, tmp_path):
@@ -205,9 +209,30 @@ def test_an_interrupted_encode_goes_on_where_it_ended(tokenizer, tmp_path, monke
         vq.encode(other)
 
 
+def test_an_encode_killed_in_its_last_moment_still_completes(tokenizer, tmp_path, monkeypatch):
+    root, codes = folder(tmp_path / "data"), tmp_path / "codes"
+    (root / "cat" / "1.png").write_bytes(b"broken")
+    command = ["vq.py", "encode", "--ckpt", str(tokenizer), "--data", str(root), "--out", str(codes), "--workers", "0"]
+    monkeypatch.setattr(sys, "argv", command)
+    replace = os.replace
+
+    def killed_before_meta(source, target):
+        if str(target).endswith("meta.json"):
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", killed_before_meta)
+    with pytest.raises(SystemExit):
+        vq.main()
+    monkeypatch.undo()
+    assert encode("--ckpt", tokenizer, "--data", root, "--out", codes).returncode == 0
+    assert encode("--ckpt", tokenizer, "--data", root, "--out", tmp_path / "whole").returncode == 0
+    assert contents(codes) == contents(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("flags, sentence", [
     (["--ckpt", "missing.pt", "--data", "shapes:4"], "missing.pt"),
-    (["--ckpt", "CKPT", "--data", "nowhere"], "--data nowhere: no such folder"),
+    (["--ckpt", "CKPT", "--data", "nowhere"], "--data nowhere: no such file or folder"),
     (["--ckpt", "CKPT", "--data", "shapes:4", "--image-size", "20"], "--image-size 20 is not a multiple of the tokenizer's 8; try"),
     (["--ckpt", "CKPT", "--data", "shapes:x"], "--data shapes:x"),
     (["--ckpt", "CKPT", "--data", "shapes:4", "--ten-crop", "--crop-range", "0.9"], "--crop-range 0.9: crops are cut"),
@@ -231,7 +256,7 @@ def test_reconstruct_puts_originals_above_reconstructions(tokenizer, tmp_path):
                              root / "ant" / "0.png", root / "cat" / "1.png"], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     model = vq.load_vq(tokenizer)
-    original = vq.center_crop(vq.open_image(root / "cat" / "1.png"), 16)
+    original = data.center_crop(data.open_image(root / "cat" / "1.png"), 16)
     decoded = vq.to_uint8(model.decode(model.encode(vq.to_tensor(original)[None])))[0]
     with Image.open(tmp_path / "r.png") as sheet:
         assert sheet.size == (2 * 100 + 4, 2 * 100 + 4)                   # 16 pixels are drawn six times as large
@@ -277,3 +302,85 @@ def test_saving_to_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
         vq.save_checkpoint({"step": 2}, path)
     assert vq.read_checkpoint(path) == {"step": 1} and [p.name for p in tmp_path.iterdir()] == ["ckpt.pt"]
     assert json.dumps(vq.read_checkpoint(path)) == '{"step": 1}'
+
+
+# ---- captions -------------------------------------------------------------------------------------------------------
+CAPTIONS = {"a": "a cat on a mat", "b": "", "c": "Größe: 3 m", "d": "far too small", "e": "not an image"}
+
+
+def captioned(root):
+    """Five images: one without a caption, one below 16 pixels, one broken. Returns the folder with .txt files."""
+    root.mkdir()
+    rng = np.random.RandomState(0)
+    for stem, text in CAPTIONS.items():
+        size = 9 if stem == "d" else 20
+        Image.fromarray(rng.randint(0, 256, (size, size + 3, 3), np.uint8)).save(root / f"{stem}.png")
+        (root / f"{stem}.txt").write_text(text, encoding="utf8")
+    (root / "e.png").write_bytes(b"\x89PNG no")
+    return root
+
+
+@pytest.mark.parametrize("form", ["folder", "jsonl", "tar"])
+def test_captioned_images_are_read_in_three_forms_and_what_cannot_be_used_is_counted(tokenizer, tmp_path, form):
+    root = captioned(tmp_path / "pairs")
+    where = {"folder": root, "jsonl": tmp_path / "list.jsonl", "tar": tmp_path / "shards"}[form]
+    if form == "jsonl":
+        lines = [{"image": f"pairs/{stem}.png", "caption": text} for stem, text in CAPTIONS.items()]
+        lines[2]["short_caption"] = "Größe"
+        where.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if form == "tar":
+        where.mkdir()
+        for number, stems in enumerate(("abc", "de")):
+            with tarfile.open(where / f"{number}.tar", "w") as tar:
+                for path in sorted(root.iterdir()):
+                    if path.stem in stems:
+                        tar.add(path, path.name)
+    result = encode("--ckpt", tokenizer, "--data", where, "--out", tmp_path / "codes")
+    assert result.returncode == 0, result.stderr
+    assert "2 images x 1 crop x 4 codes; left out: 1 unreadable, 1 smaller than the crop, 1 without a caption" in result.stdout
+    kept = [json.loads(line) for line in (tmp_path / "codes" / "captions.jsonl").read_text(encoding="utf8").splitlines()]
+    assert [row["caption"] for row in kept] == ["a cat on a mat", "Größe: 3 m"]
+    assert kept[1].get("short_caption") == ("Größe" if form == "jsonl" else None)
+    codes = np.load(tmp_path / "codes" / "codes.npy")
+    model = vq.load_vq(tokenizer)
+    crop = data.center_crop(data.open_image(root / "c.png"), 16)
+    assert np.array_equal(codes[1, 0], model.encode(vq.to_tensor(crop)[None]).flatten().numpy())
+    assert not (tmp_path / "codes" / "labels.npy").exists()
+
+
+def test_captions_of_shapes_say_what_is_drawn():
+    images, plain = data.shapes(200, captioned=True), data.shapes(200)
+    for i in range(200):
+        words = images.captions[i]["caption"].split()
+        assert words[0] == "a" and words[-3] == plain.classes[plain.labels[i]] and words[-2] == "on"
+        pixels = np.array(images.load(i))
+        assert tuple(pixels[0, 0]) == data.PAPERS[words[-1]] and np.array_equal(pixels, plain.load(i))
+        ink = (pixels == data.INKS[words[-4]]).all(-1).sum()
+        assert ink > 150                                     # pixels of that colour, of 64 x 64
+        assert images.captions[i]["short_caption"] == f"{words[-4]} {words[-3]}"
+    sizes = {row["caption"].split()[1] for row in images.captions}
+    assert {"small", "large"} < sizes and len(sizes) == 2 + len(data.INKS)
+
+
+@pytest.mark.parametrize("line, sentence", [
+    ('{"image": "a.png"}', 'line 2: expected {"image": path, "caption": text}'),
+    ("not json", 'line 2: expected {"image": path, "caption": text}'),
+    ("[1]", 'line 2: expected {"image": path, "caption": text}'),
+])
+def test_a_line_without_a_caption_is_named(tmp_path, line, sentence):
+    (tmp_path / "list.jsonl").write_text('{"image": "a.png", "caption": "a"}\n' + line + "\n")
+    with pytest.raises(ValueError) as error:
+        data.open_images(str(tmp_path / "list.jsonl"))
+    assert sentence in str(error.value)
+
+
+def test_tar_files_that_hold_nothing_to_read_are_named(tmp_path):
+    (tmp_path / "a.tar").write_bytes(b"nothing" * 200)
+    with pytest.raises(ValueError, match="a.tar: not an uncompressed tar file"):
+        data.open_images(str(tmp_path / "a.tar"))
+    tarfile.open(tmp_path / "b.tar", "w").close()
+    with pytest.raises(ValueError, match="b.tar: no members that end in .jpg"):
+        data.open_images(str(tmp_path / "b.tar"))
+    (tmp_path / "c.jsonl").write_text("")
+    with pytest.raises(ValueError, match="c.jsonl is empty"):
+        data.open_images(str(tmp_path / "c.jsonl"))

@@ -13,6 +13,7 @@ import torch
 from conftest import GOLDEN, ROOT, difference
 from PIL import Image
 
+import data
 import evaluate
 import gpt
 import vq
@@ -339,7 +340,7 @@ def test_a_folder_and_an_npz_of_the_same_images_are_the_same_set(tmp_path):
     assert opened.count == 5 and np.array_equal(np.stack(list(opened.read(range(5)))), images[[0, 2, 4, 1, 3]])
     small = evaluate.open_set(tmp_path / "all", size=8)
     assert small.shape == (8, 8, 3)
-    assert np.array_equal(next(small.read([4])), vq.center_crop(Image.fromarray(images[3]), 8))
+    assert np.array_equal(next(small.read([4])), data.center_crop(Image.fromarray(images[3]), 8))
 
 
 @pytest.fixture(scope="module")
@@ -490,8 +491,8 @@ def test_recon_measures_what_the_tokenizer_does(tokenizer, weights, net, tmp_pat
                      "--inception", weights, "--json", tmp_path / "recon.json", "--batch-size", 4)
     assert code == 0 and "only 6 images" in text, text
     got = json.loads((tmp_path / "recon.json").read_text())["metrics"]
-    data = vq.open_images("shapes:6")
-    x = torch.stack([vq.to_tensor(vq.center_crop(data.load(i), 32)) for i in range(6)])
+    images = data.open_images("shapes:6")
+    x = torch.stack([vq.to_tensor(data.center_crop(images.load(i), 32)) for i in range(6)])
     codes = model.encode(x)
     truth, restored = torch.from_numpy(vq.to_uint8(x)), torch.from_numpy(vq.to_uint8(model.decode(codes)))
     y = restored.permute(0, 3, 1, 2) / 255

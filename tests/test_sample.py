@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, fill, golden
+from PIL import Image
 from test_gpt import TINY, random_model
 
+import data
 import gpt
 import sample
 import vq
@@ -113,7 +115,7 @@ def test_a_grid_of_classes_is_drawn(pair, tmp_path):
     result = run("sample.py", "--vq", pair / "vq.pt", "--gpt", pair / "gpt.pt", "--classes", "1,catfish", "--per-class", 3,
                  "--out", tmp_path / "a.png")
     assert result.returncode == 0, result.stderr
-    with vq.Image.open(tmp_path / "a.png") as image:
+    with Image.open(tmp_path / "a.png") as image:
         assert image.size == (3 * 100 + 4, 2 * (96 + 16 + 4) + 4)   # 16 pixels drawn six times as large, and titles
 
 
@@ -189,7 +191,7 @@ def test_pretrained_fetches_the_released_files_once_and_samples_from_them(tmp_pa
     server.shutdown()
     assert first.returncode == 0, first.stderr
     assert "cfg_scale 2.0" in first.stdout and "top_k 0" in first.stdout
-    with vq.Image.open(tmp_path / "a.png") as image:
+    with Image.open(tmp_path / "a.png") as image:
         assert image.size == (256 + 8, 256 + 16 + 8)
     offline = subprocess.run([*command, "--out", tmp_path / "b.png"], cwd=ROOT, capture_output=True, text=True, env=env)
     assert offline.returncode == 0, offline.stderr               # the server is gone; the files are here

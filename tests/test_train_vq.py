@@ -136,7 +136,7 @@ def test_training_takes_another_image_for_an_unreadable_one_and_says_so_once(tmp
 
 
 @pytest.mark.parametrize("flags, sentence", [
-    (["--data", "nowhere"], "--data nowhere: no such folder"),
+    (["--data", "nowhere"], "--data nowhere: no such file or folder"),
     (["--image-size", "26"], "--image-size 26 is not a multiple of the downsampling 4; try --image-size 24"),
     (["--lpips-weight", "1"], "Or train without it: --lpips-weight 0"),
     (["--resume"], "ckpt.pt: No such file or directory"),

@@ -1,0 +1,295 @@
+"""Images before the tokenizer sees them: folders, captioned files and drawn shapes; crops. Pillow, no PyTorch.
+
+    images = data.open_images("imagenet/train")        # or "shapes", or captions.jsonl: see open_images
+    crop = data.center_crop(images.load(0), 256)       # also random_crop and ten_crop
+    images.classes[images.labels[0]]                   # or images.captions[0]
+
+The file in order: data sets, captions, crops and grids, the embedded data set `shapes`.
+"""
+import cmath
+import io
+import json
+import math
+import os
+import random
+import sys
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+
+# ---- data sets ------------------------------------------------------------------------------------------------------
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
+
+
+@dataclass
+class Images:
+    """A data set: image i is open(places[i]), and it has a class or a caption."""
+    open: callable          # place -> RGB image; OSError when unreadable
+    places: list            # a path, a place in a tar file, or the number of a drawing
+    classes: list = ()      # names in label order
+    labels: list = ()       # a class id for each image
+    captions: list = ()     # {"caption": text, "short_caption": text, if there is one} for each image
+
+    def __len__(self):
+        return len(self.places)
+
+    def load(self, i):
+        """Image i as RGB; raises OSError when it cannot be read."""
+        return self.open(self.places[i])
+
+
+def open_image(path, file=None):
+    """The image at a path, or in an open binary file, as RGB. Raises OSError, whatever way it is broken."""
+    try:
+        with Image.open(file or path) as image:
+            return image.convert("RGB")
+    except Exception as error:   # Pillow raises half a dozen kinds for damaged files
+        reason = str(error).split(" '")[0]   # without the path, which Pillow repeats
+        raise OSError(f"{path}: {reason}") from None
+
+
+def open_member(place):
+    """The image within a tar file: place = (path, first byte, number of bytes)."""
+    path, start, length = place
+    with open(path, "rb") as f:
+        f.seek(start)
+        return open_image(f"{path}, byte {start}", io.BytesIO(f.read(length)))
+
+
+def list_images(folder):
+    """Paths (str) of all images below a folder at any depth, sorted."""
+    return sorted(os.path.join(d, f) for d, _, files in os.walk(folder, followlinks=True)
+                  for f in files if f.lower().endswith(IMAGE_ENDINGS))
+
+
+def open_images(data):
+    """The data set that --data names; raises ValueError with one sentence. It may be
+
+    shapes, shapes:N                     N drawings in ten classes; shapes-captions gives the same ones captions
+    ROOT/class name/image                class folders, as ImageNet is shipped, numbered by sorted name
+    FILE.jsonl                           lines {"image": path, "caption": text, "short_caption": text (if any)}
+    ROOT/name.jpg + ROOT/name.txt        a caption beside each image
+    FILE.tar, ROOT/*.tar                 the same pairs in (uncompressed) tar files, as WebDataset has them
+    """
+    name, _, count = data.partition(":")
+    if name in ("shapes", "shapes-captions") and (not count or count.isdigit() and int(count)):
+        return shapes(int(count or 24000), captioned=name != "shapes")
+    if data.endswith((".jsonl", ".tar")) and os.path.isfile(data):
+        return captioned_lines(data) if data.endswith(".jsonl") else captioned_tars([data])
+    if not os.path.isdir(data):
+        raise ValueError(f"--data {data}: no such file or folder")
+    tars = sorted(str(path) for path in Path(data).glob("*.tar"))
+    texts = {path.stem: path for path in sorted(Path(data).glob("*.txt"))}
+    paths = [str(path) for path in sorted(Path(data).iterdir()) if path.suffix.lower() in IMAGE_ENDINGS and texts]
+    if tars:
+        return captioned_tars(tars)
+    if paths:
+        captions = [texts[Path(p).stem].read_text("utf8", "replace") if Path(p).stem in texts else "" for p in paths]
+        return Images(open_image, paths, captions=[{"caption": text} for text in captions])
+    return class_folders(data)
+
+
+def class_folders(root):
+    """Images in class folders."""
+    folders = sorted(e.name for e in os.scandir(root) if e.is_dir())
+    inside = {c: sorted(e.name for e in os.scandir(os.path.join(root, c))) for c in folders}
+    inside = {c: [n for n in names if n.lower().endswith(IMAGE_ENDINGS)] for c, names in inside.items()}
+    classes = [c for c in folders if inside[c]]
+    if not classes:
+        nested = next((c for c in folders if list_images(os.path.join(root, c))), None)
+        hint = (f"its sub-folders hold more folders, as ImageNet's own root does; did you mean {root}/{nested}?"
+                if nested else f"expected class folders with {', '.join(IMAGE_ENDINGS)} files, as {root}/cat/1.jpg")
+        raise ValueError(f"--data {root}: no images in its sub-folders; {hint}")
+    if len(classes) <= 2:
+        print(f"warning: {root} has only {len(classes)} class folder(s): {', '.join(classes)}. Is it the folder above "
+              "or below the one you meant?", file=sys.stderr)
+    return Images(open_image, [os.path.join(root, c, n) for c in classes for n in inside[c]], classes,
+                  [label for label, c in enumerate(classes) for _ in inside[c]])
+
+
+# ---- captions -------------------------------------------------------------------------------------------------------
+def captioned_lines(path):
+    """Images and captions from a JSONL file; relative paths start at its folder."""
+    images = Images(open_image, [], captions=[])
+    for number, line in enumerate(open(path, encoding="utf8"), 1):
+        try:
+            item = json.loads(line)
+            images.places.append(os.path.join(os.path.dirname(path), item["image"]))
+            images.captions.append({"caption": item["caption"], "short_caption": item.get("short_caption")})
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f'--data {path}, line {number}: expected {{"image": path, "caption": text}}') from None
+    if not images.places:
+        raise ValueError(f"--data {path} is empty")
+    return images
+
+
+def captioned_tars(paths):
+    """Images and captions from tar files: members NAME.jpg and NAME.txt belong together. Images stay where they are."""
+    images = Images(open_member, [], captions=[])
+    for path in paths:
+        places, texts = {}, {}
+        try:
+            with tarfile.open(path, "r:") as tar:
+                for member in tar:
+                    stem, ending = os.path.splitext(member.name)
+                    if ending.lower() in IMAGE_ENDINGS:
+                        places[stem] = (path, member.offset_data, member.size)
+                    elif ending == ".txt":
+                        texts[stem] = tar.extractfile(member).read().decode("utf8", "replace")
+        except tarfile.TarError as error:
+            raise ValueError(f"--data {path}: not an uncompressed tar file ({error})") from None
+        images.places += places.values()
+        images.captions += [{"caption": texts.get(stem, "")} for stem in places]
+    if not images.places:
+        raise ValueError(f"--data {paths[0]}: no members that end in {', '.join(IMAGE_ENDINGS)}")
+    return images
+
+
+# ---- crops and grids ------------------------------------------------------------------------------------------------
+def shrink(image, side):
+    """Resize so that the short side is `side`: halve with a box filter while it can be, then bicubic (as ADM does)."""
+    while min(image.size) >= 2 * side:
+        image = image.resize((image.width // 2, image.height // 2), Image.BOX)
+    scale = side / min(image.size)
+    return image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
+
+
+def center_crop(image, size):
+    """The middle size x size pixels after resizing the short side to `size`; small images are enlarged."""
+    image = shrink(image, size)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def random_crop(image, size, rng):
+    """ADM's training crop: a size x size window that covers 0.8 to 1.0 of the short side; rng is a random.Random."""
+    image = shrink(image, rng.randrange(size, math.ceil(size / 0.8) + 1))
+    left, top = rng.randrange(image.width - size + 1), rng.randrange(image.height - size + 1)
+    return image.crop((left, top, left + size, top + size))
+
+
+def ten_crop(image, size, crop_range):
+    """From a centre crop of int(size * crop_range): four corners and the middle, then the same of its mirror image."""
+    side = int(size * crop_range)
+    far, middle = side - size, round((side - size) / 2)
+    windows = [(0, 0), (far, 0), (0, far), (far, far), (middle, middle)]
+    image = center_crop(image, side)
+    return [picture.crop((x, y, x + size, y + size))
+            for picture in (image, image.transpose(Image.FLIP_LEFT_RIGHT)) for x, y in windows]
+
+
+TO_DO, DONE, UNREADABLE, SMALL, NO_CAPTION = range(5)   # what `vq.py encode` notes for each image
+SKIPPED = {UNREADABLE: "unreadable", SMALL: "smaller than the crop", NO_CAPTION: "without a caption"}
+
+
+class Crops:
+    """Image i as (i, uint8 crops (A, H, W, 3)), or (i, reason to skip it)."""
+
+    def __init__(self, images, size, ranges):
+        self.images, self.size, self.ranges = images, size, ranges
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        captioned = bool(self.images.captions)
+        if captioned and not self.images.captions[i]["caption"].strip():
+            return i, NO_CAPTION
+        try:
+            image = self.images.load(i)
+        except OSError as error:
+            print(f"warning: skipped, {error}", file=sys.stderr)
+            return i, UNREADABLE
+        if captioned and min(image.size) < self.size:   # as the paper chose its captioned images; classes are enlarged
+            return i, SMALL
+        crops = [crop for r in self.ranges for crop in ten_crop(image, self.size, r)]
+        if not crops:
+            middle = center_crop(image, self.size)
+            crops = [middle] if captioned else [middle, middle.transpose(Image.FLIP_LEFT_RIGHT)]
+        return i, np.stack([np.array(crop) for crop in crops])
+
+
+def save_grid(images, path, columns, titles=None):
+    """Write uint8 images (n, H, W, 3) as one PNG, row by row; titles: one string an image, drawn above it. Images
+    below 96 pixels are enlarged by a whole factor, so that they can be seen."""
+    scale = max(1, -(-96 // images.shape[1]))
+    h, w, gap, head = images.shape[1] * scale, images.shape[2] * scale, 4, 16 if titles else 0
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * (w + gap) + gap, rows * (h + head + gap) + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, pixels in enumerate(images):
+        x, y = gap + i % columns * (w + gap), gap + i // columns * (h + head + gap)
+        if titles:
+            title = titles[i]
+            while title and draw.textlength(title) > w:
+                title = title[:-1]
+            draw.text((x + w / 2, y + head / 2), title, fill="black", anchor="mm")
+        sheet.paste(Image.fromarray(pixels).resize((w, h), Image.NEAREST), (x, y + head))
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(f"{path}.tmp", "PNG")
+    os.replace(f"{path}.tmp", path)
+
+
+# ---- the embedded data set `shapes` ---------------------------------------------------------------------------------
+INKS = {"red": (220, 40, 40), "orange": (245, 140, 30), "yellow": (245, 215, 50), "green": (40, 165, 75),
+        "cyan": (60, 200, 215), "blue": (55, 115, 235), "purple": (155, 70, 200), "pink": (245, 130, 190)}
+PAPERS = {"white": (250, 250, 250), "grey": (110, 110, 115), "navy": (25, 30, 80), "black": (15, 15, 15)}
+
+
+def polygon(radii, turn=-math.pi / 2):
+    """Corners x + iy at these distances from 0, evenly spaced, the first one at the top (y points down)."""
+    return [cmath.rect(r, turn + 2 * math.pi * i / len(radii)) for i, r in enumerate(radii)]
+
+
+# class -> outlines within the unit circle: the first in the ink's colour, a second one in the paper's. All look the
+# same in a mirror, so that the mirrored crops of `encode` add no second look to a class.
+SHAPES = {
+    "circle": [polygon([0.85] * 60)],
+    "square": [polygon([1] * 4, turn=-math.pi / 4)],
+    "triangle": [polygon([1] * 3)],
+    "star": [polygon([1, 0.42] * 5)],
+    "heart": [[complex(0.95 * math.sin(a) ** 3,
+                       -0.1 - (13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) - math.cos(4 * a)) / 17)
+               for a in np.arange(60) * math.pi / 30]],
+    "cross": [[arm * corner for arm in (1, 1j, -1, -1j) for corner in (-.3 - .95j, .3 - .95j, .3 - .3j)]],
+    "ring": [polygon([0.95] * 60), polygon([0.5] * 60)],
+    "crescent": [polygon([0.95] * 60), [corner - 0.5j for corner in polygon([0.8] * 60)]],
+    "arrow": [[-1j, .85 - .1j, .32 - .1j, .32 + 1j, -.32 + 1j, -.32 - .1j, -.85 - .1j]],
+    "bowtie": [[-.95 - .7j, -.15j, .95 - .7j, .95 + .7j, .15j, -.95 + .7j]],
+}
+
+
+def plan_shape(place):
+    """What drawing (seed, i) shows: (shape, ink, paper, radius in pixels of 64, random.Random for the rest). Drawing i
+    is of class i % 10; the rest is random, but always the same for the same (seed, i)."""
+    rng = random.Random("%d/%d" % place)
+    ink, paper = rng.choice(list(INKS)), rng.choice(list(PAPERS))
+    return list(SHAPES)[place[1] % len(SHAPES)], ink, paper, rng.uniform(21, 27), rng
+
+
+def draw_shape(place):
+    """Drawing (seed, i) as 64 x 64 pixels, in random place and rotation."""
+    shape, ink, paper, radius, rng = plan_shape(place)
+    turn = cmath.rect(2 * radius, math.radians(rng.uniform(-12, 12)))
+    middle = 2 * complex(32 + rng.uniform(-4, 4), 32 + rng.uniform(-4, 4))
+    image = Image.new("RGB", (128, 128), PAPERS[paper])
+    for outline, colour in zip(SHAPES[shape], (INKS[ink], PAPERS[paper])):
+        corners = [middle + turn * corner for corner in outline]
+        ImageDraw.Draw(image).polygon([(corner.real, corner.imag) for corner in corners], fill=colour)
+    return image.reduce(2)
+
+
+def shapes(n=24000, seed=0, captioned=False):
+    """n drawings made on demand, with classes or with captions. Nothing is downloaded or written."""
+    places = [(seed, i) for i in range(n)]
+    if not captioned:
+        return Images(draw_shape, places, list(SHAPES), [i % len(SHAPES) for i in range(n)])
+    captions = []
+    for shape, ink, paper, radius, _ in map(plan_shape, places):
+        size = "small " if radius < 23 else "large " if radius > 25 else ""
+        captions.append({"caption": f"a {size}{ink} {shape} on {paper}", "short_caption": f"{ink} {shape}"})
+    return Images(draw_shape, places, captions=captions)
