@@ -6,6 +6,7 @@ $ python evaluate.py stats DIR --size 256 --out ref.npz                         
 $ python evaluate.py ref.npz SAMPLES        # SAMPLES: an NPZ, a folder of images, or a folder of codes (then add --vq)
 $ python evaluate.py VIRTUAL_imagenet256_labeled.npz samples.npz --pr-half --json scores.json    # the paper's Table 6
 $ python evaluate.py sweep --vq runs/vq/ckpt.pt --gpt runs/gpt/ckpt.pt --ref ref.npz --cfg-scale 1,1.5,1.75,2,3
+$ python evaluate.py clip --prompts prompts.txt --samples t2i.npz               # do images show what captions say?
 $ torchrun --nproc_per_node=8 evaluate.py ref.npz SAMPLES                       # any of them, on several GPUs
 
 The file in order: Inception, the metrics, sets of images, what is compared with what, commands.
@@ -28,7 +29,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 import data
@@ -271,7 +272,7 @@ def open_set(path, tokenizer=None, size=None, device="cpu"):
     if path.is_file():
         return open_npz(path)
     if (path / "codes.npy").exists():
-        codes, labels, meta = vq.load_codes(path)                      # (N, A, T), (N,)
+        codes, labels, meta = gpt.load_codes(path)                      # (N, A, T), (N,)
         model = tokenizer and vq.load_vq(tokenizer, device)
         if not model or vq.weights_hash(model) != meta["tokenizer"]:
             raise ValueError(f"{path} holds codes; --vq CKPT must name the tokenizer that made them")
@@ -445,6 +446,40 @@ def recon(args):
     print(f"{args.out}: originals, each with its reconstruction on the right")
 
 
+def clip(args):
+    """100 x the mean cosine between captions and their images by CLIP (arXiv:2104.08718). A sample's label is the line
+    of its caption; images without labels are in the order of the lines."""
+    try:
+        from transformers import AutoTokenizer, CLIPModel
+        model, tokenizer = (c.from_pretrained(args.clip) for c in (CLIPModel, AutoTokenizer))
+    except ImportError:
+        raise ValueError("CLIP needs the package transformers: pip install transformers") from None
+    except Exception as error:   # a dozen kinds for files that are missing or broken
+        raise OSError(f"--clip {args.clip}: no CLIP can be loaded there ({str(error).splitlines()[0]})") from None
+    images, prompts = open_set(args.samples, size=args.size), sample.read_prompts(args.prompts)
+    lines = range(images.count) if images.labels is None else images.labels
+    if max(lines) >= len(prompts):
+        raise ValueError(f"--prompts {args.prompts} has {len(prompts):,} captions, {args.samples} goes on to the "
+                         f"{max(lines) + 1:,}th")
+    model, side = model.to(args.device).eval(), model.config.vision_config.image_size
+    mean, std = torch.tensor([[[[0.48145466]], [[0.4578275]], [[0.40821073]]],
+                              [[[0.26862954]], [[0.26130258]], [[0.27577711]]]])
+
+    def judge(batch):
+        pixels = [vq.to_tensor(ImageOps.fit(Image.fromarray(x), (side, side), Image.BICUBIC)) for x, _ in batch]
+        pixels = ((torch.stack(pixels) + 1) / 2 - mean) / std            # as CLIP was trained
+        words = tokenizer([text for _, text in batch], padding=True, truncation=True, return_tensors="pt",
+                          max_length=model.config.text_config.max_position_embeddings)
+        with torch.inference_mode():
+            out = model(**words.to(args.device), pixel_values=pixels.to(args.device))
+        return [100 * F.cosine_similarity(out.image_embeds, out.text_embeds)[:, None]]
+    scores = over(images.count, lambda ids: zip(images.read(ids), (prompts[lines[i]] for i in ids)), judge, "CLIP",
+                  args.batch_size)
+    if RANK == 0:
+        report(args.json, {"CLIP score": scores[0].mean().item()}, [], clip=args.clip, samples=images.sha256,
+               prompts=vq.file_hash(args.prompts))
+
+
 def plot(rows, path):
     """FID and IS over the guidance scale, a line for each top-k; over top-k, where there is but one scale."""
     x, line = ("cfg_scale", "top_k") if len({r["cfg_scale"] for r in rows}) > 1 else ("top_k", "cfg_scale")
@@ -529,9 +564,13 @@ def main():
         "--num-samples": dict(type=int, default=50_000, help="samples for each cell (default: 50000)"),
         "--seed": dict(type=int, default=0, help="sample i is drawn from seed + i"),
         "--pr-half": dict(action="store_true", help="precision and recall in float16, as in published tables"),
+        "--prompts": dict(metavar="FILE", help="captions, one a line"),
+        "--samples": dict(help="NPZ of sample.py --prompts, or a folder of images sorted as the captions"),
+        "--clip": dict(default="openai/clip-vit-large-patch14", help="folder or Hugging Face name of a CLIP "
+                       "(default: %(default)s)"),
         "--json": dict(metavar="FILE", help="write the numbers with all that a repetition needs"),
         "--inception": dict(metavar="FILE", help="Inception weights (default: the published ones, downloaded once)"),
-        "--batch-size": dict(type=int, default=64, help="images that go through Inception together (default: 64)"),
+        "--batch-size": dict(type=int, default=64, help="images that go through the network together (default: 64)"),
         "--device": dict(default=device, help="cuda or cpu (default: cuda where there is one)")}
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = p.add_subparsers(required=True)
@@ -539,16 +578,17 @@ def main():
             (compare, None, "REF SAMPLES --vq --size --pr-half --json"),
             (stats, "ref.npz", "IMAGES --out --size --keep --vq"),
             (recon, "recon.png", "--vq! --data! --out --image-size --eval-size --json"),
+            (clip, None, "--prompts! --samples! --clip --size --json"),
             (sweep, "runs/sweep", "--vq! --gpt! --ref! --cfg-scale --top-k --num-samples --seed --image-size --size "
                                   "--out --pr-half")):
         command = commands.add_parser(run.__name__, help=run.__doc__.splitlines()[0])
         command.set_defaults(run=run, out=out)
-        for name in f"{names} --inception --batch-size --device".split():
+        for name in f"{names} {'--inception' * (run is not clip)} --batch-size --device".split():
             must = {"required": True} if name.endswith("!") else {}
             command.add_argument(name.rstrip("!"), **flags[name.rstrip("!")], **must)
     words = sys.argv[1:]
     args = p.parse_args(words if words and words[0] in (*commands.choices, "-h", "--help") else ["compare", *words])
-    p.usage = "python evaluate.py [stats|recon|sweep] ... (--help lists the flags)"
+    p.usage = "python evaluate.py [stats|recon|clip|sweep] ... (--help lists the flags)"
     try:
         if WORLD > 1:
             dist.init_process_group("gloo")

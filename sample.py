@@ -1,15 +1,18 @@
-"""Sample images: classes -> codes (gpt.py, guided, cached) -> pixels (vq.py).
+"""Sample images: classes or captions -> codes (gpt.py, guided, cached) -> pixels (vq.py).
 
 Your own model, a row of pictures for each class:
 $ python sample.py --vq runs/vq/ckpt.pt --gpt runs/gpt/ckpt.pt --classes 0,star --per-class 4 --out sample.png
 The officially released weights, fetched once:
 $ python sample.py --pretrained L-256 --classes 207,"red fox" --out sample.png
+From captions, which FLAN-T5 XL reads (`pip install transformers`):
+$ python sample.py --pretrained t2i-256 --prompt "a red fox in the snow" --prompt "a bowl of cherries, oil on canvas"
 50,000 images for the metrics of evaluate.py, with the paper's settings (interrupted, it goes on where it ended):
 $ torchrun --nproc_per_node=8 sample.py --pretrained L-256 --paper --num-samples 50000 --out samples.npz
 """
 # Shapes:  B images   T codes per image   V codebook entries   H, W pixels   N images in a file
 import argparse
 import difflib
+import hashlib
 import json
 import os
 import shutil
@@ -28,6 +31,7 @@ import gpt
 import vq
 
 PAPER_CFG = {"B-256": 2.0, "B-384": 2.0, "L-256": 1.75, "L-384": 2.0, "XL-384": 1.75, "XXL-384": 1.75, "3B-384": 1.65}
+TEXT_FILES = {"t2i-256": "t2i_XL_stage1_256.pt", "t2i-512": "t2i_XL_stage2_512.pt"}   # of the paper's two stages
 
 
 # ---- from logits to codes -------------------------------------------------------------------------------------------
@@ -53,11 +57,12 @@ def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0):
 
 
 @torch.no_grad()
-def generate(model, cond, *, cfg_scale=1.0, cfg_interval=-1, temperature=1.0, top_k=0, top_p=1.0, seeds=None,
+def generate(model, cond, mask=None, *, cfg_scale=1.0, cfg_interval=-1, temperature=1.0, top_k=0, top_p=1.0, seeds=None,
              progress=False):
     """Codes for a batch of conditions, one image each.
 
-    cond          (B,) int64 class ids on the model's device
+    cond          (B,) int64 class ids on the model's device, or (B, c, D) features of captions, padded on the left
+    mask          (B, c) bool, False where a caption is padded; None for classes
     cfg_scale     classifier-free guidance: logits = uncond + (cond - uncond) * scale; up to 1 there is none
     cfg_interval  -1 guides every code; k >= 0 the first and the k + 1 after it (as the released code counts)
     seeds         one int an image: its codes then do not depend on the batch it is in; None: torch's own state
@@ -72,18 +77,19 @@ def generate(model, cond, *, cfg_scale=1.0, cfg_interval=-1, temperature=1.0, to
     uniform = uniform.to(cond.device, torch.float64)
     guided = cfg_scale > 1
     if guided:   # rows 0 .. B-1 carry the condition, rows B .. 2B-1 none
-        cond = torch.cat([cond, torch.full_like(cond, model.config.num_classes)])
+        cond = torch.cat([cond, model.cls_embedding.uncond(cond)])
+        mask = mask if mask is None else mask.repeat(2, 1)          # "no caption" is seen where the caption is
     cache = model.new_cache(len(cond))
     codes = torch.empty(B, T, dtype=torch.int64, device=cond.device)
     x, start = model.cls_embedding(cond), 0
     bar = vq.progress(T, "codes", unit=" codes") if progress else None
     for i in range(T):
         if guided and 0 <= cfg_interval and i > cfg_interval + 1:   # the unconditional rows are not needed any more
-            x, cache, guided = x[:B], cache[:, :, :B], False
-        logits = model.extend(x, start, cache)                      # (2B or B, V)
+            x, cache, guided, mask = x[:B], cache[:, :, :B], False, mask if mask is None else mask[:B]
+        logits = model.extend(x, start, cache, mask)                # (2B or B, V)
         if guided:
-            with_class, without = logits.chunk(2)
-            logits = without + (with_class - without) * cfg_scale
+            given, without = logits.chunk(2)
+            logits = without + (given - without) * cfg_scale
         cumulative = probabilities(logits, temperature, top_k, top_p).double().cumsum(-1)
         target = uniform[:, i:i + 1] * cumulative[:, -1:]
         codes[:, i] = torch.searchsorted(cumulative, target, right=True)[:, 0]   # never an entry of probability 0
@@ -108,16 +114,19 @@ def to_pixels(vq_model, codes, size=None):
 CHUNK = 256   # images in one part file, whatever the batch size and the number of processes
 
 
-def write_npz(path, model, vq_model, num_samples, *, seed=0, batch_size=32, size=None, **settings):
+def write_npz(path, model, vq_model, num_samples, *, given=None, seed=0, batch_size=32, size=None, **settings):
     """Write ADM's NPZ: arr_0 uint8 (N, H, W, 3) and labels int64 (N,), image i of class i % num_classes from seed + i.
 
+    given: [features, mask] of n captions (gpt.encode_captions); the label is then a caption's number, i % n.
     Under torchrun the processes share the work and the file is the same whatever their number. Parts stand in
     PATH.parts until all are done, so that a second start goes on where the first ended. `settings` go to `generate`.
     Raises ValueError when PATH.parts was begun with other settings."""
     rank, world, device = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), model.norm.weight.device
     path, parts = Path(path), Path(f"{path}.parts")
-    made_with = json.dumps({"gpt": vq.weights_hash(model), "vq": vq.weights_hash(vq_model), "seed": seed,
-                            "n": num_samples, "size": size, "batch_size": batch_size, **settings})
+    captions = given and hashlib.sha256(given[0].float().numpy().tobytes()).hexdigest()
+    given = given or [torch.arange(model.config.num_classes)]
+    made_with = json.dumps({"gpt": vq.weights_hash(model), "vq": vq.weights_hash(vq_model), "captions": captions,
+                            "seed": seed, "n": num_samples, "size": size, "batch_size": batch_size, **settings})
     parts.mkdir(parents=True, exist_ok=True)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("gloo")
@@ -137,8 +146,8 @@ def write_npz(path, model, vq_model, num_samples, *, seed=0, batch_size=32, size
             pixels = []
             for first in range(s, min(s + CHUNK, num_samples), batch_size):
                 ids = range(first, min(first + batch_size, s + CHUNK, num_samples))
-                labels = torch.tensor([i % model.config.num_classes for i in ids], device=device)
-                codes = generate(model, labels, seeds=[seed + i for i in ids], **settings)
+                some = [x[[i % len(x) for i in ids]].to(device) for x in given]
+                codes = generate(model, *some, seeds=[seed + i for i in ids], **settings)
                 pixels.append(to_pixels(vq_model, codes, size))
                 bar.update(len(ids))
             np.save(parts / f"{s:07d}.tmp.npy", np.concatenate(pixels))
@@ -146,7 +155,7 @@ def write_npz(path, model, vq_model, num_samples, *, seed=0, batch_size=32, size
     if world > 1:
         dist.barrier()
     if rank == 0:
-        join(path, parts, np.arange(num_samples) % model.config.num_classes)
+        join(path, parts, np.arange(num_samples) % len(given[0]))
         rate = f", {world * total / (time.time() - began):.1f} images/s" if total else ""
         print(f"{path}: {num_samples:,} images{rate}")
     if world > 1:
@@ -199,24 +208,42 @@ def find_class(text, names):
     raise ValueError(f"class {text!r} {what}" + (f"; close ones: {listed}" if listed else ""))
 
 
+def read_prompts(path):
+    """The lines of a file that are not empty. Raises OSError or ValueError with one sentence."""
+    try:
+        prompts = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError:
+        raise ValueError(f"--prompts {path} is not a text file") from None
+    if not prompts:
+        raise ValueError(f"--prompts {path} has no captions")
+    return prompts
+
+
 def main():
     """The command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--pretrained", choices=PAPER_CFG, help="released weights, by size and pixels")
+    p.add_argument("--pretrained", choices=[*PAPER_CFG, *TEXT_FILES], help="released weights, by size and pixels")
     p.add_argument("--vq", help="tokenizer checkpoint")
     p.add_argument("--gpt", help="GPT checkpoint")
-    p.add_argument("--image-size", type=int, help="pixels a side that a released --gpt file is for (256 or 384)")
+    p.add_argument("--image-size", type=int, help="pixels a side that a released --gpt file is for (default: 256)")
     p.add_argument("--classes", help="ids or names, separated by commas (default: eight of ImageNet, or the first ten)")
-    p.add_argument("--per-class", type=int, default=1, help="images of each class")
-    p.add_argument("--titles", action=argparse.BooleanOptionalAction, default=True, help="write classes above images")
+    p.add_argument("--prompt", action="append", default=[], help="a caption; may be given several times")
+    p.add_argument("--prompts", metavar="FILE", help="captions, one a line")
+    p.add_argument("--t5", help="folder or Hugging Face name of the encoder of captions (default: the one that the GPT "
+                   "was trained with, google/flan-t5-xl for released ones)")
+    p.add_argument("--per-class", type=int, default=1, help="images of each class or caption")
+    p.add_argument("--titles", action=argparse.BooleanOptionalAction, default=True, help="write classes or captions "
+                   "above images")
     p.add_argument("--out", default="sample.png", help="PNG, or NPZ with --num-samples")
-    p.add_argument("--num-samples", type=int, help="write so many images, balanced over all classes, as NPZ")
+    p.add_argument("--num-samples", type=int, help="write so many images, balanced over all classes or the "
+                   "given captions, as NPZ")
     p.add_argument("--seed", type=int, default=0, help="image i is drawn from seed + i")
     p.add_argument("--batch-size", type=int, default=32, help="images sampled together")
-    p.add_argument("--cfg-scale", type=float, help="guidance, 1 is none (default: 4, good to look at)")
+    p.add_argument("--cfg-scale", type=float, help="guidance, 1 is none (default: 4, good to look at; captions: 7.5)")
     p.add_argument("--cfg-interval", type=int, default=-1, help="guide the first code and this many + 1 more; -1: all")
     p.add_argument("--temperature", type=float, default=1.0)
-    p.add_argument("--top-k", type=int, help="sample from the k likeliest codes, 0 is all (default: 2000)")
+    p.add_argument("--top-k", type=int, help="sample from the k likeliest codes, 0 is all (default: 2000; "
+                   "captions: 1000)")
     p.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest codes that make up p")
     p.add_argument("--paper", action="store_true", help="the paper's evaluation: top-k 0, and its --cfg-scale for "
                    "--pretrained (2 for others); give --resize 256 for 384-pixel models")
@@ -234,10 +261,19 @@ def main():
         size = args.image_size or 256
         if args.pretrained:
             name, size = args.pretrained, int(args.pretrained.split("-")[1])
-            args.vq, args.gpt = vq.pretrained("vq_ds16_c2i.pt"), vq.pretrained(f"c2i_{name.replace('-', '_')}.pt")
+            files, where = ("vq_ds16_c2i.pt", f"c2i_{name.replace('-', '_')}.pt"), "FoundationVision/LlamaGen"
+            if name in TEXT_FILES:
+                files, where = ("vq_ds16_t2i.pt", TEXT_FILES[name]), "peizesun/llamagen_t2i"
+            args.vq, args.gpt = (vq.pretrained(file, where) for file in files)
         vq_model = vq.load_vq(args.vq, device)
         model = gpt.load_gpt(args.gpt, device, grid=size // vq_model.config.downsample)
         check_pair(model, vq_model, args.gpt, args.vq)
+        text = model.config.caption_dim > 0
+        prompts = args.prompt + (read_prompts(args.prompts) if args.prompts else [])
+        if text and (args.classes or not prompts):
+            raise ValueError(f"{args.gpt} draws from captions, not classes: give --prompt \"...\" or --prompts FILE")
+        if prompts and not text:
+            raise ValueError(f"{args.gpt} draws from classes, not captions: give --classes, not --prompt")
         names = model.classes or (imagenet_classes() if model.config.num_classes == 1000 else
                                   [str(i) for i in range(model.config.num_classes)])
         few = [207, 360, 387, 974, 88, 979, 417, 279] if len(names) == 1000 else range(min(10, len(names)))
@@ -250,11 +286,12 @@ def main():
                            ("--top-k", (args.top_k or 0) >= 0), ("--per-class", args.per_class > 0)):
             if not good:
                 raise ValueError(f"{flag} is out of range")
+        given = gpt.encode_captions(prompts, args.t5, device, model) if text else [torch.tensor(labels)]
     except (OSError, ValueError) as error:
         p.error(str(error))
     if (args.dtype or ("bfloat16" if device.type == "cuda" else "float32")) == "bfloat16":
         model = model.bfloat16()
-    looking = (PAPER_CFG.get(args.pretrained, 2.0), 0) if args.paper else (4.0, 2000)
+    looking = (7.5, 1000) if text else (PAPER_CFG.get(args.pretrained, 2.0), 0) if args.paper else (4.0, 2000)
     settings = dict(cfg_scale=looking[0] if args.cfg_scale is None else args.cfg_scale, cfg_interval=args.cfg_interval,
                     temperature=args.temperature, top_p=args.top_p,
                     top_k=looking[1] if args.top_k is None else args.top_k)
@@ -262,21 +299,21 @@ def main():
 
     if args.num_samples:
         try:
-            write_npz(args.out, model, vq_model, args.num_samples, seed=args.seed, batch_size=args.batch_size,
-                      size=args.resize, **settings)
+            write_npz(args.out, model, vq_model, args.num_samples, given=given if text else None, seed=args.seed,
+                      batch_size=args.batch_size, size=args.resize, **settings)
         except (OSError, ValueError) as error:
             p.error(str(error))
         return
-    labels = [c for c in labels for _ in range(args.per_class)]
+    titles = prompts if text else [names[c].split(",")[0] for c in labels]
+    rows = [row for row in range(len(titles)) for _ in range(args.per_class)]
     began, pixels = time.time(), []
-    for s in range(0, len(labels), args.batch_size):
-        cond = torch.tensor(labels[s:s + args.batch_size], device=device)
-        seeds = [args.seed + i for i in range(s, s + len(cond))]
-        pixels.append(to_pixels(vq_model, generate(model, cond, seeds=seeds, progress=True, **settings), args.resize))
-    titles = [names[c].split(",")[0] for c in labels] if args.titles else None
-    columns = args.per_class if args.per_class > 1 else min(len(labels), 10)
-    data.save_grid(np.concatenate(pixels), args.out, columns, titles)
-    print(f"{args.out}: {len(labels)} images, {len(labels) / (time.time() - began):.2f} images/s")
+    for s in range(0, len(rows), args.batch_size):
+        some = [x[rows[s:s + args.batch_size]].to(device) for x in given]
+        seeds = [args.seed + i for i in range(s, s + len(some[0]))]
+        pixels.append(to_pixels(vq_model, generate(model, *some, seeds=seeds, progress=True, **settings), args.resize))
+    columns = args.per_class if args.per_class > 1 else min(len(rows), 10)
+    data.save_grid(np.concatenate(pixels), args.out, columns, [titles[row] for row in rows] if args.titles else None)
+    print(f"{args.out}: {len(rows)} images, {len(rows) / (time.time() - began):.2f} images/s")
 
 
 def check_pair(model, vq_model, gpt_path, vq_path):

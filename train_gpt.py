@@ -6,8 +6,12 @@ The paper's 343M model, one node with 8 GPUs (the defaults are its recipe; --res
 $ torchrun --nproc_per_node=8 train_gpt.py --model L
 The 3.1B model on two nodes, which both run this line; its weights, gradients and averages are sharded (FSDP):
 $ torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 train_gpt.py --model 3B
+The paper's text model in its two stages, after gpt.py captions; the second starts from the weights of the first:
+$ torchrun --nproc_per_node=8 train_gpt.py --cond text --codes codes256 --model XL --out runs/t2i-256
+$ torchrun --nproc_per_node=8 train_gpt.py --cond text --codes codes512 --model XL --init runs/t2i-256/ckpt.pt \
+      --image-size 512 --out runs/t2i-512
 
-The loss is plain cross-entropy: every code is predicted from its class and the codes before it.
+The loss is plain cross-entropy: every code is predicted from its class or caption and the codes before it.
 """
 # Shapes:  B images in this process's share of a batch   T codes per image   V codebook entries   N images   A crops
 import argparse
@@ -44,12 +48,16 @@ PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "
               "A10": 125e12, "4090": 165e12, "3090": 71e12, "V100": 125e12}   # dense bf16 by data sheet
 
 
+SHORT = 0.3   # how often an image's short caption is taken in place of its caption, where there is one
+
+
 def flops_per_image(config):
-    """Floating-point operations of one forward and backward pass over one image: 6 a weight and code, and the causal
-    half of 12 a layer, channel and pair of positions for attention (arXiv:2204.02311, appendix B)."""
+    """Floating-point operations of one forward and backward pass over one image: 6 a weight and position, and the
+    causal half of 12 a layer, channel and pair of positions for attention (arXiv:2204.02311, appendix B)."""
     T, hidden = config.grid ** 2, -(-int(8 * config.dim / 3) // 256) * 256
-    weights = config.n_layer * (4 * config.dim ** 2 + 3 * config.dim * hidden) + config.dim * config.vocab_size
-    return 6 * weights * T + 6 * config.n_layer * config.dim * T ** 2
+    L = config.cond_tokens + T - 1   # positions; T of them predict a code
+    layers = config.n_layer * (4 * config.dim ** 2 + 3 * config.dim * hidden)
+    return 6 * (layers * L + config.dim * config.vocab_size * T) + 6 * config.n_layer * config.dim * L ** 2
 
 
 def cross_entropy_(logits, tokens, scale=1.0):
@@ -72,6 +80,9 @@ def main():
     # ---- flags ------------------------------------------------------------------------------------------------------
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--codes", default="codes", help="folder written by vq.py encode")
+    p.add_argument("--cond", choices=["class", "text"], help="what images are drawn from (default: what --codes has)")
+    p.add_argument("--image-size", type=int, help="pixels a side that the codes must be of (default: any)")
+    p.add_argument("--init", metavar="CKPT", help="start from the weights of this model, whatever its image size")
     p.add_argument("--out", default="runs/gpt", help="run folder: ckpt.pt or ckpt_STEP/, log.jsonl, samples_*.png")
     p.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     p.add_argument("--model", choices=gpt.GPT_CONFIGS, default="B", help="named size, see GPT_CONFIGS in gpt.py")
@@ -85,7 +96,7 @@ def main():
     p.add_argument("--weight-decay", type=float, default=0.05)
     p.add_argument("--grad-clip", type=float, default=1.0, help="largest gradient norm")
     p.add_argument("--dropout", type=float, default=0.1, help="of embeddings, attention and feed-forward outputs")
-    p.add_argument("--class-dropout", type=float, default=0.1, help="how often a class is hidden, for guidance")
+    p.add_argument("--class-dropout", type=float, default=0.1, help="how often class or caption is hidden (guidance)")
     p.add_argument("--ema-decay", type=float, default=0.0, help="averaged weights for sampling, 0.9999 say; 0: none")
     p.add_argument("--val-images", type=int, default=0, help="images held out for a validation loss (the paper: none)")
     p.add_argument("--val-every", type=int, default=1000, help="steps between validation losses")
@@ -136,14 +147,27 @@ def main():
                              f"try --batch-size {max(per_rank, 1) * world}")
         if per_rank % micro:
             raise ValueError(f"--micro-batch {micro} does not divide the {per_rank} images of each process")
-        codes, labels, meta = vq.load_codes(args.codes)
+        codes, labels, meta = gpt.load_codes(args.codes)
         codes.base.madvise(mmap.MADV_RANDOM)   # a row is 512 bytes; the kernel would read megabytes around each
         if meta["h"] != meta["w"]:
             raise ValueError(f"--codes {args.codes}: {meta['h']} x {meta['w']} codes an image; only squares will do")
-        if not 0 <= args.val_images < len(codes):
-            raise ValueError(f"--val-images {args.val_images}: the folder has {len(codes)} images")
+        has = "class" if labels is not None else "text"
+        if args.cond not in (None, has):
+            raise ValueError(f"--cond {args.cond}: {args.codes} was made from images with "
+                             f"{'classes' if has == 'class' else 'captions'}")
+        if args.image_size not in (None, meta["image_size"]):
+            raise ValueError(f"--image-size {args.image_size}: {args.codes} holds codes of {meta['image_size']}-pixel "
+                             "images; vq.py encode --image-size makes others")
+        usable, cond = np.arange(len(codes)), {"num_classes": len(meta["classes"])}
+        text = spans = encoder = None
+        if has == "text":
+            text, spans, encoder = gpt.load_text(args.codes)
+            usable = np.flatnonzero(spans[:, 0, 1] > spans[:, 0, 0])   # no loss on images without a caption
+            cond = {"num_classes": 0, "cond_tokens": gpt.CAPTION_TOKENS, "caption_dim": encoder["dim"]}
+        if not 0 <= args.val_images < len(usable):
+            raise ValueError(f"--val-images {args.val_images}: the folder has {len(usable)} images")
         config = replace(gpt.GPT_CONFIGS[args.model], vocab_size=meta["codebook_size"], grid=meta["h"],
-                         num_classes=len(meta["classes"]), dropout=args.dropout, class_dropout=args.class_dropout)
+                         dropout=args.dropout, class_dropout=args.class_dropout, **cond)
         with torch.device("meta"):
             model = gpt.GPT(config)   # shapes only; memory comes when it is known what this process holds
         parameters = sum(q.numel() for q in model.parameters())
@@ -159,12 +183,26 @@ def main():
             raise ValueError(f"--out {out} holds a run; add --resume to go on with it, or choose another folder")
         if args.resume and not resumed:
             raise ValueError(f"--resume: {out}/ckpt.pt: no such file, and no folder ckpt_STEP")
-        origin = {k: meta.get(k) for k in ("classes", "tokenizer", "image_size", "crops")} | {"images": len(codes)}
+        origin = {k: meta.get(k) for k in ("classes", "tokenizer", "image_size", "crops")}
+        origin |= {"images": len(codes), "text": encoder}
         now, then = {**asdict(config), **origin}, {**resumed["config"], **resumed} if resumed else {}
         wrong = [f"{k} was {str(then[k])[:40]}, is {str(now[k])[:40]}" for k in now if then.get(k, now[k]) != now[k]]
         if wrong:
             raise ValueError(f"{path} is of another model or other codes ({'; '.join(wrong)}); go on with those of "
                              "that run, or choose another --out")
+        init = gpt.load_gpt(args.init) if args.init and not resumed else None
+        if init and bool(init.config.caption_dim) != (has == "text"):
+            raise ValueError(f"--init {args.init} is a model for {'captions' if has == 'class' else 'classes'}, but "
+                             f"{args.codes} was made from images with {'classes' if has == 'class' else 'captions'}")
+        here, there = asdict(config), asdict(init.config) if init else {}
+        wrong = [f"{k} {there[k]} there, {here[k]} here" for k in there if there[k] != here[k] and
+                 k not in ("grid", "dropout", "class_dropout")]
+        if wrong:
+            raise ValueError(f"--init {args.init} does not fit --model {args.model} and {args.codes}: "
+                             f"{', '.join(wrong)}")
+        if init and init.text and init.text["hash"] != encoder["hash"]:
+            raise ValueError(f"--init {args.init} was trained on captions of another encoder ({init.text['encoder']}) "
+                             f"than {args.codes} ({encoder['encoder']})")
         vq_model = vq.load_vq(args.vq, device) if args.vq and rank == 0 else None
         if vq_model and vq.weights_hash(vq_model) != meta["tokenizer"]:
             raise ValueError(f"--vq {args.vq} is not the tokenizer that made {args.codes}")
@@ -177,15 +215,22 @@ def main():
     if world > 1 or sharded:   # the timeout: a process that waits for a dead one ends too
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=args.timeout))
     T = meta["h"] * meta["w"]
-    order = np.random.RandomState(0).permutation(len(codes))   # the same images are held out whatever --seed
+    order = usable[np.random.RandomState(0).permutation(len(usable))]   # the same are held out whatever --seed
     train_ids, val_ids = order[args.val_images:], np.sort(order[:args.val_images])
     max_steps = args.max_steps or math.ceil(args.epochs * len(train_ids) / args.batch_size)
     lr = args.lr * args.batch_size / 256
 
-    def to_device(ids, crops):
-        """Images' numbers and the crop of each -> codes (B, T) int64, labels (B,) int64."""
+    def to_device(ids, crops, short=False):
+        """Images' numbers, the crop of each and whether its short caption is wanted -> codes (B, T) int64 and labels
+        (B,) int64, or features of captions (B, 120, D) and their mask (B, 120)."""
         rows = torch.from_numpy(codes[ids, crops].astype(np.int64))
-        return rows.to(device, non_blocking=True), torch.from_numpy(labels[ids].astype(np.int64)).to(device)
+        if has == "class":
+            given = [torch.from_numpy(labels[ids].astype(np.int64))]
+        else:
+            ends = spans[ids]                                                               # (B, 2, 2)
+            which = (short & (ends[:, 1, 1] > ends[:, 1, 0])).astype(int)
+            given = gpt.pad_left([torch.tensor(text[a:b]) for a, b in ends[np.arange(len(ids)), which]])
+        return [x.to(device, non_blocking=True) for x in (rows, *given)]
 
     # ---- model and optimizer ----------------------------------------------------------------------------------------
     if sharded:
@@ -206,8 +251,9 @@ def main():
     model.to_empty(device=device)
     if not resumed:
         weights = model.state_dict()
-        for name, value in model.initial_weights(args.seed):
+        for name, value in init.state_dict().items() if init else model.initial_weights(args.seed):
             weights[name].copy_(part(value, weights[name]))
+    del init
     matrices = [q for q in model.parameters() if q.dim() > 1]   # scales of norms are not decayed
     scales = [q for q in model.parameters() if q.dim() == 1]
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": args.weight_decay},
@@ -231,12 +277,14 @@ def main():
     say(f"torch {torch.__version__}, {world} process(es) on {device.type}{' with FSDP' * sharded}, "
         f"{'bfloat16' if bf16 else 'float32'}{', compiled' * compiled}")
     say(f"{args.model}: {parameters / 1e6:.1f}M parameters; {T} codes of {config.vocab_size:,} an image, "
-        f"{config.num_classes} classes")
+        + (f"{config.num_classes} classes" if has == "class" else f"captions through {encoder['encoder']} "
+           f"({config.caption_dim} features a token), which {len(codes) - len(usable):,} images do not have"))
     say(f"{args.codes}: {len(train_ids):,} images x {codes.shape[1]} crops, {len(val_ids)} held out; {max_steps:,} "
         f"steps of {args.batch_size} images ({args.batch_size * T:,} codes) = "
         f"{max_steps * args.batch_size / len(train_ids):.1f} epochs -> {out}")
-    say(f"the first loss should be {math.log(config.vocab_size):.2f} = ln({config.vocab_size}), since the output layer "
-        "starts at zero" if not first else f"resumed at step {first} from {path}")
+    say(f"resumed at step {first} from {path}" if first else f"the first weights are those of {args.init}" if args.init
+        else f"the first loss should be {math.log(config.vocab_size):.2f} = ln({config.vocab_size}), since the output "
+        "layer starts at zero")
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         if (out / "log.jsonl").exists():   # steps that were logged after the checkpoint come again
@@ -244,6 +292,12 @@ def main():
             (out / "log.tmp").write_text("".join(line for line in lines if json.loads(line)["step"] <= first))
             os.replace(out / "log.tmp", out / "log.jsonl")
         board = SummaryWriter(out, purge_step=first + 1) if args.tensorboard else None
+
+    shown = [torch.arange(min(10, len(meta["classes"])), device=device)], meta["classes"][:10]
+    if has == "text" and vq_model:   # ten captions from among the first ten thousand
+        few = np.unique(usable[np.linspace(0, min(len(usable), 10_000) - 1, 10).astype(int)])
+        texts = zip(range(few[-1] + 1), gpt.read_captions(Path(args.codes) / "captions.jsonl"))
+        shown = to_device(few, np.zeros_like(few))[1:], [caption for i, (caption, _) in texts if i in few]
 
     # ---- loop -------------------------------------------------------------------------------------------------------
     pairs = vq.shuffled(len(train_ids), args.seed, seen)
@@ -259,11 +313,12 @@ def main():
             group["lr"] = lr * scale
         torch.manual_seed(((args.seed * 1_000_003 + step) * 1_000_003 + rank) % 2 ** 63)
 
-        # 2. this process's share of the batch: a random crop of each image
+        # 2. this process's share of the batch: a random crop of each image, and sometimes its short caption
         ids = train_ids[[index for _, (_, index) in zip(range(args.batch_size), pairs)]]
-        crops = np.random.RandomState((args.seed * 1_000_003 + step) % 2 ** 32).randint(codes.shape[1], size=len(ids))
+        rng = np.random.RandomState((args.seed * 1_000_003 + step) % 2 ** 32)
+        crops, short = rng.randint(codes.shape[1], size=len(ids)), rng.rand(len(ids)) < SHORT
         share = slice(rank * per_rank, (rank + 1) * per_rank)
-        tokens, classes = to_device(ids[share], crops[share])
+        batch = to_device(ids[share], crops[share], short[share])
 
         # 3. forward and backward over the micro-batches; gradients sync on the last one
         model.train()
@@ -272,9 +327,10 @@ def main():
                 model.set_requires_gradient_sync(i + micro == per_rank)
             elif world > 1:
                 forward.require_backward_grad_sync = i + micro == per_rank
+            tokens, *given = [x[i:i + micro] for x in batch]
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                logits = forward(tokens[i:i + micro, :-1], classes[i:i + micro])     # (B, T, V)
-            total += cross_entropy_(logits, tokens[i:i + micro], scale=1 / (per_rank * T))
+                logits = forward(tokens[:, :-1], *given)                             # (B, T, V)
+            total += cross_entropy_(logits, tokens, scale=1 / (per_rank * T))
             logits.backward(logits.detach())
 
         # 4. clip and update; averaged weights follow, with a decay that grows so that early ones are soon forgotten
@@ -288,7 +344,7 @@ def main():
         if ema:
             decay = min(args.ema_decay, (1 + step) / (10 + step))
             with torch.no_grad():
-                for name, value in model.state_dict().items():
+                for name, value in model.named_parameters():
                     ema[name].mul_(decay).add_(value, alpha=1 - decay)
         step, seen = step + 1, seen + args.batch_size
 
@@ -326,7 +382,7 @@ def main():
         if due["sample"] and args.vq:
             weights = whole(ema or model.state_dict())
             if rank == 0:
-                picture(config, weights, vq_model, meta["classes"], device, out / f"samples_{step:06d}.png")
+                picture(config, weights, vq_model, *shown, out / f"samples_{step:06d}.png")
         if due["save"] or stop:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), **({"ema": ema} if ema else {})}
             plain = {"step": step, "images_seen": seen, "config": asdict(config), "args": vars(args), **origin}
@@ -440,9 +496,9 @@ def validate(model, ids, to_device, micro, rank, world, device, bf16):
     for i in range(0, len(ids), micro * world):   # as many forward passes everywhere: under FSDP they are collective
         mine = ids[i:i + micro * world][rank::world]
         padded = mine if len(mine) else ids[:1]
-        tokens, classes = to_device(padded, np.zeros(len(padded), dtype=int))
+        tokens, *given = to_device(padded, np.zeros(len(padded), dtype=int))
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            logits = model(tokens[:, :-1], classes)
+            logits = model(tokens[:, :-1], *given)
         if len(mine):
             loss = cross_entropy_(logits, tokens).double()
             sums += torch.stack([loss, loss.new_tensor(tokens.numel())])
@@ -451,14 +507,14 @@ def validate(model, ids, to_device, micro, rank, world, device, bf16):
     return float(sums[0] / sums[1])
 
 
-def picture(config, weights, vq_model, names, device, path):
-    """Draw two images of each of the first ten classes."""
-    shadow = gpt.GPT(config).to(device).eval()
+def picture(config, weights, vq_model, given, titles, path):
+    """Draw two images of each condition: given is [labels] or [features, mask]."""
+    shadow = gpt.GPT(config).to(given[0].device).eval()
     shadow.load_state_dict(weights)
-    labels = list(range(min(10, len(names)))) * 2
-    codes = sample.generate(shadow, torch.tensor(labels, device=device), cfg_scale=2.0, seeds=range(len(labels)))
-    data.save_grid(sample.to_pixels(vq_model, codes), path, len(labels) // 2, [names[c] for c in labels])
-    print(f"{path}: samples, guidance 2", flush=True)
+    scale, seeds = 7.5 if config.caption_dim else 2.0, range(2 * len(titles))
+    codes = sample.generate(shadow, *(torch.cat([x, x]) for x in given), cfg_scale=scale, seeds=seeds)
+    data.save_grid(sample.to_pixels(vq_model, codes), path, len(titles), titles * 2)
+    print(f"{path}: samples, guidance {scale:g}", flush=True)
 
 
 if __name__ == "__main__":

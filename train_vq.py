@@ -4,6 +4,8 @@ A small one on pictures that are drawn on the fly, on a laptop's CPU:
 $ python train_vq.py --data shapes --model VQ-demo --image-size 32 --batch-size 64 --lpips-weight 0 --max-steps 2000
 The paper's tokenizer, one node with 8 GPUs (the defaults are its recipe; --resume goes on after a stop):
 $ torchrun --nproc_per_node=8 train_vq.py --data imagenet/train --model VQ-16 --image-size 256 --out runs/vq
+On other data, from its weights and with the discriminator from the first step:
+$ torchrun --nproc_per_node=8 train_vq.py --data DIR --init runs/vq/ckpt.pt --disc-start 0 --out runs/vq-tuned
 
 Loss = L2 + LPIPS + codebook + commitment, and from --disc-start on also 0.5 x what a patch discriminator says.
 """
@@ -148,6 +150,7 @@ def main():
     p.add_argument("--data", required=True, help="a folder of class folders, or shapes (drawn on the fly)")
     p.add_argument("--out", default="runs/vq", help="run folder: ckpt.pt, log.jsonl, recon_*.png")
     p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    p.add_argument("--init", metavar="CKPT", help="start from this tokenizer, and its discriminator if it is there")
     p.add_argument("--model", choices=vq.VQ_CONFIGS, default="VQ-16", help="named size, see VQ_CONFIGS in vq.py")
     p.add_argument("--codebook-size", type=int, help="entries of the codebook, if not the model's own")
     p.add_argument("--image-size", type=int, default=256, help="pixels a side")
@@ -211,12 +214,19 @@ def main():
         resumed = vq.read_checkpoint(out / "ckpt.pt") if args.resume else None
         if resumed and resumed["config"] != asdict(config):
             raise ValueError(f"--model {args.model} is not what {out}/ckpt.pt holds: {resumed['config']}")
+        init = vq.load_vq(args.init) if args.init and not resumed else None
+        if init and init.config != config:
+            raise ValueError(f"--model {args.model} is not what --init {args.init} holds: {asdict(init.config)}")
     except (OSError, ValueError) as error:
         p.error(str(error))
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
     model, disc = vq.VQModel(config).to(device), PatchGAN().to(device)
+    if init:
+        model.load_state_dict(init.state_dict())
+        saved = vq.read_checkpoint(args.init)   # own and official files name the discriminator differently
+        disc.load_state_dict(saved.get("disc") or saved.get("discriminator") or disc.state_dict())
     lpips = lpips.to(device) if lpips else None
     adamw = dict(lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
     optimizer = torch.optim.AdamW(model.parameters(), **adamw, fused=True)
@@ -251,6 +261,8 @@ def main():
         f"-> {side} x {side} codes of {config.codebook_size:,}")
     say(f"{args.data}: {len(images):,} images in {len(images.classes)} classes; {max_steps:,} steps of "
         f"{args.batch_size} images = {max_steps * args.batch_size / len(images):.1f} epochs -> {out}")
+    if init:
+        say(f"starting from {args.init}{' and its discriminator' if saved.keys() & {'disc', 'discriminator'} else ''}")
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
 

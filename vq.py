@@ -479,23 +479,6 @@ def finish(out, images, codes, state, meta):
           + (f"; left out: {counts}; meta.json names them" if counts else ""))
 
 
-def load_codes(folder):
-    """A finished codes folder: codes (memory map, uint16 (N, A, T)), labels (int32 (N,)), meta (dict).
-    Raises ValueError with one sentence when it is missing or does not fit together."""
-    folder = Path(folder)
-    if not (folder / "meta.json").exists():
-        what = "is not finished" if (folder / "begun.json").exists() else "is not there"
-        raise ValueError(f"the codes folder {folder} {what}; make it with: "
-                         f"python vq.py encode --ckpt runs/vq/ckpt.pt --data DIR --out {folder}")
-    meta = json.loads((folder / "meta.json").read_text())
-    codes = np.load(folder / "codes.npy", mmap_mode="r", allow_pickle=False)
-    labels = np.load(folder / "labels.npy", allow_pickle=False)
-    if codes.dtype != np.uint16 or codes.shape[2:] != (meta["h"] * meta["w"],) or len(labels) != len(codes):
-        raise ValueError(f"{folder}: codes.npy {codes.dtype} {codes.shape}, labels.npy {labels.shape} and meta.json "
-                         f"(h = {meta['h']}, w = {meta['w']}) do not belong together")
-    return codes, labels, meta
-
-
 # ---- commands -------------------------------------------------------------------------------------------------------
 def reconstruct(args):
     """Write a picture with the originals above what is left of them after encoding and decoding."""

@@ -128,7 +128,7 @@ def bench_load(name, roof, batch, steps=50):
     with tempfile.TemporaryDirectory() as folder:
         imagenet_codes(Path(folder))
         began = time.perf_counter()
-        codes, labels, _ = vq.load_codes(folder)
+        codes, labels, _ = gpt.load_codes(folder)
         codes.base.madvise(mmap.MADV_RANDOM)
         order = np.random.RandomState(0).permutation(len(codes))
         pairs = vq.shuffled(len(order), seed=0)

@@ -105,7 +105,7 @@ def test_two_processes_and_micro_batches_give_the_losses_of_one(codes, tmp_path,
 
 def test_every_step_takes_other_images_and_crops(codes, tmp_path, monkeypatch):
     """Over two epochs every image comes twice, and both of its crops are used somewhere."""
-    taken, load = [], vq.load_codes
+    taken, load = [], gpt.load_codes
 
     class Recorder:
         def __init__(self, array):
@@ -118,7 +118,7 @@ def test_every_step_takes_other_images_and_crops(codes, tmp_path, monkeypatch):
             taken.extend(zip(*(k.tolist() for k in key)))
             return self.array[key]
 
-    monkeypatch.setattr(vq, "load_codes", lambda folder: (Recorder(load(folder)[0]), *load(folder)[1:]))
+    monkeypatch.setattr(gpt, "load_codes", lambda folder: (Recorder(load(folder)[0]), *load(folder)[1:]))
     train(monkeypatch, codes, tmp_path / "run", "--epochs", 2)
     assert sorted(i for i, _ in taken) == sorted(2 * list(range(60)))
     assert {crop for _, crop in taken} == {0, 1}
@@ -131,9 +131,9 @@ def test_codes_of_imagenets_size_are_neither_read_nor_held(tmp_path):
     (tmp_path / "codes").mkdir()
     imagenet_codes(tmp_path / "codes")
     script = """if True:
-        import train_gpt, vq
-        load, kept = vq.load_codes, []
-        vq.load_codes = lambda folder: kept.append(load(folder)) or kept[0]   # so that the map is there to be looked at
+        import gpt, train_gpt
+        load, kept = gpt.load_codes, []
+        gpt.load_codes = lambda folder: kept.append(load(folder)) or kept[0]   # so that the map is there to be looked at
         train_gpt.main()
         print("FACTS")
         print(open("/proc/self/status").read(), open("/proc/self/io").read(), sep="")

@@ -96,6 +96,22 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch):
     assert "disc" in terms[-1] and "adv" in terms[-1] and "disc" not in terms[2]
 
 
+def test_fine_tuning_starts_from_the_weights_of_another_run_and_its_discriminator(tmp_path, monkeypatch, capsys):
+    """A learning rate of 0 changes nothing, so what is saved after a step is what it started from."""
+    train(monkeypatch, "shapes:30", tmp_path / "first", "--disc-start", 1, "--max-steps", 3, "--sample-every", 0)
+    train(monkeypatch, "shapes:8", tmp_path / "tuned", "--init", tmp_path / "first" / "ckpt.pt", "--disc-start", 0, "--lr", 0,
+          "--max-steps", 1, "--sample-every", 0)
+    assert "ckpt.pt and its discriminator" in capsys.readouterr().out
+    first, tuned = (vq.read_checkpoint(tmp_path / name / "ckpt.pt") for name in ("first", "tuned"))
+    names = [k for k in first["ema"] if not k.endswith("codebook_used")]
+    assert all(torch.equal(tuned["model"][k], first["ema"][k]) for k in names)     # averaged weights, as for sampling
+    assert all(torch.equal(v, tuned["disc"][k]) for k, v in first["disc"].items() if k.endswith(("weight", "bias")))
+    assert "adv" in log(tmp_path / "tuned")[0] and tuned["step"] == 1
+    with pytest.raises(SystemExit) as stop:
+        train(monkeypatch, "shapes:8", tmp_path / "run", "--init", tmp_path / "first" / "ckpt.pt", "--codebook-size", 99)
+    assert stop.value.code == 2 and "--model VQ-demo is not what --init" in capsys.readouterr().err
+
+
 def test_two_processes_give_the_losses_of_one(tmp_path, monkeypatch):
     """Without the discriminator, whose batch statistics are each process's own."""
     flags = ["--max-steps", 10, "--sample-every", 0]
