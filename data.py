@@ -1,10 +1,10 @@
-"""Images before the tokenizer sees them: folders, captioned files and drawn shapes; crops. Pillow, no PyTorch.
+"""What is on disk: images, their classes or captions, crops of them, folders of codes. NumPy and Pillow, no PyTorch.
 
     images = data.open_images("imagenet/train")        # or "shapes", or captions.jsonl: see open_images
     crop = data.center_crop(images.load(0), 256)       # also random_crop and ten_crop
     images.classes[images.labels[0]]                   # or images.captions[0]
 
-The file in order: data sets, captions, crops and grids, the embedded data set `shapes`.
+The file in order: data sets, captions, crops and grids, folders of codes, the embedded data set `shapes`.
 """
 import cmath
 import io
@@ -232,6 +232,53 @@ def save_grid(images, path, columns, titles=None):
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     sheet.save(f"{path}.tmp", "PNG")
     os.replace(f"{path}.tmp", path)
+
+
+# ---- folders of codes -----------------------------------------------------------------------------------------------
+def load_codes(folder):
+    """A finished codes folder: codes (memory map, uint16 (N, A, T)), labels (int32 (N,); None where there are captions
+    instead), meta (dict). Raises ValueError with one sentence when it is missing or does not fit together."""
+    folder = Path(folder)
+    if not (folder / "meta.json").exists():
+        what = "is not finished" if (folder / "begun.json").exists() else "is not there"
+        raise ValueError(f"the codes folder {folder} {what}; make it with: "
+                         f"python vq.py encode --ckpt runs/vq/ckpt.pt --data DIR --out {folder}")
+    meta = json.loads((folder / "meta.json").read_text())
+    codes = np.load(folder / "codes.npy", mmap_mode="r", allow_pickle=False)
+    labels = None if meta.get("captions") else np.load(folder / "labels.npy", allow_pickle=False)
+    wrong = labels is not None and len(labels) != len(codes)
+    if wrong or codes.dtype != np.uint16 or codes.shape[2:] != (meta["h"] * meta["w"],):
+        raise ValueError(f"{folder}: codes.npy {codes.dtype} {codes.shape}, {'no' if labels is None else len(labels)} "
+                         f"labels and meta.json (h = {meta['h']}, w = {meta['w']}) do not belong together")
+    return codes, labels, meta
+
+
+def load_text(folder):
+    """What the captions command wrote there, memory-mapped: features float16 (tokens, D), spans int64 (N, 2, 2), the
+    first token and the one after the last of each image's caption and short caption (equal where there is none), and
+    {"encoder", "dim", "hash"}. Raises ValueError with one sentence when they are missing or do not fit."""
+    folder = Path(folder)
+    if not (folder / "text.json").exists():
+        raise ValueError(f"{folder} has no features of its captions; make them with: "
+                         f"python gpt.py captions --codes {folder}")
+    about = json.loads((folder / "text.json").read_text())
+    text, spans = (np.load(folder / f, mmap_mode="r", allow_pickle=False) for f in ("text.npy", "text_spans.npy"))
+    if text.shape != (about["tokens"], about["dim"]) or spans.shape != (about["images"], 2, 2):
+        raise ValueError(f"{folder}: text.npy {text.shape}, text_spans.npy {spans.shape} and text.json do not belong "
+                         "together; delete text.json and run gpt.py captions again")
+    return text, spans, {k: about[k] for k in ("encoder", "dim", "hash")}
+
+
+def read_captions(path):
+    """Yield (caption, short caption or "") of every line. Raises ValueError with one sentence for a line without."""
+    with open(path, encoding="utf-8") as lines:
+        for i, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+                yield row["caption"] + "", (row.get("short_caption") or "") + ""
+            except (ValueError, LookupError, TypeError, AttributeError):
+                raise ValueError(f'{path}, line {i}: expected {{"caption": "..."}}, perhaps with a "short_caption"; '
+                                 f"it is {line.strip()[:80]}") from None
 
 
 # ---- the embedded data set `shapes` ---------------------------------------------------------------------------------

@@ -272,7 +272,7 @@ def open_set(path, tokenizer=None, size=None, device="cpu"):
     if path.is_file():
         return open_npz(path)
     if (path / "codes.npy").exists():
-        codes, labels, meta = gpt.load_codes(path)                      # (N, A, T), (N,)
+        codes, labels, meta = data.load_codes(path)                      # (N, A, T), (N,)
         model = tokenizer and vq.load_vq(tokenizer, device)
         if not model or vq.weights_hash(model) != meta["tokenizer"]:
             raise ValueError(f"{path} holds codes; --vq CKPT must name the tokenizer that made them")

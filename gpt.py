@@ -11,7 +11,7 @@ Run as a script, it computes the features of captions beside their codes, once f
 $ python gpt.py captions --codes codes --t5 google/flan-t5-xl
 $ torchrun --nproc_per_node=8 gpt.py captions --codes codes
 
-The file in order: sizes, rotary positions, model, cached decoding, checkpoints, captions, folders of codes.
+The file in order: sizes, rotary positions, model, cached decoding, checkpoints, captions.
 """
 # Shapes:  B images   T codes per image = grid * grid   c condition tokens   V codebook entries
 #          C width   n heads   d = C / n   L positions in one call   D features of a caption's token   N images
@@ -34,6 +34,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
+
+import data
 
 
 # ---- sizes ----------------------------------------------------------------------------------------------------------
@@ -434,60 +436,13 @@ def encode_captions(texts, t5=None, device="cpu", model=None, batch_size=16):
     return pad_left(rows)
 
 
-# ---- folders of codes -----------------------------------------------------------------------------------------------
-def load_codes(folder):
-    """A finished codes folder: codes (memory map, uint16 (N, A, T)), labels (int32 (N,); None where there are captions
-    instead), meta (dict). Raises ValueError with one sentence when it is missing or does not fit together."""
-    folder = Path(folder)
-    if not (folder / "meta.json").exists():
-        what = "is not finished" if (folder / "begun.json").exists() else "is not there"
-        raise ValueError(f"the codes folder {folder} {what}; make it with: "
-                         f"python vq.py encode --ckpt runs/vq/ckpt.pt --data DIR --out {folder}")
-    meta = json.loads((folder / "meta.json").read_text())
-    codes = np.load(folder / "codes.npy", mmap_mode="r", allow_pickle=False)
-    labels = None if meta.get("captions") else np.load(folder / "labels.npy", allow_pickle=False)
-    wrong = labels is not None and len(labels) != len(codes)
-    if wrong or codes.dtype != np.uint16 or codes.shape[2:] != (meta["h"] * meta["w"],):
-        raise ValueError(f"{folder}: codes.npy {codes.dtype} {codes.shape}, {'no' if labels is None else len(labels)} "
-                         f"labels and meta.json (h = {meta['h']}, w = {meta['w']}) do not belong together")
-    return codes, labels, meta
-
-
-def load_text(folder):
-    """What the captions command wrote there, memory-mapped: features float16 (tokens, D), spans int64 (N, 2, 2), the
-    first token and the one after the last of each image's caption and short caption (equal where there is none), and
-    {"encoder", "dim", "hash"}. Raises ValueError with one sentence when they are missing or do not fit."""
-    folder = Path(folder)
-    if not (folder / "text.json").exists():
-        raise ValueError(f"{folder} has no features of its captions; make them with: "
-                         f"python gpt.py captions --codes {folder}")
-    about = json.loads((folder / "text.json").read_text())
-    text, spans = (np.load(folder / f, mmap_mode="r", allow_pickle=False) for f in ("text.npy", "text_spans.npy"))
-    if text.shape != (about["tokens"], about["dim"]) or spans.shape != (about["images"], 2, 2):
-        raise ValueError(f"{folder}: text.npy {text.shape}, text_spans.npy {spans.shape} and text.json do not belong "
-                         "together; delete text.json and run gpt.py captions again")
-    return text, spans, {k: about[k] for k in ("encoder", "dim", "hash")}
-
-
-def read_captions(path):
-    """Yield (caption, short caption or "") of every line. Raises ValueError with one sentence for a line without."""
-    with open(path, encoding="utf-8") as lines:
-        for i, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-                yield row["caption"] + "", (row.get("short_caption") or "") + ""
-            except (ValueError, LookupError, TypeError, AttributeError):
-                raise ValueError(f'{path}, line {i}: expected {{"caption": "..."}}, perhaps with a "short_caption"; '
-                                 f"it is {line.strip()[:80]}") from None
-
-
 def captions(args):
     """Write the features of captions.jsonl beside its codes: text.npy, text_spans.npy and text.json (see load_text).
 
     Every 1024 images are a part file until all are done, so that a second start goes on where the first ended. Under
     torchrun the processes take turns at parts. text.json is written last: where it is, the features are complete."""
     rank, world, folder = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), Path(args.codes)
-    count, path = len(load_codes(folder)[0]), folder / "captions.jsonl"
+    count, path = len(data.load_codes(folder)[0]), folder / "captions.jsonl"
     if not path.exists():
         raise ValueError(f"--codes {folder} has no captions.jsonl: its images have classes, not captions")
     encoder = CaptionEncoder(args.t5, args.device)
@@ -500,7 +455,7 @@ def captions(args):
         return print(f"{folder}/text.npy is complete. Nothing to do.")
     parts = folder / f"text.parts-{about['hash'][:8]}-{about['bytes']}"   # other encoders have other parts
     parts.mkdir(exist_ok=True)
-    texts, files = read_captions(path), [parts / f"{s:010d}.npz" for s in range(0, count, 1024)]
+    texts, files = data.read_captions(path), [parts / f"{s:010d}.npz" for s in range(0, count, 1024)]
     for number, file in enumerate(tqdm(files, desc="captions", unit=" parts of 1024", disable=rank > 0)):
         some = list(itertools.islice(texts, min(1024, count - 1024 * number)))
         if len(some) < min(1024, count - 1024 * number):

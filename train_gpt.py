@@ -147,7 +147,7 @@ def main():
                              f"try --batch-size {max(per_rank, 1) * world}")
         if per_rank % micro:
             raise ValueError(f"--micro-batch {micro} does not divide the {per_rank} images of each process")
-        codes, labels, meta = gpt.load_codes(args.codes)
+        codes, labels, meta = data.load_codes(args.codes)
         codes.base.madvise(mmap.MADV_RANDOM)   # a row is 512 bytes; the kernel would read megabytes around each
         if meta["h"] != meta["w"]:
             raise ValueError(f"--codes {args.codes}: {meta['h']} x {meta['w']} codes an image; only squares will do")
@@ -161,7 +161,7 @@ def main():
         usable, cond = np.arange(len(codes)), {"num_classes": len(meta["classes"])}
         text = spans = encoder = None
         if has == "text":
-            text, spans, encoder = gpt.load_text(args.codes)
+            text, spans, encoder = data.load_text(args.codes)
             usable = np.flatnonzero(spans[:, 0, 1] > spans[:, 0, 0])   # no loss on images without a caption
             cond = {"num_classes": 0, "cond_tokens": gpt.CAPTION_TOKENS, "caption_dim": encoder["dim"]}
         if not 0 <= args.val_images < len(usable):
@@ -296,7 +296,7 @@ def main():
     shown = [torch.arange(min(10, len(meta["classes"])), device=device)], meta["classes"][:10]
     if has == "text" and vq_model:   # ten captions from among the first ten thousand
         few = np.unique(usable[np.linspace(0, min(len(usable), 10_000) - 1, 10).astype(int)])
-        texts = zip(range(few[-1] + 1), gpt.read_captions(Path(args.codes) / "captions.jsonl"))
+        texts = zip(range(few[-1] + 1), data.read_captions(Path(args.codes) / "captions.jsonl"))
         shown = to_device(few, np.zeros_like(few))[1:], [caption for i, (caption, _) in texts if i in few]
 
     # ---- loop -------------------------------------------------------------------------------------------------------

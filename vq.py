@@ -16,7 +16,7 @@ import os
 import sys
 import urllib.request
 from collections import OrderedDict
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np

@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate  # noqa: E402
+import data  # noqa: E402
 import gpt  # noqa: E402
 import sample  # noqa: E402
 import train_gpt  # noqa: E402
@@ -128,7 +129,7 @@ def bench_load(name, roof, batch, steps=50):
     with tempfile.TemporaryDirectory() as folder:
         imagenet_codes(Path(folder))
         began = time.perf_counter()
-        codes, labels, _ = gpt.load_codes(folder)
+        codes, labels, _ = data.load_codes(folder)
         codes.base.madvise(mmap.MADV_RANDOM)
         order = np.random.RandomState(0).permutation(len(codes))
         pairs = vq.shuffled(len(order), seed=0)

@@ -17,6 +17,7 @@ from conftest import ROOT, difference, fill, golden, released_keys
 from PIL import Image
 
 import evaluate
+import data
 import gpt
 import sample
 import train_gpt
@@ -309,7 +310,7 @@ def test_features_on_disk_are_those_of_each_caption_without_padding(t5, tmp_path
     result = run("gpt.py", "captions", "--codes", folder, "--t5", t5)
     assert result.returncode == 0, result.stderr
     assert "29 captions and 15 short ones; 1 captions are empty, 2 were cut to 120 tokens" in result.stdout
-    text, spans, about = gpt.load_text(folder)
+    text, spans, about = data.load_text(folder)
     assert text.dtype == np.float16 and isinstance(text, np.memmap) and isinstance(spans, np.memmap)
     assert about["encoder"] == str(t5) and about["dim"] == 40
     assert (np.diff(spans[5, 0]), np.diff(spans[7, 0]), np.diff(spans[4, 1])) == (0, 120, 0)
@@ -336,7 +337,7 @@ def test_an_interrupted_run_goes_on_and_two_processes_write_what_one_writes(tmp_
     with pytest.raises(KeyboardInterrupt):
         gpt.captions(args[1])
     with pytest.raises(ValueError, match="make them with: python gpt.py captions --codes"):
-        gpt.load_text(folders[1])
+        data.load_text(folders[1])
     gpt.captions(args[1])
     assert len(calls) == 1 + 1 + 2                            # the first part was kept
     result = run("gpt.py", "captions", "--codes", folders[2], "--t5", "words", procs=2)

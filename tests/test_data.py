@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tarfile
 import zlib
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -15,7 +16,6 @@ from conftest import ROOT, golden
 from PIL import Image
 
 import data
-import gpt
 import vq
 
 
@@ -129,7 +129,7 @@ def tokenizer(tmp_path_factory):
     torch.manual_seed(0)
     model = vq.VQModel(vq.VQConfig(ch=32, ch_mult=(1, 1, 1, 1), res_blocks=1, z_channels=32, codebook_size=40))
     path = tmp_path_factory.mktemp("vq") / "ckpt.pt"
-    torch.save({"model": model.state_dict(), "config": vq.asdict(model.config), "image_size": 16}, path)
+    torch.save({"model": model.state_dict(), "config": asdict(model.config), "image_size": 16}, path)
     return path
 
 
@@ -141,7 +141,7 @@ def encode(*args, procs=0):
 
 def contents(out):
     """Everything in a codes folder that must not depend on how it was made."""
-    codes, labels, meta = gpt.load_codes(out)
+    codes, labels, meta = data.load_codes(out)
     return codes.tolist(), labels.tolist(), {k: v for k, v in meta.items() if k != "data"}
 
 
@@ -149,7 +149,7 @@ def test_codes_are_those_of_the_crops(tokenizer, tmp_path):
     result = encode("--ckpt", tokenizer, "--data", folder(tmp_path / "data"), "--out", tmp_path / "codes", "--ten-crop",
                     "--crop-range", "1.1", "1.5")
     assert result.returncode == 0, result.stderr
-    codes, labels, meta = gpt.load_codes(tmp_path / "codes")
+    codes, labels, meta = data.load_codes(tmp_path / "codes")
     assert codes.shape == (9, 20, 4) and codes.dtype == np.uint16 and isinstance(codes, np.memmap)
     assert labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2] and meta["classes"] == ["ant", "bee", "cat"]
     assert (meta["h"], meta["w"], meta["image_size"], meta["codebook_size"]) == (2, 2, 16, 40)
@@ -166,7 +166,7 @@ def test_unreadable_images_are_left_out_and_counted(tokenizer, tmp_path):
     (root / "cat" / "9.jpg").write_text("not a picture")
     result = encode("--ckpt", tokenizer, "--data", root, "--out", tmp_path / "codes")
     assert result.returncode == 0 and "left out: 2 unreadable" in result.stdout
-    codes, labels, meta = gpt.load_codes(tmp_path / "codes")
+    codes, labels, meta = data.load_codes(tmp_path / "codes")
     assert codes.shape == (8, 2, 4) and labels.tolist() == [0, 0, 0, 1, 1, 2, 2, 2]
     assert [(*p.split("/")[-2:], why) for p, why in meta["skipped"].items()] == [
         ("bee", "1.png", "unreadable"), ("cat", "9.jpg", "unreadable")]
@@ -197,7 +197,7 @@ def test_an_interrupted_encode_goes_on_where_it_ended(tokenizer, tmp_path, monke
     with pytest.raises(KeyboardInterrupt):
         vq.encode(args)
     with pytest.raises(ValueError, match="is not finished; make it with: python vq.py encode"):
-        gpt.load_codes(tmp_path / "codes")
+        data.load_codes(tmp_path / "codes")
     other = vq.argparse.Namespace(**{**vars(args), "image_size": 32})
     with pytest.raises(ValueError, match="begun with other settings"):
         vq.encode(other)
@@ -245,7 +245,7 @@ def test_a_mistake_gets_one_sentence(tokenizer, tmp_path, flags, sentence):
 
 def test_a_codebook_beyond_uint16_is_refused(tmp_path):
     model = vq.VQModel(vq.VQConfig(ch=32, ch_mult=(1, 1), res_blocks=1, z_channels=32, codebook_size=65537))
-    torch.save({"model": model.state_dict(), "config": vq.asdict(model.config), "image_size": 16}, tmp_path / "ckpt.pt")
+    torch.save({"model": model.state_dict(), "config": asdict(model.config), "image_size": 16}, tmp_path / "ckpt.pt")
     result = encode("--ckpt", tmp_path / "ckpt.pt", "--data", "shapes:4", "--out", tmp_path / "codes")
     assert result.returncode == 2 and "65,537" in result.stderr
 
@@ -266,11 +266,11 @@ def test_reconstruct_puts_originals_above_reconstructions(tokenizer, tmp_path):
 
 def test_codes_folders_that_do_not_fit_are_refused(tokenizer, tmp_path):
     with pytest.raises(ValueError, match="is not there; make it with: python vq.py encode"):
-        gpt.load_codes(tmp_path / "codes")
+        data.load_codes(tmp_path / "codes")
     assert encode("--ckpt", tokenizer, "--data", "shapes:4", "--out", tmp_path / "codes").returncode == 0
     np.save(tmp_path / "codes" / "labels.npy", np.zeros(3, np.int32))
     with pytest.raises(ValueError, match="do not belong together"):
-        gpt.load_codes(tmp_path / "codes")
+        data.load_codes(tmp_path / "codes")
 
 
 # ---- downloads ------------------------------------------------------------------------------------------------------

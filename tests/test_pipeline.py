@@ -7,7 +7,6 @@ from conftest import ROOT
 from PIL import Image
 
 import data
-import vq
 
 
 @pytest.mark.slow

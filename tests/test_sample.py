@@ -1,7 +1,7 @@
 """What sample.py promises: the reference's tokens and filters, and pictures that follow from their seeds alone."""
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -10,7 +10,6 @@ from conftest import ROOT, fill, golden
 from PIL import Image
 from test_gpt import TINY, random_model
 
-import data
 import gpt
 import sample
 import vq
@@ -99,8 +98,8 @@ def pair(tmp_path_factory):
     config = vq.VQConfig(ch=32, ch_mult=(1, 1, 1), res_blocks=1, z_channels=32, codebook_size=40)
     tokenizer = vq.VQModel(config)
     model = random_model(replace(TINY, num_classes=3))
-    torch.save({"model": tokenizer.state_dict(), "config": vq.asdict(config), "image_size": 16}, folder / "vq.pt")
-    torch.save({"model": model.state_dict(), "config": vq.asdict(model.config), "classes": ["cat", "dog", "catfish"],
+    torch.save({"model": tokenizer.state_dict(), "config": asdict(config), "image_size": 16}, folder / "vq.pt")
+    torch.save({"model": model.state_dict(), "config": asdict(model.config), "classes": ["cat", "dog", "catfish"],
                 "tokenizer": vq.weights_hash(tokenizer)}, folder / "gpt.pt")
     return folder
 

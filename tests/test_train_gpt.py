@@ -3,6 +3,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import asdict
 import types
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from bench import imagenet_codes
 from conftest import ROOT
 
+import data
 import gpt
 import train_gpt
 import vq
@@ -105,7 +107,7 @@ def test_two_processes_and_micro_batches_give_the_losses_of_one(codes, tmp_path,
 
 def test_every_step_takes_other_images_and_crops(codes, tmp_path, monkeypatch):
     """Over two epochs every image comes twice, and both of its crops are used somewhere."""
-    taken, load = [], gpt.load_codes
+    taken, load = [], data.load_codes
 
     class Recorder:
         def __init__(self, array):
@@ -131,9 +133,9 @@ def test_codes_of_imagenets_size_are_neither_read_nor_held(tmp_path):
     (tmp_path / "codes").mkdir()
     imagenet_codes(tmp_path / "codes")
     script = """if True:
-        import gpt, train_gpt
-        load, kept = gpt.load_codes, []
-        gpt.load_codes = lambda folder: kept.append(load(folder)) or kept[0]   # so that the map is there to be looked at
+        import data, train_gpt
+        load, kept = data.load_codes, []
+        data.load_codes = lambda folder: kept.append(load(folder)) or kept[0]   # so that the map is there to be looked at
         train_gpt.main()
         print("FACTS")
         print(open("/proc/self/status").read(), open("/proc/self/io").read(), sep="")
@@ -226,7 +228,7 @@ def test_tensorboard_that_is_not_installed_gets_one_sentence(codes, tmp_path, mo
 
 def test_another_tokenizers_pictures_are_refused(codes, tmp_path, monkeypatch, capsys):
     model = vq.VQModel(vq.VQConfig(ch=32, ch_mult=(1, 1), res_blocks=1, z_channels=32, codebook_size=20))
-    torch.save({"model": model.state_dict(), "config": vq.asdict(model.config)}, tmp_path / "vq.pt")
+    torch.save({"model": model.state_dict(), "config": asdict(model.config)}, tmp_path / "vq.pt")
     with pytest.raises(SystemExit) as stop:
         train(monkeypatch, codes, tmp_path / "run", "--vq", tmp_path / "vq.pt")
     assert stop.value.code == 2 and "is not the tokenizer that made" in capsys.readouterr().err
