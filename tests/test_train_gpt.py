@@ -3,8 +3,8 @@ import json
 import math
 import subprocess
 import sys
-from dataclasses import asdict
 import types
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
