@@ -10,14 +10,26 @@ commands.
 # Shapes:  N tokens of all images in one step   R images in one step   T codes per image   c condition tokens
 #          C width   n heads, on this rank   d = C / n   V codebook entries
 import argparse
+import asyncio
+import base64
+import collections
+import contextlib
+import difflib
 import importlib.util
+import io
 import json
+import math
 import os
+import secrets
 import shutil
+import socket
 import sys
 import time
+import traceback
+import uuid
 from dataclasses import asdict
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -333,6 +345,292 @@ def sampling_params(info, *, seed=None, cfg_scale=4.0, cfg_interval=-1, temperat
                           output_kind=RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY)
 
 
+# ---- server ---------------------------------------------------------------------------------------------------------
+MAX_BODY = 2 ** 16   # bytes of a request; it holds little more than a prompt
+DECODE_BATCH = 8     # images that the tokenizer decodes together at most, so that its memory is bounded
+
+
+def to_pngs(vq_model, rows, grid):
+    """Rows of codes, a list of at least `grid` numbers an image -> whole images as PNG files (bytes).
+
+    Where rows are missing, the last one is repeated for decoding, as pixels depend on the codes around them, and the
+    pixels are then painted grey."""
+    codes = torch.tensor([r + r[-grid:] * (grid - len(r) // grid) for r in rows])   # (B, T)
+    pixels = sample.to_pixels(vq_model, codes.to(vq_model.quantize.embedding.weight.device))
+    files = [io.BytesIO() for _ in rows]
+    for image, r, file in zip(pixels, rows, files):
+        image[len(r) // grid * len(image) // grid:] = 128
+        vq.Image.fromarray(image).save(file, "PNG")
+    return [file.getvalue() for file in files]
+
+
+async def decode_forever(waiting, vq_model, grid):
+    """Serve a queue of (rows of codes, future of the PNG): as many as wait, together, in a thread."""
+    while True:
+        batch = [await waiting.get()]
+        while not waiting.empty() and len(batch) < DECODE_BATCH:
+            batch.append(waiting.get_nowait())
+        try:
+            files = await asyncio.to_thread(to_pngs, vq_model, [rows for rows, _ in batch], grid)
+        except Exception as error:   # out of memory, say: these images fail, later ones may not
+            files = [error] * len(batch)
+        for (_, png), file in zip(batch, files):
+            if not png.done():       # else it was cancelled: the client has gone
+                png.set_exception(file) if isinstance(file, Exception) else png.set_result(file)
+
+
+def make_app(engine, info, vq_model, name, api_keys=(), max_queue=256):
+    """The FastAPI application over an engine: vLLM's AsyncLLM, or what has its generate, check_health and errored.
+
+    info is read_export's, name the model's for clients; api_keys and max_queue are as the flags. app.state.running
+    holds a task for each unfinished image; once app.state.draining is True, new requests are refused."""
+    import prometheus_client
+    import pydantic
+    from fastapi import Depends, FastAPI, HTTPException, Request
+    from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+    from pydantic import Field
+    from starlette.exceptions import HTTPException as RouterException
+    from starlette.requests import ClientDisconnect
+
+    grid, names = info["grid"], info["classes"]
+    T, size = grid * grid, f"{info['image_size']}x{info['image_size']}"
+    waiting, finished = asyncio.Queue(), collections.deque([time.monotonic()], 32)   # for the decoder; times of images
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app):
+        decoding = asyncio.create_task(decode_forever(waiting, vq_model, grid))
+        yield
+        decoding.cancel()
+    app = FastAPI(lifespan=lifespan, openapi_url=None, redirect_slashes=False)
+    app.state.running, app.state.draining = set(), False
+
+    # ---- what comes in, and what is refused
+    class ImageRequest(pydantic.BaseModel):
+        model_config = pydantic.ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+        prompt: Annotated[str, Field(min_length=1, max_length=4000)]
+        model: str | None = None
+        n: Annotated[int, Field(ge=1, le=10)] = 1
+        size: str = "auto"
+        stream: bool = False
+        partial_images: Annotated[int, Field(ge=0, le=64)] = 0   # OpenAI ends at 3; more shows the image row by row
+        response_format: Literal["b64_json"] = "b64_json"
+        output_format: Literal["png"] = "png"
+        background: Literal["auto", "opaque"] = "auto"
+        seed: Annotated[int | None, Field(ge=0, lt=2 ** 53)] = None   # of the first image, the next has seed + 1
+        cfg_scale: Annotated[float, Field(ge=0, le=1000)] = 4.0
+        cfg_interval: Annotated[int, Field(ge=-1, lt=2 ** 31)] = -1
+        temperature: Annotated[float, Field(ge=0, le=100)] = 1.0
+        top_k: Annotated[int, Field(ge=0, lt=2 ** 31)] = 2000
+        top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+    def refusal(status, message, param=None, code=None, **headers):
+        kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
+        return HTTPException(status, {"error": {"message": message, "type": kind, "param": param, "code": code}},
+                             {header.replace("_", "-"): str(value) for header, value in headers.items()})
+
+    async def read_body(request: Request):
+        # a browser posts text for any web page, but asks us first before it posts JSON for a stranger's
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise refusal(415, "send JSON, with the header Content-Type: application/json")
+        if int(request.headers.get("content-length", MAX_BODY + 1)) > MAX_BODY:
+            raise refusal(413, f"a request needs a Content-Length, of up to {MAX_BODY:,} bytes", Connection="close")
+        try:
+            fields = pydantic.TypeAdapter(dict).validate_json(await request.body())
+        except ClientDisconnect:
+            raise refusal(499, "the client has gone") from None
+        # clients send null for what is not given, and fields that mean something to other models only
+        idle = {"quality", "style", "moderation", "user", "safety_identifier", "output_compression"}
+        return ImageRequest(**{k: v for k, v in fields.items() if v is not None and k not in idle})
+
+    async def check_key(request: Request):
+        scheme, _, key = request.headers.get("authorization", "").partition(" ")
+        known = [secrets.compare_digest(key.strip().encode(), k.encode()) for k in api_keys]
+        if api_keys and not (scheme.lower() == "bearer" and any(known)):
+            raise refusal(401, "this server wants its API key, in the header Authorization: Bearer KEY",
+                          code="invalid_api_key", WWW_Authenticate="Bearer")
+
+    def check_engine():
+        if app.state.draining:
+            raise refusal(503, "the server is stopping", code="stopping")
+        if engine.errored:
+            raise refusal(503, "the engine has stopped; the server must be started again", code="engine_stopped")
+
+    @app.exception_handler(RouterException)   # what is above, and no such path, or not with this method
+    async def refused(request, error):
+        if isinstance(error.detail, str):
+            error.detail = refusal(error.status_code, f"{request.method} {request.url.path}: {error.detail}").detail
+        return JSONResponse(error.detail, error.status_code, error.headers)
+
+    @app.exception_handler(pydantic.ValidationError)
+    async def invalid(request, error):
+        first = error.errors()[0]
+        param, message = ".".join(map(str, first["loc"])), first["msg"]
+        if first["type"] == "extra_forbidden":
+            close = difflib.get_close_matches(param, ImageRequest.model_fields, 1)
+            message = "there is no such field" + (f"; did you mean {close[0]}?" if close else "")
+        return await refused(request, refusal(400, f"{param}: {message}" if param else message, param or None))
+
+    @app.exception_handler(Exception)         # uvicorn writes the traceback into the log
+    async def failed(request, error):
+        return await refused(request, refusal(500, "the server made a mistake; its log tells which"))
+
+    # ---- drawing
+    def usage(n):
+        return {"input_tokens": n, "input_tokens_details": {"text_tokens": n, "image_tokens": 0},
+                "output_tokens": n * T, "total_tokens": n * T + n}
+
+    async def draw(i, body, prompt, seed, events):
+        """Put the events about image i of a request into a queue; a refusal ends them if it fails."""
+        async def put(kind, known, **fields):
+            png = asyncio.get_running_loop().create_future()
+            waiting.put_nowait((known, png))
+            await events.put({"type": f"image_generation.{kind}", "b64_json": base64.b64encode(await png).decode(),
+                              "index": i, "seed": seed, "created_at": int(time.time()), "size": size,
+                              "quality": "auto", "background": "opaque", "output_format": "png", **fields})
+        parts = body.partial_images if body.stream else 0
+        due = {(k + 1) * grid // (parts + 1) for k in range(parts)}   # rows after which a partial image is sent
+        settings = body.model_dump(include={"cfg_scale", "cfg_interval", "temperature", "top_k", "top_p"})
+        codes, shown, sent = [], 0, 0
+        try:
+            params = sampling_params(info, seed=seed, stream=parts > 0, **settings)
+            async with contextlib.aclosing(engine.generate(prompt, params, uuid.uuid4().hex)) as outputs:
+                async for output in outputs:   # codes that come during `put` are one output: parts may be left out
+                    codes += output.outputs[0].token_ids
+                    rows = len(codes) // grid
+                    if rows < grid and any(shown < row <= rows for row in due):
+                        await put("partial_image", codes[:rows * grid], partial_image_index=sent, rows=rows)
+                        shown, sent = rows, sent + 1
+            await put("completed", codes, usage=usage(1))
+            finished.append(time.monotonic())
+        except Exception as error:
+            if not engine.errored:
+                traceback.print_exception(error)
+            await events.put(refusal(500, "drawing failed; the server's log tells why"))
+
+    async def until_gone(request, events):
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        await events.put(refusal(499, "the client has gone"))
+
+    async def answers(events, n):
+        """The events about n images, up to the last image; raises what ended them before."""
+        while n:
+            event = await events.get()
+            if isinstance(event, HTTPException):
+                check_engine()
+                raise event
+            n -= event["type"] == "image_generation.completed"
+            yield event
+
+    async def server_sent(events, n):
+        try:
+            async for event in answers(events, n):
+                yield f"event: {event['type']}\ndata: {json.dumps(event)}\n\n"
+        except HTTPException as error:
+            yield f"event: error\ndata: {json.dumps(error.detail)}\n\n"
+
+    @app.post("/v1/images/generations", dependencies=[Depends(check_key)])
+    async def generations(request: Request, body: Annotated[ImageRequest, Depends(read_body)]):
+        if body.model not in (None, name):
+            raise refusal(404, f"there is no model {body.model!r} here, only {name!r}", "model", "model_not_found")
+        if body.size not in ("auto", size):
+            raise refusal(400, f"size: this model draws {size} pixels only, not {body.size}", "size")
+        try:
+            class_id = sample.find_class(body.prompt, names)
+        except ValueError as error:
+            raise refusal(400, str(error), "prompt", "unknown_class") from None
+        check_engine()
+        busy = len(app.state.running)
+        if busy and busy + body.n > max_queue:
+            each = (time.monotonic() - finished[0]) / len(finished)   # seconds an image, lately
+            raise refusal(429, f"{busy} images are being drawn or wait; the queue takes {max_queue}", code="queue_full",
+                          Retry_After=min(max(math.ceil(each * body.n), 1), 60))
+        first = secrets.randbelow(2 ** 31) if body.seed is None else body.seed
+        events = asyncio.Queue(1)   # so that a client that reads slowly holds up only itself
+        tasks = [asyncio.create_task(draw(i, body, prompt_of(class_id, info), first + i, events))
+                 for i in range(body.n)]
+        app.state.running.update(tasks)
+        for task in tasks:
+            task.add_done_callback(app.state.running.discard)
+        if not body.stream:
+            tasks.append(asyncio.create_task(until_gone(request, events)))
+        # however this request ends, its images end with it: cancelling them aborts them in the engine
+        asyncio.current_task().add_done_callback(lambda _: [task.cancel() for task in tasks])
+        if body.stream:
+            return StreamingResponse(server_sent(events, body.n), media_type="text/event-stream",
+                                     headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        done = sorted([event async for event in answers(events, body.n)], key=lambda event: event["index"])
+        data = [{"b64_json": e["b64_json"], "revised_prompt": names[class_id], "seed": e["seed"]} for e in done]
+        return {"created": int(time.time()), "data": data, "background": "opaque", "output_format": "png",
+                "size": size, "usage": usage(body.n)}
+
+    # ---- the rest
+    model = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "nanollamagen", "size": size,
+             "rows": grid, "classes": names, "captions": info["gpt"]["cond_tokens"] > 1}
+    about = json.dumps({**model, "key": bool(api_keys)}).replace("<", "\\u003c")   # no name may end the script
+    page = (Path(__file__).parent / "assets" / "page.html").read_text().replace("{{ABOUT}}", about)
+
+    @app.get("/", response_class=HTMLResponse)
+    async def index():
+        return page
+
+    @app.get("/v1/models", dependencies=[Depends(check_key)])
+    async def models():
+        return {"object": "list", "data": [model]}
+
+    @app.get("/health")
+    async def health():
+        check_engine()
+        await engine.check_health()
+
+    @app.get("/metrics")
+    async def metrics():
+        return Response(prometheus_client.generate_latest(), media_type=prometheus_client.CONTENT_TYPE_LATEST)
+    return app
+
+
+def serve(args):
+    """The command `serve`: until SIGTERM or SIGINT; what runs then is finished and what is new refused, and a second
+    signal does not wait. Raises ValueError or OSError with one sentence for an export or an address it cannot use."""
+    info = read_export(args.folder)
+    arguments = engine_arguments(args.folder, max_num_seqs=args.max_num_seqs, tensor_parallel_size=args.tensor_parallel_size,
+                                 **({"dtype": args.dtype} if args.dtype else {}))
+    vq_model = vq.load_vq(Path(args.folder) / "vq.pt", "cuda" if torch.cuda.is_available() else "cpu")
+    keys = args.api_key or [key for key in [os.environ.get("VLLM_API_KEY")] if key]
+    sock = socket.socket(socket.AF_INET6 if ":" in args.host else socket.AF_INET)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((args.host, args.port))   # now, so that a port that is taken is told before the engine starts
+    except OSError as error:
+        raise OSError(f"--host {args.host} --port {args.port}: {error.strerror}") from None
+    if not keys and not args.host.startswith("127."):
+        print("anyone who reaches this machine can draw with it; --api-key KEY asks for a key")
+    print("vLLM starts, which takes half a minute or more ...", flush=True)
+    import uvicorn
+    from vllm import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    async def run():
+        engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+        app = make_app(engine, info, vq_model, Path(args.folder).resolve().name, keys, args.max_queue)
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=30))
+
+        def stop(signum, frame):   # uvicorn's own would refuse connections at once, and end us by the signal
+            server.should_exit = server.force_exit = app.state.draining   # the second time only
+            app.state.draining = True
+        server.handle_exit = stop
+        serving = asyncio.create_task(server.serve([sock]))
+        while not (server.started or serving.done()):
+            await asyncio.sleep(0.05)
+        print(f"open http://{args.host}:{sock.getsockname()[1]}", flush=True)
+        while not (serving.done() or app.state.draining and not app.state.running):
+            await asyncio.sleep(0.05)
+        server.should_exit = True
+        await serving
+        engine.shutdown()
+    asyncio.run(run())
+
+
 # ---- commands -------------------------------------------------------------------------------------------------------
 def generate(args):
     """Draw images of classes in one batch and save them as a picture; image i is drawn from seed + i."""
@@ -418,12 +716,21 @@ def main():
     g.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on GPU, float32 on CPU")
     g.add_argument("--tensor-parallel-size", type=int, default=1, help="GPUs that share the model (default: 1)")
     g.add_argument("--compare", action="store_true", help="draw the same with sample.generate first, and compare")
+    s = commands.add_parser("serve", help="answer OpenAI's Images API over HTTP, with a page to try it")
+    s.add_argument("folder", help="what export wrote")
+    s.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0: all (default: 127.0.0.1)")
+    s.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
+    s.add_argument("--api-key", nargs="+", help="ask clients for one of these keys (default: $VLLM_API_KEY, if set)")
+    s.add_argument("--max-queue", type=int, default=256, help="refuse requests above so many unfinished images (default: 256)")
+    s.add_argument("--max-num-seqs", type=int, default=64, help="images drawn at the same time (default: 64)")
+    s.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on GPU, float32 on CPU")
+    s.add_argument("--tensor-parallel-size", type=int, default=1, help="GPUs that share the model (default: 1)")
     args = p.parse_args()
-    p.usage = "python serve_vllm.py export|generate ... (--help lists the flags)"
+    p.usage = "python serve_vllm.py export|generate|serve ... (--help lists the flags)"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")       # set it to INFO to see what vLLM does
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
-        {"export": export, "generate": generate}[args.command](args)
+        {"export": export, "generate": generate, "serve": serve}[args.command](args)
     except (OSError, ValueError) as error:
         p.error(str(error))
     except KeyboardInterrupt:
