@@ -178,7 +178,7 @@ if __name__ != "__main__":
         def compute_logits(self, hidden_states, *_):
             """(R, 2C) -> (R, 2V), with the condition on the left; Guidance makes one distribution of the two."""
             logits = self.gathered_logits(self.output, hidden_states.view(-1, self.config.dim))
-            return None if logits is None else logits.view(len(hidden_states), -1)
+            return None if logits is None else logits.reshape(len(hidden_states), -1)
 
         def load_weights(self, weights):
             """Fill the parameters from the released names; vLLM checks that all are filled."""
@@ -389,8 +389,6 @@ def make_app(engine, info, vq_model, name, api_keys=(), max_queue=256):
     from fastapi import Depends, FastAPI, HTTPException, Request
     from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
     from pydantic import Field
-    from starlette.exceptions import HTTPException as RouterException
-    from starlette.requests import ClientDisconnect
 
     grid, names = info["grid"], info["classes"]
     T, size = grid * grid, f"{info['image_size']}x{info['image_size']}"
@@ -435,9 +433,10 @@ def make_app(engine, info, vq_model, name, api_keys=(), max_queue=256):
         if int(request.headers.get("content-length", MAX_BODY + 1)) > MAX_BODY:
             raise refusal(413, f"a request needs a Content-Length, of up to {MAX_BODY:,} bytes", Connection="close")
         try:
-            fields = pydantic.TypeAdapter(dict).validate_json(await request.body())
-        except ClientDisconnect:
-            raise refusal(499, "the client has gone") from None
+            text = await request.body()
+        except Exception:   # Starlette's way to say that the client has gone
+            raise refusal(400, "the body of the request did not arrive") from None
+        fields = pydantic.TypeAdapter(dict).validate_json(text)
         # clients send null for what is not given, and fields that mean something to other models only
         idle = {"quality", "style", "moderation", "user", "safety_identifier", "output_compression"}
         return ImageRequest(**{k: v for k, v in fields.items() if v is not None and k not in idle})
@@ -455,9 +454,11 @@ def make_app(engine, info, vq_model, name, api_keys=(), max_queue=256):
         if engine.errored:
             raise refusal(503, "the engine has stopped; the server must be started again", code="engine_stopped")
 
-    @app.exception_handler(RouterException)   # what is above, and no such path, or not with this method
+    @app.exception_handler(404)
+    @app.exception_handler(405)
+    @app.exception_handler(HTTPException)
     async def refused(request, error):
-        if isinstance(error.detail, str):
+        if isinstance(error.detail, str):   # FastAPI's own: no such path, or not with this method
             error.detail = refusal(error.status_code, f"{request.method} {request.url.path}: {error.detail}").detail
         return JSONResponse(error.detail, error.status_code, error.headers)
 
@@ -593,16 +594,18 @@ def serve(args):
     """The command `serve`: until SIGTERM or SIGINT; what runs then is finished and what is new refused, and a second
     signal does not wait. Raises ValueError or OSError with one sentence for an export or an address it cannot use."""
     info = read_export(args.folder)
-    arguments = engine_arguments(args.folder, max_num_seqs=args.max_num_seqs, tensor_parallel_size=args.tensor_parallel_size,
-                                 **({"dtype": args.dtype} if args.dtype else {}))
+    if args.max_num_seqs < 1:
+        raise ValueError(f"--max-num-seqs {args.max_num_seqs}: give at least 1")
+    arguments = engine_arguments(args.folder, max_num_seqs=args.max_num_seqs, **({"dtype": args.dtype} if args.dtype else {}),
+                                 tensor_parallel_size=args.tensor_parallel_size)
     vq_model = vq.load_vq(Path(args.folder) / "vq.pt", "cuda" if torch.cuda.is_available() else "cpu")
     keys = args.api_key or [key for key in [os.environ.get("VLLM_API_KEY")] if key]
     sock = socket.socket(socket.AF_INET6 if ":" in args.host else socket.AF_INET)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         sock.bind((args.host, args.port))   # now, so that a port that is taken is told before the engine starts
-    except OSError as error:
-        raise OSError(f"--host {args.host} --port {args.port}: {error.strerror}") from None
+    except (OSError, OverflowError) as error:
+        raise OSError(f"--host {args.host} --port {args.port}: {getattr(error, 'strerror', None) or error}") from None
     if not keys and not args.host.startswith("127."):
         print("anyone who reaches this machine can draw with it; --api-key KEY asks for a key")
     print("vLLM starts, which takes half a minute or more ...", flush=True)
