@@ -501,10 +501,12 @@ def make_app(engine, info, vq_model, name, api_keys=(), max_queue=256):
                     if rows < grid and any(shown < row <= rows for row in due):
                         await put("partial_image", codes[:rows * grid], partial_image_index=sent, rows=rows)
                         shown, sent = rows, sent + 1
+            if len(codes) < T:   # Ctrl-C reaches the engine, too
+                raise RuntimeError("the engine left an image unfinished")
             await put("completed", codes, usage=usage(1))
             finished.append(time.monotonic())
         except Exception as error:
-            if not engine.errored:
+            if not (engine.errored or app.state.draining):
                 traceback.print_exception(error)
             await events.put(refusal(500, "drawing failed; the server's log tells why"))
 
@@ -591,13 +593,14 @@ def make_app(engine, info, vq_model, name, api_keys=(), max_queue=256):
 
 
 def serve(args):
-    """The command `serve`: until SIGTERM or SIGINT; what runs then is finished and what is new refused, and a second
-    signal does not wait. Raises ValueError or OSError with one sentence for an export or an address it cannot use."""
+    """The command `serve`: until SIGTERM; what runs then is finished and what is new refused. A second signal does not
+    wait, nor does Ctrl-C, which reaches the engine as well. Raises ValueError or OSError with one sentence for an export
+    or an address that cannot be used."""
     info = read_export(args.folder)
     if args.max_num_seqs < 1:
         raise ValueError(f"--max-num-seqs {args.max_num_seqs}: give at least 1")
-    arguments = engine_arguments(args.folder, max_num_seqs=args.max_num_seqs, **({"dtype": args.dtype} if args.dtype else {}),
-                                 tensor_parallel_size=args.tensor_parallel_size)
+    arguments = engine_arguments(args.folder, tensor_parallel_size=args.tensor_parallel_size,
+                                 max_num_seqs=args.max_num_seqs, **({"dtype": args.dtype} if args.dtype else {}))
     vq_model = vq.load_vq(Path(args.folder) / "vq.pt", "cuda" if torch.cuda.is_available() else "cpu")
     keys = args.api_key or [key for key in [os.environ.get("VLLM_API_KEY")] if key]
     sock = socket.socket(socket.AF_INET6 if ":" in args.host else socket.AF_INET)
@@ -724,7 +727,8 @@ def main():
     s.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0: all (default: 127.0.0.1)")
     s.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
     s.add_argument("--api-key", nargs="+", help="ask clients for one of these keys (default: $VLLM_API_KEY, if set)")
-    s.add_argument("--max-queue", type=int, default=256, help="refuse requests above so many unfinished images (default: 256)")
+    s.add_argument("--max-queue", type=int, default=256,
+                   help="unfinished images at most; then requests are refused (default: 256)")
     s.add_argument("--max-num-seqs", type=int, default=64, help="images drawn at the same time (default: 64)")
     s.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on GPU, float32 on CPU")
     s.add_argument("--tensor-parallel-size", type=int, default=1, help="GPUs that share the model (default: 1)")

@@ -47,7 +47,7 @@ class FakeEngine:
     errored = False
 
     def __init__(self):
-        self.step, self.live, self.aborted, self.dies = threading.Event(), set(), 0, False
+        self.step, self.live, self.aborted, self.dies, self.gives_up = threading.Event(), set(), 0, False, False
         self.step.set()
 
     async def generate(self, prompt, params, request_id):
@@ -63,7 +63,7 @@ class FakeEngine:
                     self.errored = True
                     raise RuntimeError("the engine died")
                 if delta or row == GRID - 1:
-                    part = codes[row * GRID:(row + 1) * GRID] if delta else codes
+                    part = codes[row * GRID:(row + 1) * GRID] if delta else codes[:-1 if self.gives_up else None]
                     yield SimpleNamespace(outputs=[SimpleNamespace(token_ids=part)], finished=row == GRID - 1)
         except (asyncio.CancelledError, GeneratorExit):
             self.aborted += 1
@@ -353,6 +353,12 @@ def test_an_engine_that_dies_is_reported(engine, server):
         list(events)
     assert error_of(post(server, {}), 503)["code"] == "engine_stopped"
     error_of(httpx.get(f"{server.url}/health"), 503)
+
+
+def test_an_image_that_the_engine_leaves_unfinished_is_no_image(engine, server, capfd):
+    engine.gives_up = True
+    error_of(post(server, {}), 500)
+    assert "unfinished" in capfd.readouterr().err
 
 
 def test_a_picture_that_cannot_be_decoded_costs_only_itself(server, monkeypatch, capfd):
