@@ -2,10 +2,11 @@
 
 $ python serve_vllm.py export --gpt runs/gpt/ckpt.pt --vq runs/vq/ckpt.pt --out exported
 $ python serve_vllm.py generate exported --classes 0,star --n 8 --out grid.png
+$ python serve_vllm.py serve exported --port 8000
 
 vLLM finds this file by the entry point that `pip install -e .` writes (pyproject.toml), in each of its processes; so its
 own server serves an exported folder as well (README.md). The file in order: registration, model, guidance, the folder,
-commands.
+generate, server, the command line.
 """
 # Shapes:  N tokens of all images in one step   R images in one step   T codes per image   c condition tokens
 #          C width   n heads, on this rank   d = C / n   V codebook entries
@@ -18,6 +19,7 @@ import difflib
 import importlib.util
 import io
 import json
+import logging
 import math
 import os
 import secrets
@@ -27,6 +29,7 @@ import sys
 import time
 import traceback
 import uuid
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
@@ -40,169 +43,122 @@ import gpt
 import sample
 import vq
 
-# What vLLM reads when it starts. The user's own settings win.
-os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")             # vLLM would report to its authors
-os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")        # the newer runner takes another kind of LogitsProcessor
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # offline, the engine runs in this process: starts sooner
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")          # GiB; the default is nearly all memory. GPUs: not read
-os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else one of two cores would be kept free
-
-
-# ---- registration ---------------------------------------------------------------------------------------------------
-def register():
-    """Tell vLLM about the model; it calls this in every process that it starts."""
-    import transformers
-    import vllm
-
-    import serve_vllm
-    transformers.AutoConfig.register("nanollamagen", serve_vllm.Config, exist_ok=True)
-    vllm.ModelRegistry.register_model("NanoLlamaGen", serve_vllm.TwoStreamGPT)
-
-
-# The script itself only talks to the engine, and importing vLLM takes seconds: its --help and its errors do without.
+# The command line only talks to the engine, which finds the rest by the entry point; without vLLM's imports, which take
+# seconds, --help and mistakes are answered at once.
 if __name__ != "__main__":
     import transformers
+    from vllm import ModelRegistry
     from vllm.compilation.decorators import support_torch_compile
     from vllm.distributed import get_tensor_model_parallel_world_size
-    from vllm.model_executor.layers import linear
     from vllm.model_executor.layers.activation import SiluAndMul
-    from vllm.model_executor.layers.logits_processor import LogitsProcessor as GatheredLogits
+    from vllm.model_executor.layers.attention import Attention
+    from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+    from vllm.model_executor.layers.logits_processor import LogitsProcessor as GatherLogits
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
     from vllm.v1.sample.logits_processor import LogitsProcessor, MoveDirectionality
-    try:
-        from vllm.model_executor.layers.attention import Attention as PagedAttention
-    except ImportError:   # vLLM before 0.13
-        from vllm.attention.layer import Attention as PagedAttention
 
+    # ---- registration -----------------------------------------------------------------------------------------------
     class Config(transformers.PretrainedConfig):
-        """config.json of an exported folder; its `gpt` is GPTConfig's fields."""
+        """config.json of an exported folder; its `gpt` holds GPTConfig's fields."""
         model_type = "nanollamagen"
         ignore_keys_at_rope_validation = {"mrope_section"}
 
+    def register():
+        """Tell vLLM about the model; it calls this in every process that it starts (pyproject.toml)."""
+        transformers.AutoConfig.register("nanollamagen", Config, exist_ok=True)
+        ModelRegistry.register_model("NanoLlamaGen", TwoStreamGPT)
+
     # ---- model ------------------------------------------------------------------------------------------------------
-    # A token carries two streams, with the condition and without: (N, 2, C). To the linear layers they are 2N rows, to
-    # attention 2n heads of one token, so the paged cache keeps both streams of an image in one sequence and vLLM
-    # schedules, preempts and batches images as it does text.
-    class Attention(nn.Module):
-        """gpt.Attention, with keys and values in vLLM's cache."""
-
-        def __init__(self, config, vllm_config, prefix):
-            super().__init__()
-            self.d, self.n = config.dim // config.n_head, config.n_head // get_tensor_model_parallel_world_size()
-            self.padded = head_size(config)
-            self.wqkv = linear.QKVParallelLinear(config.dim, self.d, config.n_head, bias=False,
-                                                 quant_config=vllm_config.quant_config, prefix=f"{prefix}.wqkv")
-            self.wo = linear.RowParallelLinear(config.dim, config.dim, bias=False,
-                                               quant_config=vllm_config.quant_config, prefix=f"{prefix}.wo")
-            self.paged = PagedAttention(2 * self.n, self.padded, self.d ** -0.5, num_kv_heads=2 * self.n,
-                                        cache_config=vllm_config.cache_config, quant_config=vllm_config.quant_config,
-                                        prefix=f"{prefix}.paged")
-
-        def forward(self, x, rope):
-            q, k, v = self.wqkv(x)[0].view(-1, 2, 3, self.n, self.d).unbind(2)      # each (N, 2, n, d)
-            q, k, v = (t.flatten(1, 2) for t in (q, k, v))                          # cond heads, then uncond heads
-            q, k = gpt.rotate(q, rope), gpt.rotate(k, rope)                         # (N, 2n, d), by (N, d/2, 2)
-            q, k, v = (F.pad(t, (0, self.padded - self.d)).flatten(1) for t in (q, k, v))   # zeros change no score
-            y = self.paged(q, k, v).view(-1, 2, self.n, self.padded)[..., :self.d]
-            return self.wo(y.reshape(len(x), -1))[0]                                # (2N, C)
-
-    class FeedForward(nn.Module):
-        """gpt.FeedForward, with w1 and w3 as one matrix."""
-
-        def __init__(self, config, vllm_config, prefix):
-            super().__init__()
-            hidden = -(-int(2 * 4 * config.dim / 3) // 256) * 256
-            self.w13 = linear.MergedColumnParallelLinear(config.dim, [hidden, hidden], bias=False,
-                                                         quant_config=vllm_config.quant_config, prefix=f"{prefix}.w13")
-            self.w2 = linear.RowParallelLinear(hidden, config.dim, bias=False,
-                                               quant_config=vllm_config.quant_config, prefix=f"{prefix}.w2")
-            self.gate = SiluAndMul()
-
-        def forward(self, x):
-            return self.w2(self.gate(self.w13(x)[0]))[0]
-
     class Block(nn.Module):
-        """gpt.Block over both streams, (2N, C)."""
+        """gpt.Block over two streams, with the condition and without. To the linear layers they are 2N rows, to
+        attention 2n heads of N tokens: so both streams of an image are one sequence of vLLM's cache."""
 
-        def __init__(self, config, vllm_config, prefix):
+        def __init__(self, config, cache_config, prefix):
             super().__init__()
-            self.attention = Attention(config, vllm_config, f"{prefix}.attention")
-            self.feed_forward = FeedForward(config, vllm_config, f"{prefix}.feed_forward")
-            self.attention_norm, self.ffn_norm = gpt.RMSNorm(config.dim), gpt.RMSNorm(config.dim)
+            C, self.d, self.padded = config.dim, config.dim // config.n_head, head_size(config)
+            hidden, self.n = -(-int(2 * 4 * C / 3) // 256) * 256, config.n_head // get_tensor_model_parallel_world_size()
+            self.attention_norm, self.ffn_norm, self.gate = gpt.RMSNorm(C), gpt.RMSNorm(C), SiluAndMul()
+            self.wqkv = QKVParallelLinear(C, self.d, config.n_head, bias=False)
+            self.attention = Attention(2 * self.n, self.padded, self.d ** -0.5, num_kv_heads=2 * self.n,
+                                       cache_config=cache_config, prefix=f"{prefix}.attention")
+            self.wo = RowParallelLinear(C, C, bias=False)
+            self.w13 = MergedColumnParallelLinear(C, [hidden, hidden], bias=False)
+            self.w2 = RowParallelLinear(hidden, C, bias=False)
 
         def forward(self, x, rope):
-            x = x + self.attention(self.attention_norm(x), rope)
-            return x + self.feed_forward(self.ffn_norm(x))
+            qkv, _ = self.wqkv(self.attention_norm(x))                                # (2N, 3nd)
+            qkv = qkv.view(-1, 2, 3, self.n, self.d).transpose(1, 2).flatten(2, 3)    # (N, 3, 2n, d)
+            q, k, v = gpt.rotate(qkv[:, 0], rope), gpt.rotate(qkv[:, 1], rope), qkv[:, 2]
+            q, k, v = (F.pad(t, (0, self.padded - self.d)).flatten(1) for t in (q, k, v))   # zeros change no score
+            y = self.attention(q, k, v).view(-1, 2, self.n, self.padded)[..., :self.d]
+            x = x + self.wo(y.reshape(len(x), -1))[0]                                 # (2N, C)
+            return x + self.w2(self.gate(self.w13(self.ffn_norm(x))[0]))[0]
 
     @support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": -1, "intermediate_tensors": 0,
                                              "inputs_embeds": 0})
     class TwoStreamGPT(nn.Module):
-        """The GPT as vLLM runs it. Prompts are the token V + class id, or a caption's embeddings (c, 2C)."""
-        supports_mrope = True   # vLLM then asks for positions, where otherwise it would count from the prompt
+        """The GPT as vLLM runs it. A prompt is the token V + class id, or a caption's embeddings (length, 2C): with
+        the caption on the left, and on the right those that stand for none at the same positions."""
+        supports_mrope = True   # so that vLLM asks for positions and does not count them from the prompt's start
 
         def __init__(self, *, vllm_config, prefix=""):
             super().__init__()
-            self.config = config = gpt.GPTConfig(**vllm_config.model_config.hf_config.gpt)
-            classes = config.num_classes + 1 if config.cond_tokens == 1 else 0        # the last is "no class"
-            self.embedding = nn.Embedding(config.vocab_size + classes, config.dim)    # codes, then classes
-            self.layers = nn.ModuleList(Block(config, vllm_config, f"{prefix}layers.{i}")
-                                        for i in range(config.n_layer))
-            self.norm = gpt.RMSNorm(config.dim)
-            self.output = ParallelLMHead(config.vocab_size, config.dim, prefix=f"{prefix}output")
-            self.gathered_logits = GatheredLogits(config.vocab_size)
-            # Rows 0 .. T - 1 are the codes', the last, of zeros, is that of all prompt positions.
-            rope = gpt.rope_table(config.grid, config.dim // config.n_head, 1).roll(-1, 0)
-            self.register_buffer("rope", rope.float(), persistent=False)
+            self.config = c = gpt.GPTConfig(**vllm_config.model_config.hf_config.gpt)
+            self.classes = c.num_classes + 1 if c.cond_tokens == 1 else 0              # the last is "no class"
+            self.embedding = nn.Embedding(c.vocab_size + self.classes, c.dim)          # codes, then classes
+            self.layers = nn.ModuleList(Block(c, vllm_config.cache_config, f"{prefix}layers.{i}")
+                                        for i in range(c.n_layer))
+            self.norm = gpt.RMSNorm(c.dim)
+            self.output = ParallelLMHead(c.vocab_size, c.dim)
+            self.gather_logits = GatherLogits(c.vocab_size)
+            rope = gpt.rope_table(c.grid, c.dim // c.n_head, 1).roll(-1, 0)            # T codes, then a prompt's zeros
+            self.register_buffer("rope", rope, persistent=False)
 
-        def get_mrope_input_positions(self, input_tokens, mm_features=None, **_):
-            """Position T for the whole prompt (3, length), and what to add to an index to get a code's position."""
+        def get_mrope_input_positions(self, input_tokens, *_, **__):
+            """Positions of a prompt (3, length), all T, and what takes an index in the sequence to a code's position."""
             return torch.full((3, len(input_tokens)), self.config.grid ** 2), -len(input_tokens)
 
         def embed_input_ids(self, input_ids, *_, **__):
-            """(N,) codes or V + class -> (N, 2C). A code is the same in both streams; a class stands beside "none"."""
-            last = self.embedding.num_embeddings - 1                     # what is no token of this model counts as none
-            with_class = input_ids.clamp(0, last)
-            without = torch.where(with_class < self.config.vocab_size, with_class, last)
-            return self.embedding(torch.stack([with_class, without], 1)).flatten(1)
-
-        get_input_embeddings = embed_input_ids   # its name before vLLM 0.12
+            """Codes or V + class id (N,) -> (N, 2C). A number beyond the classes counts as "no class"."""
+            last = self.embedding.num_embeddings - 1
+            cond = input_ids.clamp(max=last)
+            uncond = torch.where(cond < self.config.vocab_size, cond, last)
+            return self.embedding(torch.stack([cond, uncond], 1)).flatten(1)
 
         def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None):
             x = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
-            rope = self.rope[positions[0].clamp(0, len(self.rope) - 1)]               # (N, d/2, 2)
-            x = x.view(-1, self.config.dim)                                           # (2N, C)
+            x = x.view(-1, self.config.dim)                                            # (2N, C)
+            rope = self.rope[positions[0].clamp(0, self.config.grid ** 2)]             # (N, d/2, 2)
             for layer in self.layers:
                 x = layer(x, rope)
             return self.norm(x).view(-1, 2 * self.config.dim)
 
-        def compute_logits(self, hidden_states, *_):
+        def compute_logits(self, hidden_states):
             """(R, 2C) -> (R, 2V), with the condition on the left; Guidance makes one distribution of the two."""
-            logits = self.gathered_logits(self.output, hidden_states.view(-1, self.config.dim))
-            return None if logits is None else logits.reshape(len(hidden_states), -1)
+            logits = self.gather_logits(self.output, hidden_states.view(-1, self.config.dim))
+            return None if logits is None else logits.reshape(len(hidden_states), -1)  # None: another rank has them
 
         def load_weights(self, weights):
-            """Fill the parameters from the released names; vLLM checks that all are filled."""
-            own, loaded = dict(self.named_parameters()), set()
+            """Take the released names, and return the own ones that are filled; vLLM misses what is not."""
+            own, filled = dict(self.named_parameters()), {"embedding.weight"}
             for name, tensor in weights:
-                if name in ("tok_embeddings.weight", "cls_embedding.embedding_table.weight"):
-                    first = 0 if name.startswith("tok") else self.config.vocab_size
-                    own["embedding.weight"].data[first:first + len(tensor)].copy_(tensor)
-                    loaded.add("embedding.weight")
-                elif name.startswith("cls_embedding."):
-                    continue             # captions are projected outside the engine
-                elif ".w1." in name or ".w3." in name:
-                    merged = name.replace(".w1.", ".w13.").replace(".w3.", ".w13.")
-                    own[merged].weight_loader(own[merged], tensor, 0 if ".w1." in name else 1)
-                    loaded.add(merged)
+                if name == "tok_embeddings.weight":
+                    own["embedding.weight"].data[:len(tensor)] = tensor
+                elif name.startswith("cls_embedding."):   # captions are projected outside the engine
+                    if self.classes:
+                        own["embedding.weight"].data[self.config.vocab_size:] = tensor
                 else:
-                    getattr(own[name], "weight_loader", lambda p, t: p.data.copy_(t))(own[name], tensor)
-                    loaded.add(name)
-            return loaded
+                    name = name.replace("attention.w", "w").replace("feed_forward.", "")
+                    part = [1] if ".w3." in name else [0] if ".w1." in name else []
+                    name = name.replace(".w1.", ".w13.").replace(".w3.", ".w13.")
+                    getattr(own[name], "weight_loader", lambda p, t: p.data.copy_(t))(own[name], tensor, *part)
+                    filled.add(name)
+            return filled
 
     # ---- guidance ---------------------------------------------------------------------------------------------------
     class Guidance(LogitsProcessor):
-        """Fold the two halves of a row of logits into one by its request's extra_args: cfg_scale (up to 1, and without
-        it, there is no guidance) and cfg_interval, as sample.generate has them. The upper half is emptied."""
+        """Make one distribution of the two halves of a row of logits, as sample.generate does, by its request's
+        extra_args: cfg_scale (without it, or up to 1, there is no guidance) and cfg_interval."""
 
         def __init__(self, vllm_config, device, is_pin_memory):
             self.V, self.device = vllm_config.model_config.hf_config.gpt["vocab_size"], device
@@ -210,14 +166,7 @@ if __name__ != "__main__":
 
         @classmethod
         def validate_params(cls, sampling_params):
-            """Raise ValueError for extra_args that cannot be meant; the engine then refuses the request."""
-            extra = sampling_params.extra_args or {}
-            scale, interval = extra.get("cfg_scale", 1.0), extra.get("cfg_interval", -1)
-            if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 <= scale <= 1000:
-                raise ValueError(f"cfg_scale {scale!r} is not a number from 0 to 1000")
-            if isinstance(interval, bool) or not isinstance(interval, (int, float)) or interval != int(interval) \
-                    or interval < -1:
-                raise ValueError(f"cfg_interval {interval!r} is not a whole number from -1 on")
+            check(**(sampling_params.extra_args or {}))
 
         def is_argmax_invariant(self):
             return False
@@ -233,28 +182,36 @@ if __name__ != "__main__":
                 self.requests[row] = extra.get("cfg_scale", 1.0), extra.get("cfg_interval", -1), codes
             for a, b, direction in batch_update.moved:
                 at_a, at_b = self.requests.pop(a, None), self.requests.pop(b, None)
-                if at_a is not None:
+                if at_a:
                     self.requests[b] = at_a
-                if at_b is not None and direction == MoveDirectionality.SWAP:
+                if at_b and direction == MoveDirectionality.SWAP:
                     self.requests[a] = at_b
 
         def apply(self, logits):
-            """(R, 2V) -> the same, in place: guided logits, then -inf."""
-            scales = []
-            for row in range(len(logits)):
-                scale, interval, codes = self.requests.get(row, (1.0, -1, ()))
-                scales.append(1.0 if 0 <= interval < len(codes) - 1 else scale)
-            scale = torch.tensor(scales, dtype=logits.dtype).to(self.device, non_blocking=True)[:, None]   # (R, 1)
-            cond, uncond = logits[:, :self.V], logits[:, self.V:]
+            """(R, 2V) -> the same, in place: the guided logits, then -inf."""
+            scale = torch.ones(len(logits), 1)
+            for row, (value, interval, codes) in self.requests.items():
+                if interval < 0 or len(codes) <= interval + 1:
+                    scale[row] = value
+            scale, cond, uncond = scale.to(logits), logits[:, :self.V], logits[:, self.V:]
             cond.copy_(torch.where(scale > 1, uncond + (cond - uncond) * scale, cond))
             uncond.fill_(-torch.inf)
             return logits
 
 
+def check(**settings):
+    """Raise ValueError for settings of a request that cannot be meant; vLLM limits the temperature to 2."""
+    ranges = {"cfg_scale": (0, 1e6), "cfg_interval": (-1, 1e6), "temperature": (0, 2), "top_k": (0, 1e6), "top_p": (1e-6, 1)}
+    for name, (least, most) in ranges.items():
+        value = settings.get(name, most)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
+            raise ValueError(f"{name} {value!r} is not a number from {least:g} to {most:g}")
+
+
 # ---- the exported folder --------------------------------------------------------------------------------------------
 def head_size(config):
-    """Channels of a head in the cache: those of the model, padded to a size that vLLM's attention backends all have
-    (3B has 100, which none of them has)."""
+    """Channels of a head in vLLM's cache: those of the model and zeros, up to a size that all its attention backends
+    have (3B's heads have 100, which none has)."""
     return next(size for size in (32, 64, 128, 256) if size >= config.dim // config.n_head)
 
 
@@ -263,17 +220,18 @@ def export(args):
     from safetensors.torch import save_file   # comes with vLLM
 
     size, out = args.image_size or 256, Path(args.out)
-    if args.pretrained:
-        name, size = args.pretrained, int(args.pretrained.split("-")[1])
-        args.vq, args.gpt = vq.pretrained("vq_ds16_c2i.pt"), vq.pretrained(f"c2i_{name.replace('-', '_')}.pt")
-    if not (args.vq and args.gpt):
+    if bool(args.pretrained) == bool(args.vq and args.gpt):
         raise ValueError("give --gpt and --vq, or --pretrained")
+    if (out / "config.json").exists() and not args.overwrite:
+        raise ValueError(f"--out {out} holds an exported model; give --overwrite to replace it, or another folder")
+    if args.pretrained:
+        size = int(args.pretrained.split("-")[1])
+        args.vq = vq.pretrained("vq_ds16_c2i.pt")
+        args.gpt = vq.pretrained(f"c2i_{args.pretrained.replace('-', '_')}.pt")
     vq_model = vq.load_vq(args.vq)
     model = gpt.load_gpt(args.gpt, grid=size // vq_model.config.downsample)
     sample.check_pair(model, vq_model, args.gpt, args.vq)
-    if (out / "config.json").exists() and not args.overwrite:
-        raise ValueError(f"--out {out} holds an exported model; give --overwrite to replace it, or another folder")
-    c = model.config
+    c, side = model.config, model.config.grid * vq_model.config.downsample
     names = model.classes or (sample.imagenet_classes() if c.num_classes == 1000 else
                               [str(i) for i in range(c.num_classes)])
     config = {
@@ -281,50 +239,49 @@ def export(args):
         "hidden_size": 2 * c.dim, "num_hidden_layers": c.n_layer, "num_attention_heads": 2 * c.n_head,
         "num_key_value_heads": 2 * c.n_head, "head_dim": head_size(c), "vocab_size": 2 * c.vocab_size,
         "max_position_embeddings": c.cond_tokens + c.grid ** 2, "tie_word_embeddings": False,
-        # makes vLLM ask the model for positions; the numbers mean nothing to it
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [head_size(c) // 2, 0, 0]},
-        "image_size": c.grid * vq_model.config.downsample, "tokenizer": vq.weights_hash(vq_model), "classes": names}
-    weights = {k: v.contiguous() for k, v in model.state_dict().items()}
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0,
+                            "mrope_section": [head_size(c) // 2, 0, 0]},   # so that vLLM asks the model for positions
+        "image_size": side, "tokenizer": vq.weights_hash(vq_model), "classes": names}
     out.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(args.vq, out / "vq.pt.tmp")
-    save_file(weights, out / "model.safetensors.tmp", {"format": "pt"})
+    save_file(model.state_dict(), out / "model.safetensors.tmp", {"format": "pt"})
     (out / "config.json.tmp").write_text(json.dumps(config, indent=1))
-    for name in ("vq.pt", "model.safetensors", "config.json"):   # the last says that the folder is complete
+    for name in ("vq.pt", "model.safetensors", "config.json"):   # the last one tells that the folder is complete
         os.replace(out / f"{name}.tmp", out / name)
-    print(f"{out}: {sum(v.numel() for v in weights.values()):,} parameters, {len(names)} classes, "
-          f"{config['image_size']} x {config['image_size']} pixels")
+    print(f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(names)} classes, {side} x {side} pixels")
 
 
 def read_export(folder):
-    """config.json of an exported folder as a dict, with `grid` and `codebook_size` beside it.
+    """config.json of an exported folder as a dict, with `grid` and `codebook_size` on top.
     Raises OSError or ValueError with one sentence for a folder that is missing or none of export's."""
-    path = Path(folder) / "config.json"
+    folder = Path(folder)
     try:
-        info = json.loads(path.read_text())
+        info = json.loads((folder / "config.json").read_text())
         config = gpt.GPTConfig(**info["gpt"])
     except OSError as error:
-        raise OSError(f"{path}: {error.strerror}; make the folder with: "
+        raise OSError(f"{folder / 'config.json'}: {error.strerror}; the folder is made by: "
                       f"python serve_vllm.py export --gpt CKPT --vq CKPT --out {folder}") from None
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path} was not written by serve_vllm.py export") from None
+        raise ValueError(f"{folder / 'config.json'} was not written by serve_vllm.py export") from None
     for name in ("model.safetensors", "vq.pt"):
-        if not (Path(folder) / name).exists():
-            raise OSError(f"{Path(folder) / name} is missing; export the model again")
+        if not (folder / name).exists():
+            raise OSError(f"{folder / name} is missing; export the model again")
     return {**info, "grid": config.grid, "codebook_size": config.vocab_size}
 
 
 def engine_arguments(folder, **overrides):
     """Keyword arguments of vllm.LLM and vllm.AsyncEngineArgs for an exported folder; `overrides` win.
-    Raises ValueError where vLLM is missing or the model cannot be split as asked."""
+    Raises ValueError where vLLM is missing or the heads cannot be shared out as asked."""
+    info, ranks, cuda = read_export(folder), overrides.get("tensor_parallel_size", 1), torch.cuda.is_available()
     if importlib.util.find_spec("vllm") is None:
         raise ValueError("vLLM is not installed: pip install -e .[serve] (README.md tells how on a CPU)")
-    info, ranks = read_export(folder), overrides.get("tensor_parallel_size", 1)
-    if info["gpt"]["n_head"] % ranks:
-        raise ValueError(f"tensor-parallel-size {ranks} does not divide the model's {info['gpt']['n_head']} heads")
+    if ranks < 1 or info["gpt"]["n_head"] % ranks:
+        raise ValueError(f"--tensor-parallel-size {ranks} does not divide the {info['gpt']['n_head']} heads")
     return {"model": str(folder), "skip_tokenizer_init": True, "logits_processors": ["serve_vllm:Guidance"],
-            "max_model_len": info["max_position_embeddings"], "max_num_seqs": 64, "enable_prefix_caching": False,
-            "generation_config": "vllm", "dtype": "bfloat16" if torch.cuda.is_available() else "float32",
-            "enforce_eager": not torch.cuda.is_available(), **overrides}
+            "generation_config": "vllm", "max_model_len": info["max_position_embeddings"], "max_num_seqs": 64,
+            "enable_prefix_caching": False, "enable_prompt_embeds": info["gpt"]["cond_tokens"] > 1,
+            "dtype": "bfloat16" if cuda else "float32", "enforce_eager": not cuda, "use_tqdm_on_load": False,
+            **overrides}
 
 
 def prompt_of(class_id, info):
@@ -338,11 +295,63 @@ def sampling_params(info, *, seed=None, cfg_scale=4.0, cfg_interval=-1, temperat
     Raises ValueError for values out of range."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
-    T, V = info["grid"] ** 2, info["codebook_size"]
-    return SamplingParams(max_tokens=T, min_tokens=T, ignore_eos=True, detokenize=False, seed=seed,
-                          temperature=temperature, top_k=top_k if top_k < V else 0, top_p=top_p,
-                          extra_args={"cfg_scale": cfg_scale, "cfg_interval": cfg_interval},
+    guidance = {"cfg_scale": cfg_scale, "cfg_interval": cfg_interval}
+    check(**guidance, temperature=temperature, top_k=top_k, top_p=top_p)
+    return SamplingParams(max_tokens=info["grid"] ** 2, ignore_eos=True, detokenize=False, seed=seed, extra_args=guidance,
+                          temperature=temperature, top_k=top_k if top_k < info["codebook_size"] else 0, top_p=top_p,
                           output_kind=RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY)
+
+
+# ---- generate -------------------------------------------------------------------------------------------------------
+def generate(args):
+    """Draw images of classes in one batch and save them as a picture; image i is drawn from seed + i."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    arguments = engine_arguments(args.folder, tensor_parallel_size=args.tensor_parallel_size,
+                                 **({"dtype": args.dtype} if args.dtype else {}))
+    info, folder = read_export(args.folder), Path(args.folder)
+    labels = [sample.find_class(c, info["classes"]) for c in args.classes.split(",") for _ in range(args.n)]
+    if not labels or Path(args.out).suffix != ".png":
+        raise ValueError("--n is at least 1, and --out ends in .png")
+    settings = {k: getattr(args, k) for k in ("cfg_scale", "cfg_interval", "temperature", "top_k", "top_p")}
+    check(**settings)
+    vq_model = vq.load_vq(folder / "vq.pt", device)
+    print("vLLM starts, which can take a minute ...", flush=True)
+    quiet()
+    import vllm
+    params = [sampling_params(info, seed=args.seed + i, stream=True, **settings) for i in range(len(labels))]
+
+    if args.compare:   # before the engine starts, for it takes all of a GPU's memory
+        from safetensors.torch import load_file
+        with torch.device("meta"):
+            model = gpt.GPT(gpt.GPTConfig(**info["gpt"]))
+        model.load_state_dict(load_file(folder / "model.safetensors"), assign=True)
+        model = model.to(device, getattr(torch, arguments["dtype"])).eval()
+        began = time.time()
+        plain = sample.generate(model, torch.tensor(labels, device=device), seeds=[args.seed + i for i in
+                                range(len(labels))], progress=True, **settings).cpu()
+        plain_seconds = time.time() - began
+        del model
+        torch.cuda.empty_cache()
+
+    engine = vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**arguments, disable_log_stats=True))
+    codes, began = [[] for _ in labels], time.time()
+    for i, label in enumerate(labels):
+        engine.add_request(str(i), prompt_of(label, info), params[i])
+    with vq.progress(len(labels) * info["grid"] ** 2, "codes", unit=" codes") as bar:
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                codes[int(output.request_id)] += output.outputs[0].token_ids
+                bar.update(len(output.outputs[0].token_ids))
+    seconds, codes = time.time() - began, torch.tensor(codes)
+    print(f"vLLM: {len(labels)} images in {seconds:.1f} s, {len(labels) / seconds:.3f} images/s")
+    if args.compare:
+        print(f"sample.generate: {plain_seconds:.1f} s, {len(labels) / plain_seconds:.3f} images/s; vLLM is "
+              f"{plain_seconds / seconds:.2f} times as fast" + (args.temperature == 0) *
+              f", and {(codes == plain).float().mean():.2%} of its codes are the same")
+    pixels = np.concatenate([sample.to_pixels(vq_model, some.to(device)) for some in codes.split(8)])
+    columns = min(args.n if args.n > 1 else len(labels), 10)
+    vq.save_grid(pixels, args.out, columns, [info["classes"][c].split(",")[0] for c in labels])
+    print(f"{args.out}: {len(labels)} images")
 
 
 # ---- server ---------------------------------------------------------------------------------------------------------
@@ -416,10 +425,10 @@ def make_app(engine, info, vq_model, name, api_keys=(), max_queue=256):
         background: Literal["auto", "opaque"] = "auto"
         seed: Annotated[int | None, Field(ge=0, lt=2 ** 53)] = None   # of the first image, the next has seed + 1
         cfg_scale: Annotated[float, Field(ge=0, le=1000)] = 4.0
-        cfg_interval: Annotated[int, Field(ge=-1, lt=2 ** 31)] = -1
-        temperature: Annotated[float, Field(ge=0, le=100)] = 1.0
-        top_k: Annotated[int, Field(ge=0, lt=2 ** 31)] = 2000
-        top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+        cfg_interval: Annotated[int, Field(ge=-1, le=10 ** 6)] = -1
+        temperature: Annotated[float, Field(ge=0, le=2)] = 1.0   # vLLM's limit
+        top_k: Annotated[int, Field(ge=0, le=10 ** 6)] = 2000
+        top_p: Annotated[float, Field(ge=1e-6, le=1)] = 1.0
 
     def refusal(status, message, param=None, code=None, **headers):
         kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
@@ -594,7 +603,7 @@ def make_app(engine, info, vq_model, name, api_keys=(), max_queue=256):
 
 def serve(args):
     """The command `serve`: until SIGTERM; what runs then is finished and what is new refused. A second signal does not
-    wait, nor does Ctrl-C, which reaches the engine as well. Raises ValueError or OSError with one sentence for an export
+    wait, nor does Ctrl-C, which reaches the engine as well. Raises ValueError or OSError with one sentence for a folder
     or an address that cannot be used."""
     info = read_export(args.folder)
     if args.max_num_seqs < 1:
@@ -611,7 +620,8 @@ def serve(args):
         raise OSError(f"--host {args.host} --port {args.port}: {getattr(error, 'strerror', None) or error}") from None
     if not keys and not args.host.startswith("127."):
         print("anyone who reaches this machine can draw with it; --api-key KEY asks for a key")
-    print("vLLM starts, which takes half a minute or more ...", flush=True)
+    print("vLLM starts, which can take a minute ...", flush=True)
+    quiet()
     import uvicorn
     from vllm import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -637,64 +647,13 @@ def serve(args):
     asyncio.run(run())
 
 
-# ---- commands -------------------------------------------------------------------------------------------------------
-def generate(args):
-    """Draw images of classes in one batch and save them as a picture; image i is drawn from seed + i."""
-    info = read_export(args.folder)
-    if args.n < 1:
-        raise ValueError(f"--n {args.n}: give at least 1")
-    if Path(args.out).suffix != ".png":
-        raise ValueError(f"--out {args.out}: give a name that ends in .png")
-    labels = [sample.find_class(c, info["classes"]) for c in args.classes.split(",") for _ in range(args.n)]
-    settings = dict(cfg_scale=args.cfg_scale, cfg_interval=args.cfg_interval, temperature=args.temperature,
-                    top_k=args.top_k, top_p=args.top_p)
-    arguments = engine_arguments(args.folder, tensor_parallel_size=args.tensor_parallel_size,
-                                 **({"dtype": args.dtype} if args.dtype else {}))
-    device, T = "cuda" if torch.cuda.is_available() else "cpu", info["grid"] ** 2
-    vq_model = vq.load_vq(Path(args.folder) / "vq.pt", device)
-
-    if args.compare:   # before the engine starts, since that takes all of a GPU's memory
-        model = load_plain(args.folder, device).to(getattr(torch, arguments["dtype"]))
-        began = time.time()
-        plain = sample.generate(model, torch.tensor(labels, device=device), progress=True, **settings,
-                                seeds=[args.seed + i for i in range(len(labels))]).cpu()
-        plain_seconds = time.time() - began
-        del model
-        torch.cuda.empty_cache()
-
-    print("vLLM starts, which takes half a minute or more ...", flush=True)
-    import vllm
-    params = [sampling_params(info, seed=args.seed + i, stream=True, **settings) for i in range(len(labels))]
-    engine = vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**arguments, disable_log_stats=True))
-    codes, began = [[] for _ in labels], time.time()
-    for i, label in enumerate(labels):
-        engine.add_request(str(i), prompt_of(label, info), params[i])
-    with vq.progress(T * len(labels), "codes", unit=" codes") as bar:
-        while engine.has_unfinished_requests():
-            for output in engine.step():
-                new = output.outputs[0].token_ids
-                codes[int(output.request_id)] += new
-                bar.update(len(new))
-    seconds = time.time() - began
-    print(f"vLLM {vllm.__version__}: {len(labels)} images in {seconds:.1f} s, {len(labels) / seconds:.3f} images/s")
-    codes = torch.tensor(codes)
-    if args.compare:
-        agree = f"; {(codes == plain).float().mean():.1%} of the codes agree" if args.temperature == 0 else ""
-        print(f"sample.generate: {len(labels)} images in {plain_seconds:.1f} s, {len(labels) / plain_seconds:.3f} "
-              f"images/s; vLLM is {plain_seconds / seconds:.2f} times as fast{agree}")
-    pixels = np.concatenate([sample.to_pixels(vq_model, some.to(device)) for some in codes.split(8)])
-    vq.save_grid(pixels, args.out, min(args.n, 10) if args.n > 1 else min(len(labels), 10),
-                 [info["classes"][c].split(",")[0] for c in labels])
-    print(f"{args.out}: {len(labels)} images")
-
-
-def load_plain(folder, device="cpu"):
-    """The exported GPT as gpt.GPT, float32, to compare with."""
-    from safetensors.torch import load_file
-    with torch.device("meta"):
-        model = gpt.GPT(gpt.GPTConfig(**read_export(folder)["gpt"]))
-    model.load_state_dict(load_file(Path(folder) / "model.safetensors"), assign=True)
-    return model.to(device).eval()
+# ---- the command line -----------------------------------------------------------------------------------------------
+def quiet():
+    """Leave out what vLLM and torch remark on CPUs and on parts that are not installed; VLLM_LOGGING_LEVEL=INFO shows
+    vLLM's side of it."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
+    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
 
 
 def main():
@@ -722,20 +681,18 @@ def main():
     g.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on GPU, float32 on CPU")
     g.add_argument("--tensor-parallel-size", type=int, default=1, help="GPUs that share the model (default: 1)")
     g.add_argument("--compare", action="store_true", help="draw the same with sample.generate first, and compare")
-    s = commands.add_parser("serve", help="answer OpenAI's Images API over HTTP, with a page to try it")
+    s = commands.add_parser("serve", help="answer OpenAI's Images API over HTTP, with a page to draw on")
     s.add_argument("folder", help="what export wrote")
-    s.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0: all (default: 127.0.0.1)")
+    s.add_argument("--host", default="127.0.0.1", help="address to listen at, 0.0.0.0 is all (default: 127.0.0.1)")
     s.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
     s.add_argument("--api-key", nargs="+", help="ask clients for one of these keys (default: $VLLM_API_KEY, if set)")
-    s.add_argument("--max-queue", type=int, default=256,
-                   help="unfinished images at most; then requests are refused (default: 256)")
+    s.add_argument("--max-queue", type=int, default=256, help="unfinished images, above which requests are refused "
+                   "(default: 256)")
     s.add_argument("--max-num-seqs", type=int, default=64, help="images drawn at the same time (default: 64)")
     s.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on GPU, float32 on CPU")
     s.add_argument("--tensor-parallel-size", type=int, default=1, help="GPUs that share the model (default: 1)")
     args = p.parse_args()
     p.usage = "python serve_vllm.py export|generate|serve ... (--help lists the flags)"
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")       # set it to INFO to see what vLLM does
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         {"export": export, "generate": generate, "serve": serve}[args.command](args)
     except (OSError, ValueError) as error:

@@ -203,11 +203,12 @@ def test_a_streamed_request_may_ask_for_several_images_and_no_parts(server):
         assert np.array_equal(pixels(e.b64_json), picture(1, 1 + e.index))
 
 
-def test_what_only_other_models_have_is_passed_over(server):
+def test_what_only_other_models_have_is_passed_over_and_limits_are_allowed(server):
     foreign = {"model": "shapes", "quality": "high", "style": "vivid", "user": "me", "background": "auto",
                "moderation": "low", "output_format": "png", "output_compression": 90, "size": "auto"}
     nulls = dict.fromkeys(["n", "size", "response_format", "seed", "stream", "partial_images", "cfg_scale", "model"])
-    for fields in (foreign, nulls):
+    extremes = {"temperature": 2, "top_p": 1e-6, "top_k": 10 ** 6, "cfg_scale": 1000, "cfg_interval": 10 ** 6, "seed": 2 ** 53 - 1}
+    for fields in (foreign, nulls, extremes, {"temperature": 0, "top_k": 0, "cfg_scale": 0, "cfg_interval": -1}):
         assert post(server, fields).status_code == 200, fields
 
 
@@ -250,7 +251,8 @@ def test_pictures_are_decoded_together_and_other_requests_answered_meanwhile(ser
     ({"cfg_scale": "4"}, "cfg_scale", "valid number"),
     ({"cfgscale": 4}, "cfgscale", "there is no such field; did you mean cfg_scale?"),
     ({"temperature": -0.1}, "temperature", "greater than or equal to 0"),
-    ({"top_p": 0}, "top_p", "greater than 0"),
+    ({"temperature": 2.5}, "temperature", "less than or equal to 2"),
+    ({"top_p": 0}, "top_p", "greater than"),
     ({"top_k": 0.5}, "top_k", "valid integer"),
     ({"seed": -1}, "seed", "greater than or equal to 0"),
     ({"seed": 2 ** 60}, "seed", "less than"),
@@ -709,7 +711,7 @@ def test_when_the_engine_is_killed_the_server_says_so_and_still_stops_in_order(e
 
 
 @pytest.mark.parametrize("flags, sentence", [
-    (["missing"], "missing/config.json: No such file or directory; make the folder with"),
+    (["missing"], "missing/config.json: No such file or directory; the folder is made by"),
     (["EXPORTED", "--port", "TAKEN"], "Address already in use"),
     (["EXPORTED", "--port", "70000"], "port must be 0-65535"),
     (["EXPORTED", "--max-num-seqs", "0"], "--max-num-seqs 0: give at least 1"),
