@@ -13,7 +13,6 @@ generate, server, the command line.
 import argparse
 import asyncio
 import base64
-import collections
 import contextlib
 import difflib
 import importlib.util
@@ -401,7 +400,7 @@ def make_app(engine, info, vq_model, name, api_keys=(), max_queue=256):
 
     grid, names = info["grid"], info["classes"]
     T, size = grid * grid, f"{info['image_size']}x{info['image_size']}"
-    waiting, finished = asyncio.Queue(), collections.deque([time.monotonic()], 32)   # for the decoder; times of images
+    waiting = asyncio.Queue()   # for the decoder
 
     @contextlib.asynccontextmanager
     async def lifespan(app):
@@ -409,7 +408,7 @@ def make_app(engine, info, vq_model, name, api_keys=(), max_queue=256):
         yield
         decoding.cancel()
     app = FastAPI(lifespan=lifespan, openapi_url=None, redirect_slashes=False)
-    app.state.running, app.state.draining = set(), False
+    app.state.running, app.state.draining, app.state.seconds = set(), False, 1   # seconds that the last image took
 
     # ---- what comes in, and what is refused
     class ImageRequest(pydantic.BaseModel):
@@ -500,7 +499,7 @@ def make_app(engine, info, vq_model, name, api_keys=(), max_queue=256):
         parts = body.partial_images if body.stream else 0
         due = {(k + 1) * grid // (parts + 1) for k in range(parts)}   # rows after which a partial image is sent
         settings = body.model_dump(include={"cfg_scale", "cfg_interval", "temperature", "top_k", "top_p"})
-        codes, shown, sent = [], 0, 0
+        codes, shown, sent, began = [], 0, 0, time.monotonic()
         try:
             params = sampling_params(info, seed=seed, stream=parts > 0, **settings)
             async with contextlib.aclosing(engine.generate(prompt, params, uuid.uuid4().hex)) as outputs:
@@ -513,7 +512,7 @@ def make_app(engine, info, vq_model, name, api_keys=(), max_queue=256):
             if len(codes) < T:   # Ctrl-C reaches the engine, too
                 raise RuntimeError("the engine left an image unfinished")
             await put("completed", codes, usage=usage(1))
-            finished.append(time.monotonic())
+            app.state.seconds = time.monotonic() - began
         except Exception as error:
             if not (engine.errored or app.state.draining):
                 traceback.print_exception(error)
@@ -554,9 +553,8 @@ def make_app(engine, info, vq_model, name, api_keys=(), max_queue=256):
         check_engine()
         busy = len(app.state.running)
         if busy and busy + body.n > max_queue:
-            each = (time.monotonic() - finished[0]) / len(finished)   # seconds an image, lately
-            raise refusal(429, f"{busy} images are being drawn or wait; the queue takes {max_queue}", code="queue_full",
-                          Retry_After=min(max(math.ceil(each * body.n), 1), 60))
+            raise refusal(429, f"{busy} images are being drawn or wait, and no more than {max_queue} may",
+                          code="queue_full", Retry_After=min(math.ceil(app.state.seconds), 60))
         first = secrets.randbelow(2 ** 31) if body.seed is None else body.seed
         events = asyncio.Queue(1)   # so that a client that reads slowly holds up only itself
         tasks = [asyncio.create_task(draw(i, body, prompt_of(class_id, info), first + i, events))
