@@ -1,8 +1,8 @@
 """What `serve_vllm.py serve` promises: OpenAI's Images API, errors that tell what to do, and nothing left behind.
 
-Most tests talk over HTTP to the real application, whose engine is a fake one: it gives codes that follow from class and
-seed, row by row, when the test lets it. Then Chromium uses the page, and the last tests start the command itself, with a
-small model in vLLM."""
+Most tests talk over HTTP to the real application, whose engine is a fake one: it gives codes that follow from class
+and seed, row by row, when the test lets it. Then Chromium uses the page, and the last tests start the command itself,
+with a small model in vLLM."""
 import asyncio
 import base64
 import contextlib
@@ -208,7 +208,7 @@ def test_what_only_other_models_have_is_passed_over_and_limits_are_allowed(serve
     foreign = {"model": "shapes", "quality": "high", "style": "vivid", "user": "me", "background": "auto",
                "moderation": "low", "output_format": "png", "output_compression": 90, "size": "auto"}
     nulls = dict.fromkeys(["n", "size", "response_format", "seed", "stream", "partial_images", "cfg_scale", "model"])
-    most = {"temperature": 2, "top_p": 1, "top_k": 10 ** 6, "cfg_scale": 1000, "cfg_interval": 10 ** 6, "seed": 2 ** 53 - 1}
+    most = {"temperature": 2, "top_p": 1, "top_k": 10 ** 6, "cfg_scale": 1e3, "cfg_interval": 10 ** 6, "seed": 2 ** 53 - 1}
     least = {"temperature": 0, "top_p": 1e-6, "top_k": 0, "cfg_scale": 0, "cfg_interval": -1, "seed": 0}
     for fields in (foreign, nulls, most, least):
         assert post(server, fields).status_code == 200, fields
@@ -600,14 +600,14 @@ def exported(tmp_path_factory):
 
 @contextlib.contextmanager
 def started(exported, log):
-    """`serve_vllm.py serve` on a free port, ended when this ends at the latest; `processes`: its own and the engine's."""
+    """`serve_vllm.py serve` on a free port, ended when this ends at the latest; `processes` has the engine's last."""
     with open(log, "w") as file:
         process = command("serve", exported, "--port", 0, stdout=file, stderr=subprocess.STDOUT)
     try:
         until(lambda: "open http://" in log.read_text() or process.poll() is not None, 120)
         assert process.poll() is None, log.read_text()
         url = log.read_text().split("open ")[1].split()[0]
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()   # the engine is last
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         yield SimpleNamespace(url=url, process=process, processes=[process.pid, *map(int, children)], log=log)
     finally:
         process.terminate()
