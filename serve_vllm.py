@@ -4,9 +4,9 @@ $ python serve_vllm.py export --gpt runs/gpt/ckpt.pt --vq runs/vq/ckpt.pt --out 
 $ python serve_vllm.py generate exported --classes 0,star --n 8 --out grid.png
 $ python serve_vllm.py serve exported --port 8000
 
-vLLM finds this file by the entry point that `pip install -e .` writes (pyproject.toml), in each of its processes; so its
-own server serves an exported folder as well (README.md). The file in order: registration, model, guidance, the folder,
-generate, server, the command line.
+vLLM finds this file by the entry point that `pip install -e .` writes (pyproject.toml), in each of its processes; so
+its own server serves an exported folder as well (README.md). The file in order: registration, model, guidance, the
+exported folder, generate, server, the command line.
 """
 # Shapes:  N tokens of all images in one step   R images in one step   T codes per image   c condition tokens
 #          C width   n heads, on this rank   d = C / n   V codebook entries
@@ -74,8 +74,9 @@ if __name__ != "__main__":
 
         def __init__(self, config, cache_config, prefix):
             super().__init__()
-            C, self.d, self.padded = config.dim, config.dim // config.n_head, head_size(config)
-            hidden, self.n = -(-int(2 * 4 * C / 3) // 256) * 256, config.n_head // get_tensor_model_parallel_world_size()
+            C, hidden = config.dim, -(-int(2 * 4 * config.dim / 3) // 256) * 256
+            self.n = config.n_head // get_tensor_model_parallel_world_size()
+            self.d, self.padded = C // config.n_head, head_size(config)
             self.attention_norm, self.ffn_norm, self.gate = gpt.RMSNorm(C), gpt.RMSNorm(C), SiluAndMul()
             self.wqkv = QKVParallelLinear(C, self.d, config.n_head, bias=False)
             self.attention = Attention(2 * self.n, self.padded, self.d ** -0.5, num_kv_heads=2 * self.n,
@@ -114,7 +115,7 @@ if __name__ != "__main__":
             self.register_buffer("rope", rope, persistent=False)
 
         def get_mrope_input_positions(self, input_tokens, *_, **__):
-            """Positions of a prompt (3, length), all T, and what takes an index in the sequence to a code's position."""
+            """Positions of a prompt (3, length), all T, and what makes an index in the sequence a code's position."""
             return torch.full((3, len(input_tokens)), self.config.grid ** 2), -len(input_tokens)
 
         def embed_input_ids(self, input_ids, *_, **__):
@@ -200,11 +201,12 @@ if __name__ != "__main__":
 
 def check(**settings):
     """Raise ValueError for settings of a request that cannot be meant; vLLM limits the temperature to 2."""
-    ranges = {"cfg_scale": (0, 1e6), "cfg_interval": (-1, 1e6), "temperature": (0, 2), "top_k": (0, 1e6), "top_p": (1e-6, 1)}
+    ranges = {"cfg_scale": (0, 1000), "cfg_interval": (-1, 10 ** 6), "temperature": (0, 2), "top_k": (0, 10 ** 6),
+              "top_p": (1e-6, 1)}
     for name, (least, most) in ranges.items():
         value = settings.get(name, most)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
-            raise ValueError(f"{name} {value!r} is not a number from {least:g} to {most:g}")
+            raise ValueError(f"{name} {value!r} is not a number from {least} to {most:,}")
 
 
 # ---- the exported folder --------------------------------------------------------------------------------------------
@@ -247,7 +249,8 @@ def export(args):
     (out / "config.json.tmp").write_text(json.dumps(config, indent=1))
     for name in ("vq.pt", "model.safetensors", "config.json"):   # the last one tells that the folder is complete
         os.replace(out / f"{name}.tmp", out / name)
-    print(f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(names)} classes, {side} x {side} pixels")
+    print(f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(names)} classes, "
+          f"{side} x {side} pixels")
 
 
 def read_export(folder):
@@ -296,8 +299,9 @@ def sampling_params(info, *, seed=None, cfg_scale=4.0, cfg_interval=-1, temperat
     from vllm.sampling_params import RequestOutputKind
     guidance = {"cfg_scale": cfg_scale, "cfg_interval": cfg_interval}
     check(**guidance, temperature=temperature, top_k=top_k, top_p=top_p)
-    return SamplingParams(max_tokens=info["grid"] ** 2, ignore_eos=True, detokenize=False, seed=seed, extra_args=guidance,
-                          temperature=temperature, top_k=top_k if top_k < info["codebook_size"] else 0, top_p=top_p,
+    top_k = top_k if top_k < info["codebook_size"] else 0
+    return SamplingParams(max_tokens=info["grid"] ** 2, ignore_eos=True, detokenize=False, seed=seed,
+                          temperature=temperature, top_k=top_k, top_p=top_p, extra_args=guidance,
                           output_kind=RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY)
 
 
@@ -674,8 +678,8 @@ def main():
     g.add_argument("--cfg-scale", type=float, default=4.0, help="guidance, 1 is none (default: 4)")
     g.add_argument("--cfg-interval", type=int, default=-1, help="guide the first code and this many + 1 more; -1: all")
     g.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest code (default: 1)")
-    g.add_argument("--top-k", type=int, default=2000, help="sample from the k likeliest codes, 0 is all (default: 2000)")
-    g.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest codes that make up p (default: 1)")
+    g.add_argument("--top-k", type=int, default=2000, help="sample from the k likeliest codes; 0: all (default: 2000)")
+    g.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest that make up p (default: 1)")
     g.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on GPU, float32 on CPU")
     g.add_argument("--tensor-parallel-size", type=int, default=1, help="GPUs that share the model (default: 1)")
     g.add_argument("--compare", action="store_true", help="draw the same with sample.generate first, and compare")
