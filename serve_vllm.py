@@ -33,6 +33,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
+# Read when torch and vLLM are imported, also by the processes that vLLM starts; what the user has set wins.
+for name, value in {"VLLM_NO_USAGE_STATS": "1",              # vLLM would report to its authors
+                    "VLLM_USE_V2_MODEL_RUNNER": "0",         # the newer runner takes another kind of LogitsProcessor
+                    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",   # offline, run the engine in this process: starts sooner
+                    "VLLM_CPU_KVCACHE_SPACE": "4",           # GiB on a CPU, where the default is nearly all memory
+                    "VLLM_CPU_OMP_THREADS_BIND": "nobind",   # else one core of two would be kept free
+                    "TORCH_CPP_LOG_LEVEL": "ERROR"}.items():   # else torch tells how it binds memory
+    os.environ.setdefault(name, value)
+
 import numpy as np
 import torch
 import torch.nn.functional as F
