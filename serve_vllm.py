@@ -1,0 +1,718 @@
+"""Serve a trained model with vLLM: one request is one image, guidance included.
+
+$ python serve_vllm.py export --gpt runs/gpt/ckpt.pt --vq runs/vq/ckpt.pt --out exported
+$ python serve_vllm.py generate exported --classes 0,star --n 8 --out grid.png
+$ python serve_vllm.py serve exported --port 8000
+
+vLLM finds this file by the entry point that `pip install -e .` writes (pyproject.toml), in each of its processes; so
+its own server serves an exported folder as well (README.md). The file in order: registration, model, guidance, the
+exported folder, generate, server, the command line.
+"""
+# Shapes:  N tokens of all images in one step   R images in one step   T codes per image   c condition tokens
+#          C width   n heads, on this rank   d = C / n   V codebook entries
+import argparse
+import asyncio
+import base64
+import contextlib
+import difflib
+import importlib.util
+import io
+import json
+import logging
+import math
+import os
+import secrets
+import shutil
+import socket
+import sys
+import time
+import traceback
+import uuid
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Literal
+
+# Read when torch and vLLM are imported, also by the processes that vLLM starts; what the user has set wins.
+for name, value in {"VLLM_NO_USAGE_STATS": "1",              # vLLM would report to its authors
+                    "VLLM_USE_V2_MODEL_RUNNER": "0",         # the newer runner takes another kind of LogitsProcessor
+                    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",   # offline, run the engine in this process: starts sooner
+                    "VLLM_CPU_KVCACHE_SPACE": "4",           # GiB on a CPU, where the default is nearly all memory
+                    "VLLM_CPU_OMP_THREADS_BIND": "nobind",   # else one core of two would be kept free
+                    "TORCH_CPP_LOG_LEVEL": "ERROR"}.items():   # else torch tells how it binds memory
+    os.environ.setdefault(name, value)
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+import data
+import gpt
+import sample
+import vq
+
+# The command line only talks to the engine, which finds the rest by the entry point; without vLLM's imports, which take
+# seconds, --help and mistakes are answered at once.
+if __name__ != "__main__":
+    import transformers
+    from vllm import ModelRegistry
+    from vllm.compilation.decorators import support_torch_compile
+    from vllm.distributed import get_tensor_model_parallel_world_size
+    from vllm.model_executor.layers.activation import SiluAndMul
+    from vllm.model_executor.layers.attention import Attention
+    from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+    from vllm.model_executor.layers.logits_processor import LogitsProcessor as GatherLogits
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+    from vllm.v1.sample.logits_processor import LogitsProcessor, MoveDirectionality
+
+    # ---- registration -----------------------------------------------------------------------------------------------
+    class Config(transformers.PretrainedConfig):
+        """config.json of an exported folder; its `gpt` holds GPTConfig's fields."""
+        model_type = "nanollamagen"
+        ignore_keys_at_rope_validation = {"mrope_section"}
+
+    def register():
+        """Tell vLLM about the model; it calls this in every process that it starts (pyproject.toml)."""
+        transformers.AutoConfig.register("nanollamagen", Config, exist_ok=True)
+        ModelRegistry.register_model("NanoLlamaGen", TwoStreamGPT)
+
+    # ---- model ------------------------------------------------------------------------------------------------------
+    class Block(nn.Module):
+        """gpt.Block over two streams, with the condition and without. To the linear layers they are 2N rows, to
+        attention 2n heads of N tokens: so both streams of an image are one sequence of vLLM's cache."""
+
+        def __init__(self, config, cache_config, prefix):
+            super().__init__()
+            C, hidden = config.dim, -(-int(2 * 4 * config.dim / 3) // 256) * 256
+            self.n = config.n_head // get_tensor_model_parallel_world_size()
+            self.d, self.padded = C // config.n_head, head_size(config)
+            self.attention_norm, self.ffn_norm, self.gate = gpt.RMSNorm(C), gpt.RMSNorm(C), SiluAndMul()
+            self.wqkv = QKVParallelLinear(C, self.d, config.n_head, bias=False)
+            self.attention = Attention(2 * self.n, self.padded, self.d ** -0.5, num_kv_heads=2 * self.n,
+                                       cache_config=cache_config, prefix=f"{prefix}.attention")
+            self.wo = RowParallelLinear(C, C, bias=False)
+            self.w13 = MergedColumnParallelLinear(C, [hidden, hidden], bias=False)
+            self.w2 = RowParallelLinear(hidden, C, bias=False)
+
+        def forward(self, x, rope):
+            qkv, _ = self.wqkv(self.attention_norm(x))                                # (2N, 3nd)
+            qkv = qkv.view(-1, 2, 3, self.n, self.d).transpose(1, 2).flatten(2, 3)    # (N, 3, 2n, d)
+            q, k, v = gpt.rotate(qkv[:, 0], rope), gpt.rotate(qkv[:, 1], rope), qkv[:, 2]
+            q, k, v = (F.pad(t, (0, self.padded - self.d)).flatten(1) for t in (q, k, v))   # zeros change no score
+            y = self.attention(q, k, v).view(-1, 2, self.n, self.padded)[..., :self.d]
+            x = x + self.wo(y.reshape(len(x), -1))[0]                                 # (2N, C)
+            return x + self.w2(self.gate(self.w13(self.ffn_norm(x))[0]))[0]
+
+    @support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": -1, "intermediate_tensors": 0,
+                                             "inputs_embeds": 0})
+    class TwoStreamGPT(nn.Module):
+        """The GPT as vLLM runs it. A prompt is the token V + class id, or a caption's embeddings (length, 2C): with
+        the caption on the left, and on the right those that stand for none at the same positions."""
+        supports_mrope = True   # so that vLLM asks for positions and does not count them from the prompt's start
+
+        def __init__(self, *, vllm_config, prefix=""):
+            super().__init__()
+            self.config = c = gpt.GPTConfig(**vllm_config.model_config.hf_config.gpt)
+            self.classes = c.num_classes + 1 if c.cond_tokens == 1 else 0              # the last is "no class"
+            self.embedding = nn.Embedding(c.vocab_size + self.classes, c.dim)          # codes, then classes
+            self.layers = nn.ModuleList(Block(c, vllm_config.cache_config, f"{prefix}layers.{i}")
+                                        for i in range(c.n_layer))
+            self.norm = gpt.RMSNorm(c.dim)
+            self.output = ParallelLMHead(c.vocab_size, c.dim)
+            self.gather_logits = GatherLogits(c.vocab_size)
+            rope = gpt.rope_table(c.grid, c.dim // c.n_head, 1).roll(-1, 0)            # T codes, then a prompt's zeros
+            self.register_buffer("rope", rope, persistent=False)
+
+        def get_mrope_input_positions(self, input_tokens, *_, **__):
+            """Positions of a prompt (3, length), all T, and what makes an index in the sequence a code's position."""
+            return torch.full((3, len(input_tokens)), self.config.grid ** 2), -len(input_tokens)
+
+        def embed_input_ids(self, input_ids, *_, **__):
+            """Codes or V + class id (N,) -> (N, 2C). A number beyond the classes counts as "no class"."""
+            last = self.embedding.num_embeddings - 1
+            cond = input_ids.clamp(max=last)
+            uncond = torch.where(cond < self.config.vocab_size, cond, last)
+            return self.embedding(torch.stack([cond, uncond], 1)).flatten(1)
+
+        def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None):
+            x = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
+            x = x.view(-1, self.config.dim)                                            # (2N, C)
+            rope = self.rope[positions[0].clamp(0, self.config.grid ** 2)]             # (N, d/2, 2)
+            for layer in self.layers:
+                x = layer(x, rope)
+            return self.norm(x).view(-1, 2 * self.config.dim)
+
+        def compute_logits(self, hidden_states):
+            """(R, 2C) -> (R, 2V), with the condition on the left; Guidance makes one distribution of the two."""
+            logits = self.gather_logits(self.output, hidden_states.view(-1, self.config.dim))
+            return None if logits is None else logits.reshape(len(hidden_states), -1)  # None: another rank has them
+
+        def load_weights(self, weights):
+            """Take the released names, and return the own ones that are filled; vLLM misses what is not."""
+            own, filled = dict(self.named_parameters()), {"embedding.weight"}
+            for name, tensor in weights:
+                if name == "tok_embeddings.weight":
+                    own["embedding.weight"].data[:len(tensor)] = tensor
+                elif name.startswith("cls_embedding."):   # captions are projected outside the engine
+                    if self.classes:
+                        own["embedding.weight"].data[self.config.vocab_size:] = tensor
+                else:
+                    name = name.replace("attention.w", "w").replace("feed_forward.", "")
+                    part = [1] if ".w3." in name else [0] if ".w1." in name else []
+                    name = name.replace(".w1.", ".w13.").replace(".w3.", ".w13.")
+                    getattr(own[name], "weight_loader", lambda p, t: p.data.copy_(t))(own[name], tensor, *part)
+                    filled.add(name)
+            return filled
+
+    # ---- guidance ---------------------------------------------------------------------------------------------------
+    class Guidance(LogitsProcessor):
+        """Make one distribution of the two halves of a row of logits, as sample.generate does, by its request's
+        extra_args: cfg_scale (without it, or up to 1, there is no guidance) and cfg_interval."""
+
+        def __init__(self, vllm_config, device, is_pin_memory):
+            self.V, self.device = vllm_config.model_config.hf_config.gpt["vocab_size"], device
+            self.requests = {}   # row of the batch -> scale, interval, the codes so far (a list that vLLM extends)
+
+        @classmethod
+        def validate_params(cls, sampling_params):
+            check(**(sampling_params.extra_args or {}))
+
+        def is_argmax_invariant(self):
+            return False
+
+        def update_state(self, batch_update):
+            """Follow the rows: requests leave, come, and are moved or swapped, in this order."""
+            if batch_update is None:
+                return
+            for row in batch_update.removed:
+                self.requests.pop(row, None)
+            for row, params, _, codes in batch_update.added:
+                extra = params.extra_args or {}
+                self.requests[row] = extra.get("cfg_scale", 1.0), extra.get("cfg_interval", -1), codes
+            for a, b, direction in batch_update.moved:
+                at_a, at_b = self.requests.pop(a, None), self.requests.pop(b, None)
+                if at_a:
+                    self.requests[b] = at_a
+                if at_b and direction == MoveDirectionality.SWAP:
+                    self.requests[a] = at_b
+
+        def apply(self, logits):
+            """(R, 2V) -> the same, in place: the guided logits, then -inf."""
+            scale = torch.ones(len(logits), 1)
+            for row, (value, interval, codes) in self.requests.items():
+                if interval < 0 or len(codes) <= interval + 1:
+                    scale[row] = value
+            scale, cond, uncond = scale.to(logits), logits[:, :self.V], logits[:, self.V:]
+            cond.copy_(torch.where(scale > 1, uncond + (cond - uncond) * scale, cond))
+            uncond.fill_(-torch.inf)
+            return logits
+
+
+def check(**settings):
+    """Raise ValueError for settings of a request that cannot be meant; vLLM limits the temperature to 2."""
+    ranges = {"cfg_scale": (0, 1000), "cfg_interval": (-1, 10 ** 6), "temperature": (0, 2), "top_k": (0, 10 ** 6),
+              "top_p": (1e-6, 1)}
+    for name, (least, most) in ranges.items():
+        value = settings.get(name, most)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
+            raise ValueError(f"{name} {value!r} is not a number from {least} to {most:,}")
+
+
+# ---- the exported folder --------------------------------------------------------------------------------------------
+def head_size(config):
+    """Channels of a head in vLLM's cache: those of the model and zeros, up to a size that all its attention backends
+    have (3B's heads have 100, which none has)."""
+    return next(size for size in (32, 64, 128, 256) if size >= config.dim // config.n_head)
+
+
+def export(args):
+    """Write the folder that vLLM reads: config.json, model.safetensors, and the tokenizer as vq.pt."""
+    from safetensors.torch import save_file   # comes with vLLM
+
+    size, out = args.image_size or 256, Path(args.out)
+    if bool(args.pretrained) == bool(args.vq and args.gpt):
+        raise ValueError("give --gpt and --vq, or --pretrained")
+    if (out / "config.json").exists() and not args.overwrite:
+        raise ValueError(f"--out {out} holds an exported model; give --overwrite to replace it, or another folder")
+    if args.pretrained:
+        size = int(args.pretrained.split("-")[1])
+        args.vq = vq.pretrained("vq_ds16_c2i.pt")
+        args.gpt = vq.pretrained(f"c2i_{args.pretrained.replace('-', '_')}.pt")
+    vq_model = vq.load_vq(args.vq)
+    model = gpt.load_gpt(args.gpt, grid=size // vq_model.config.downsample)
+    sample.check_pair(model, vq_model, args.gpt, args.vq)
+    c, side = model.config, model.config.grid * vq_model.config.downsample
+    names = model.classes or (sample.imagenet_classes() if c.num_classes == 1000 else
+                              [str(i) for i in range(c.num_classes)])
+    config = {
+        "model_type": "nanollamagen", "architectures": ["NanoLlamaGen"], "dtype": "float32", "gpt": asdict(c),
+        "hidden_size": 2 * c.dim, "num_hidden_layers": c.n_layer, "num_attention_heads": 2 * c.n_head,
+        "num_key_value_heads": 2 * c.n_head, "head_dim": head_size(c), "vocab_size": 2 * c.vocab_size,
+        "max_position_embeddings": c.cond_tokens + c.grid ** 2, "tie_word_embeddings": False,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0,
+                            "mrope_section": [head_size(c) // 2, 0, 0]},   # so that vLLM asks the model for positions
+        "image_size": side, "tokenizer": vq.weights_hash(vq_model), "classes": names}
+    out.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(args.vq, out / "vq.pt.tmp")
+    save_file(model.state_dict(), out / "model.safetensors.tmp", {"format": "pt"})
+    (out / "config.json.tmp").write_text(json.dumps(config, indent=1))
+    for name in ("vq.pt", "model.safetensors", "config.json"):   # the last one tells that the folder is complete
+        os.replace(out / f"{name}.tmp", out / name)
+    print(f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(names)} classes, "
+          f"{side} x {side} pixels")
+
+
+def read_export(folder):
+    """config.json of an exported folder as a dict, with `grid` and `codebook_size` on top.
+    Raises OSError or ValueError with one sentence for a folder that is missing or none of export's."""
+    folder = Path(folder)
+    try:
+        info = json.loads((folder / "config.json").read_text())
+        config = gpt.GPTConfig(**info["gpt"])
+    except OSError as error:
+        raise OSError(f"{folder / 'config.json'}: {error.strerror}; the folder is made by: "
+                      f"python serve_vllm.py export --gpt CKPT --vq CKPT --out {folder}") from None
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{folder / 'config.json'} was not written by serve_vllm.py export") from None
+    for name in ("model.safetensors", "vq.pt"):
+        if not (folder / name).exists():
+            raise OSError(f"{folder / name} is missing; export the model again")
+    return {**info, "grid": config.grid, "codebook_size": config.vocab_size}
+
+
+def engine_arguments(folder, **overrides):
+    """Keyword arguments of vllm.LLM and vllm.AsyncEngineArgs for an exported folder; `overrides` win.
+    Raises ValueError where vLLM is missing or the heads cannot be shared out as asked."""
+    info, ranks, cuda = read_export(folder), overrides.get("tensor_parallel_size", 1), torch.cuda.is_available()
+    if importlib.util.find_spec("vllm") is None:
+        raise ValueError("vLLM is not installed: pip install -e .[serve] (README.md tells how on a CPU)")
+    if ranks < 1 or info["gpt"]["n_head"] % ranks:
+        raise ValueError(f"--tensor-parallel-size {ranks} does not divide the {info['gpt']['n_head']} heads")
+    return {"model": str(folder), "skip_tokenizer_init": True, "logits_processors": ["serve_vllm:Guidance"],
+            "generation_config": "vllm", "max_model_len": info["max_position_embeddings"], "max_num_seqs": 64,
+            "enable_prefix_caching": False, "enable_prompt_embeds": info["gpt"]["cond_tokens"] > 1,
+            "dtype": "bfloat16" if cuda else "float32", "enforce_eager": not cuda, "use_tqdm_on_load": False,
+            **overrides}
+
+
+def prompt_of(class_id, info):
+    """The prompt of a class."""
+    return {"prompt_token_ids": [info["codebook_size"] + class_id]}
+
+
+def sampling_params(info, *, seed=None, cfg_scale=4.0, cfg_interval=-1, temperature=1.0, top_k=2000, top_p=1.0,
+                    stream=False):
+    """vLLM's SamplingParams for one image, with sample.py's settings. With `stream` its codes come as they are made.
+    Raises ValueError for values out of range."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+    guidance = {"cfg_scale": cfg_scale, "cfg_interval": cfg_interval}
+    check(**guidance, temperature=temperature, top_k=top_k, top_p=top_p)
+    top_k = top_k if top_k < info["codebook_size"] else 0
+    return SamplingParams(max_tokens=info["grid"] ** 2, ignore_eos=True, detokenize=False, seed=seed,
+                          temperature=temperature, top_k=top_k, top_p=top_p, extra_args=guidance,
+                          output_kind=RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY)
+
+
+# ---- generate -------------------------------------------------------------------------------------------------------
+def generate(args):
+    """Draw images of classes in one batch and save them as a picture; image i is drawn from seed + i."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    arguments = engine_arguments(args.folder, tensor_parallel_size=args.tensor_parallel_size,
+                                 **({"dtype": args.dtype} if args.dtype else {}))
+    info, folder = read_export(args.folder), Path(args.folder)
+    labels = [sample.find_class(c, info["classes"]) for c in args.classes.split(",") for _ in range(args.n)]
+    if not labels or Path(args.out).suffix != ".png":
+        raise ValueError("--n is at least 1, and --out ends in .png")
+    settings = {k: getattr(args, k) for k in ("cfg_scale", "cfg_interval", "temperature", "top_k", "top_p")}
+    check(**settings)
+    vq_model = vq.load_vq(folder / "vq.pt", device)
+    print("vLLM starts, which can take a minute ...", flush=True)
+    quiet()
+    import vllm
+    params = [sampling_params(info, seed=args.seed + i, stream=True, **settings) for i in range(len(labels))]
+
+    if args.compare:   # before the engine starts, for it takes all of a GPU's memory
+        from safetensors.torch import load_file
+        with torch.device("meta"):
+            model = gpt.GPT(gpt.GPTConfig(**info["gpt"]))
+        model.load_state_dict(load_file(folder / "model.safetensors"), assign=True)
+        model = model.to(device, getattr(torch, arguments["dtype"])).eval()
+        began = time.time()
+        plain = sample.generate(model, torch.tensor(labels, device=device), seeds=[args.seed + i for i in
+                                range(len(labels))], progress=True, **settings).cpu()
+        plain_seconds = time.time() - began
+        del model
+        torch.cuda.empty_cache()
+
+    engine = vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**arguments, disable_log_stats=True))
+    codes, began = [[] for _ in labels], time.time()
+    for i, label in enumerate(labels):
+        engine.add_request(str(i), prompt_of(label, info), params[i])
+    with vq.progress(len(labels) * info["grid"] ** 2, "codes", unit=" codes") as bar:
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                codes[int(output.request_id)] += output.outputs[0].token_ids
+                bar.update(len(output.outputs[0].token_ids))
+    seconds, codes = time.time() - began, torch.tensor(codes)
+    print(f"vLLM: {len(labels)} images in {seconds:.1f} s, {len(labels) / seconds:.3f} images/s")
+    if args.compare:
+        print(f"sample.generate: {plain_seconds:.1f} s, {len(labels) / plain_seconds:.3f} images/s; vLLM is "
+              f"{plain_seconds / seconds:.2f} times as fast" + (args.temperature == 0) *
+              f", and {(codes == plain).float().mean():.2%} of its codes are the same")
+    pixels = np.concatenate([sample.to_pixels(vq_model, some.to(device)) for some in codes.split(8)])
+    columns = min(args.n if args.n > 1 else len(labels), 10)
+    data.save_grid(pixels, args.out, columns, [info["classes"][c].split(",")[0] for c in labels])
+    print(f"{args.out}: {len(labels)} images")
+
+
+# ---- server ---------------------------------------------------------------------------------------------------------
+MAX_BODY = 2 ** 16   # bytes of a request; it holds little more than a prompt
+DECODE_BATCH = 8     # images that the tokenizer decodes together at most, so that its memory is bounded
+
+
+def to_pngs(vq_model, rows, grid):
+    """Rows of codes, a list of at least `grid` numbers an image -> whole images as PNG files (bytes).
+
+    Where rows are missing, the last one is repeated for decoding, as pixels depend on the codes around them, and the
+    pixels are then painted grey."""
+    codes = torch.tensor([r + r[-grid:] * (grid - len(r) // grid) for r in rows])   # (B, T)
+    pixels = sample.to_pixels(vq_model, codes.to(vq_model.quantize.embedding.weight.device))
+    files = [io.BytesIO() for _ in rows]
+    for image, r, file in zip(pixels, rows, files):
+        image[len(r) // grid * len(image) // grid:] = 128
+        Image.fromarray(image).save(file, "PNG")
+    return [file.getvalue() for file in files]
+
+
+async def decode_forever(waiting, vq_model, grid):
+    """Serve a queue of (rows of codes, future of the PNG): as many as wait, together, in a thread."""
+    while True:
+        batch = [await waiting.get()]
+        while not waiting.empty() and len(batch) < DECODE_BATCH:
+            batch.append(waiting.get_nowait())
+        try:
+            files = await asyncio.to_thread(to_pngs, vq_model, [rows for rows, _ in batch], grid)
+        except Exception as error:   # out of memory, say: these images fail, later ones may not
+            files = [error] * len(batch)
+        for (_, png), file in zip(batch, files):
+            if not png.done():       # else it was cancelled: the client has gone
+                png.set_exception(file) if isinstance(file, Exception) else png.set_result(file)
+
+
+def make_app(engine, info, vq_model, name, api_keys=(), max_queue=256):
+    """The FastAPI application over an engine: vLLM's AsyncLLM, or what has its generate, check_health and errored.
+
+    info is read_export's, name the model's for clients; api_keys and max_queue are as the flags. app.state.running
+    holds a task for each unfinished image; once app.state.draining is True, new requests are refused."""
+    import prometheus_client
+    import pydantic
+    from fastapi import Depends, FastAPI, HTTPException, Request
+    from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+    from pydantic import Field
+
+    grid, names = info["grid"], info["classes"]
+    T, size = grid * grid, f"{info['image_size']}x{info['image_size']}"
+    waiting = asyncio.Queue()   # for the decoder
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app):
+        decoding = asyncio.create_task(decode_forever(waiting, vq_model, grid))
+        yield
+        decoding.cancel()
+    app = FastAPI(lifespan=lifespan, openapi_url=None, redirect_slashes=False)
+    app.state.running, app.state.draining, app.state.seconds = set(), False, 1   # seconds that the last image took
+
+    # ---- what comes in, and what is refused
+    class ImageRequest(pydantic.BaseModel):
+        model_config = pydantic.ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+        prompt: Annotated[str, Field(min_length=1, max_length=4000)]
+        model: str | None = None
+        n: Annotated[int, Field(ge=1, le=10)] = 1
+        size: str = "auto"
+        stream: bool = False
+        partial_images: Annotated[int, Field(ge=0, le=64)] = 0   # OpenAI ends at 3; more shows the image row by row
+        response_format: Literal["b64_json"] = "b64_json"
+        output_format: Literal["png"] = "png"
+        background: Literal["auto", "opaque"] = "auto"
+        seed: Annotated[int | None, Field(ge=0, lt=2 ** 53)] = None   # of the first image, the next has seed + 1
+        cfg_scale: Annotated[float, Field(ge=0, le=1000)] = 4.0
+        cfg_interval: Annotated[int, Field(ge=-1, le=10 ** 6)] = -1
+        temperature: Annotated[float, Field(ge=0, le=2)] = 1.0   # vLLM's limit
+        top_k: Annotated[int, Field(ge=0, le=10 ** 6)] = 2000
+        top_p: Annotated[float, Field(ge=1e-6, le=1)] = 1.0
+
+    def refusal(status, message, param=None, code=None, **headers):
+        kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
+        return HTTPException(status, {"error": {"message": message, "type": kind, "param": param, "code": code}},
+                             {header.replace("_", "-"): str(value) for header, value in headers.items()})
+
+    async def read_body(request: Request):
+        # a browser posts text for any web page, but asks us first before it posts JSON for a stranger's
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise refusal(415, "send JSON, with the header Content-Type: application/json")
+        if int(request.headers.get("content-length", MAX_BODY + 1)) > MAX_BODY:
+            raise refusal(413, f"a request needs a Content-Length, of up to {MAX_BODY:,} bytes", Connection="close")
+        try:
+            text = await request.body()
+        except Exception:   # Starlette's way to say that the client has gone
+            raise refusal(400, "the body of the request did not arrive") from None
+        fields = pydantic.TypeAdapter(dict).validate_json(text)
+        # clients send null for what is not given, and fields that mean something to other models only
+        idle = {"quality", "style", "moderation", "user", "safety_identifier", "output_compression"}
+        return ImageRequest(**{k: v for k, v in fields.items() if v is not None and k not in idle})
+
+    async def check_key(request: Request):
+        scheme, _, key = request.headers.get("authorization", "").partition(" ")
+        known = [secrets.compare_digest(key.strip().encode(), k.encode()) for k in api_keys]
+        if api_keys and not (scheme.lower() == "bearer" and any(known)):
+            raise refusal(401, "this server wants its API key, in the header Authorization: Bearer KEY",
+                          code="invalid_api_key", WWW_Authenticate="Bearer")
+
+    def check_engine():
+        if app.state.draining:
+            raise refusal(503, "the server is stopping", code="stopping")
+        if engine.errored:
+            raise refusal(503, "the engine has stopped; the server must be started again", code="engine_stopped")
+
+    @app.exception_handler(404)
+    @app.exception_handler(405)
+    @app.exception_handler(HTTPException)
+    async def refused(request, error):
+        if isinstance(error.detail, str):   # FastAPI's own: no such path, or not with this method
+            error.detail = refusal(error.status_code, f"{request.method} {request.url.path}: {error.detail}").detail
+        return JSONResponse(error.detail, error.status_code, error.headers)
+
+    @app.exception_handler(pydantic.ValidationError)
+    async def invalid(request, error):
+        first = error.errors()[0]
+        param, message = ".".join(map(str, first["loc"])), first["msg"]
+        if first["type"] == "extra_forbidden":
+            close = difflib.get_close_matches(param, ImageRequest.model_fields, 1)
+            message = "there is no such field" + (f"; did you mean {close[0]}?" if close else "")
+        return await refused(request, refusal(400, f"{param}: {message}" if param else message, param or None))
+
+    @app.exception_handler(Exception)         # uvicorn writes the traceback into the log
+    async def failed(request, error):
+        return await refused(request, refusal(500, "the server made a mistake; its log tells which"))
+
+    # ---- drawing
+    def usage(n):
+        return {"input_tokens": n, "input_tokens_details": {"text_tokens": n, "image_tokens": 0},
+                "output_tokens": n * T, "total_tokens": n * T + n}
+
+    async def draw(i, body, prompt, seed, events):
+        """Put the events about image i of a request into a queue; a refusal ends them if it fails."""
+        async def put(kind, known, **fields):
+            png = asyncio.get_running_loop().create_future()
+            waiting.put_nowait((known, png))
+            await events.put({"type": f"image_generation.{kind}", "b64_json": base64.b64encode(await png).decode(),
+                              "index": i, "seed": seed, "created_at": int(time.time()), "size": size,
+                              "quality": "auto", "background": "opaque", "output_format": "png", **fields})
+        parts = body.partial_images if body.stream else 0
+        due = {(k + 1) * grid // (parts + 1) for k in range(parts)}   # rows after which a partial image is sent
+        settings = body.model_dump(include={"cfg_scale", "cfg_interval", "temperature", "top_k", "top_p"})
+        codes, shown, sent, began = [], 0, 0, time.monotonic()
+        try:
+            params = sampling_params(info, seed=seed, stream=parts > 0, **settings)
+            async with contextlib.aclosing(engine.generate(prompt, params, uuid.uuid4().hex)) as outputs:
+                async for output in outputs:   # codes that come during `put` are one output: parts may be left out
+                    codes += output.outputs[0].token_ids
+                    rows = len(codes) // grid
+                    if rows < grid and any(shown < row <= rows for row in due):
+                        await put("partial_image", codes[:rows * grid], partial_image_index=sent, rows=rows)
+                        shown, sent = rows, sent + 1
+            if len(codes) < T:   # Ctrl-C reaches the engine, too
+                raise RuntimeError("the engine left an image unfinished")
+            await put("completed", codes, usage=usage(1))
+            app.state.seconds = time.monotonic() - began
+        except Exception as error:
+            if not (engine.errored or app.state.draining):
+                traceback.print_exception(error)
+            await events.put(refusal(500, "drawing failed; the server's log tells why"))
+
+    async def until_gone(request, events):
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        await events.put(refusal(499, "the client has gone"))
+
+    async def answers(events, n):
+        """The events about n images, up to the last image; raises what ended them before."""
+        while n:
+            event = await events.get()
+            if isinstance(event, HTTPException):
+                check_engine()
+                raise event
+            n -= event["type"] == "image_generation.completed"
+            yield event
+
+    async def server_sent(events, n):
+        try:
+            async for event in answers(events, n):
+                yield f"event: {event['type']}\ndata: {json.dumps(event)}\n\n"
+        except HTTPException as error:
+            yield f"event: error\ndata: {json.dumps(error.detail)}\n\n"
+
+    @app.post("/v1/images/generations", dependencies=[Depends(check_key)])
+    async def generations(request: Request, body: Annotated[ImageRequest, Depends(read_body)]):
+        if body.model not in (None, name):
+            raise refusal(404, f"there is no model {body.model!r} here, only {name!r}", "model", "model_not_found")
+        if body.size not in ("auto", size):
+            raise refusal(400, f"size: this model draws {size} pixels only, not {body.size}", "size")
+        try:
+            class_id = sample.find_class(body.prompt, names)
+        except ValueError as error:
+            raise refusal(400, str(error), "prompt", "unknown_class") from None
+        check_engine()
+        busy = len(app.state.running)
+        if busy and busy + body.n > max_queue:
+            raise refusal(429, f"{busy} images are being drawn or wait, and no more than {max_queue} may",
+                          code="queue_full", Retry_After=min(math.ceil(app.state.seconds), 60))
+        first = secrets.randbelow(2 ** 31) if body.seed is None else body.seed
+        events = asyncio.Queue(1)   # so that a client that reads slowly holds up only itself
+        tasks = [asyncio.create_task(draw(i, body, prompt_of(class_id, info), first + i, events))
+                 for i in range(body.n)]
+        app.state.running.update(tasks)
+        for task in tasks:
+            task.add_done_callback(app.state.running.discard)
+        if not body.stream:
+            tasks.append(asyncio.create_task(until_gone(request, events)))
+        # however this request ends, its images end with it: cancelling them aborts them in the engine
+        asyncio.current_task().add_done_callback(lambda _: [task.cancel() for task in tasks])
+        if body.stream:
+            return StreamingResponse(server_sent(events, body.n), media_type="text/event-stream",
+                                     headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        done = sorted([event async for event in answers(events, body.n)], key=lambda event: event["index"])
+        drawn = [{"b64_json": e["b64_json"], "revised_prompt": names[class_id], "seed": e["seed"]} for e in done]
+        return {"created": int(time.time()), "data": drawn, "background": "opaque", "output_format": "png",
+                "size": size, "usage": usage(body.n)}
+
+    # ---- the rest
+    model = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "nanollamagen", "size": size,
+             "rows": grid, "classes": names, "captions": info["gpt"]["cond_tokens"] > 1}
+    about = json.dumps({**model, "key": bool(api_keys)}).replace("<", "\\u003c")   # no name may end the script
+    page = (Path(__file__).parent / "assets" / "page.html").read_text().replace("{{ABOUT}}", about)
+
+    @app.get("/", response_class=HTMLResponse)
+    async def index():
+        return page
+
+    @app.get("/v1/models", dependencies=[Depends(check_key)])
+    async def models():
+        return {"object": "list", "data": [model]}
+
+    @app.get("/health")
+    async def health():
+        check_engine()
+        await engine.check_health()
+
+    @app.get("/metrics")
+    async def metrics():
+        return Response(prometheus_client.generate_latest(), media_type=prometheus_client.CONTENT_TYPE_LATEST)
+    return app
+
+
+def serve(args):
+    """The command `serve`: until SIGTERM; what runs then is finished and what is new refused. A second signal does not
+    wait, nor does Ctrl-C, which reaches the engine as well. Raises ValueError or OSError with one sentence for a folder
+    or an address that cannot be used."""
+    info = read_export(args.folder)
+    if args.max_num_seqs < 1:
+        raise ValueError(f"--max-num-seqs {args.max_num_seqs}: give at least 1")
+    arguments = engine_arguments(args.folder, tensor_parallel_size=args.tensor_parallel_size,
+                                 max_num_seqs=args.max_num_seqs, **({"dtype": args.dtype} if args.dtype else {}))
+    vq_model = vq.load_vq(Path(args.folder) / "vq.pt", "cuda" if torch.cuda.is_available() else "cpu")
+    keys = args.api_key or [key for key in [os.environ.get("VLLM_API_KEY")] if key]
+    sock = socket.socket(socket.AF_INET6 if ":" in args.host else socket.AF_INET)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((args.host, args.port))   # now, so that a port that is taken is told before the engine starts
+    except (OSError, OverflowError) as error:
+        raise OSError(f"--host {args.host} --port {args.port}: {getattr(error, 'strerror', None) or error}") from None
+    if not keys and not args.host.startswith("127."):
+        print("anyone who reaches this machine can draw with it; --api-key KEY asks for a key")
+    print("vLLM starts, which can take a minute ...", flush=True)
+    quiet()
+    import uvicorn
+    from vllm import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    async def run():
+        engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+        app = make_app(engine, info, vq_model, Path(args.folder).resolve().name, keys, args.max_queue)
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=30))
+
+        def stop(signum, frame):   # uvicorn's own would refuse connections at once, and end us by the signal
+            server.should_exit = server.force_exit = app.state.draining   # the second time only
+            app.state.draining = True
+        server.handle_exit = stop
+        serving = asyncio.create_task(server.serve([sock]))
+        while not (server.started or serving.done()):
+            await asyncio.sleep(0.05)
+        print(f"open http://{args.host}:{sock.getsockname()[1]}", flush=True)
+        while not (serving.done() or app.state.draining and not app.state.running):
+            await asyncio.sleep(0.05)
+        server.should_exit = True
+        await serving
+        engine.shutdown()
+    asyncio.run(run())
+
+
+# ---- the command line -----------------------------------------------------------------------------------------------
+def quiet():
+    """Leave out what vLLM and torch remark on CPUs and on parts that are not installed; VLLM_LOGGING_LEVEL=INFO shows
+    vLLM's side of it."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
+    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
+
+
+def main():
+    """The command line."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = p.add_subparsers(dest="command", required=True)
+    e = commands.add_parser("export", help="write a trained model as a folder that vLLM reads")
+    e.add_argument("--gpt", help="GPT checkpoint: train_gpt.py's or a released file")
+    e.add_argument("--vq", help="tokenizer checkpoint")
+    e.add_argument("--pretrained", choices=sample.PAPER_CFG, help="fetch released weights instead, by size and pixels")
+    e.add_argument("--image-size", type=int, help="pixels a side that a released --gpt file is for (256 or 384)")
+    e.add_argument("--out", required=True, help="folder to write")
+    e.add_argument("--overwrite", action="store_true", help="replace an exported model there")
+    g = commands.add_parser("generate", help="draw images in one batch and save them as a picture")
+    g.add_argument("folder", help="what export wrote")
+    g.add_argument("--classes", required=True, help="ids or names, separated by commas")
+    g.add_argument("--n", type=int, default=1, help="images of each class (default: 1)")
+    g.add_argument("--out", default="grid.png", help="PNG to write (default: grid.png)")
+    g.add_argument("--seed", type=int, default=0, help="image i is drawn from seed + i (default: 0)")
+    g.add_argument("--cfg-scale", type=float, default=4.0, help="guidance, 1 is none (default: 4)")
+    g.add_argument("--cfg-interval", type=int, default=-1, help="guide the first code and this many + 1 more; -1: all")
+    g.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest code (default: 1)")
+    g.add_argument("--top-k", type=int, default=2000, help="sample from the k likeliest codes; 0: all (default: 2000)")
+    g.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest that make up p (default: 1)")
+    g.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on GPU, float32 on CPU")
+    g.add_argument("--tensor-parallel-size", type=int, default=1, help="GPUs that share the model (default: 1)")
+    g.add_argument("--compare", action="store_true", help="draw the same with sample.generate first, and compare")
+    s = commands.add_parser("serve", help="answer OpenAI's Images API over HTTP, with a page to draw on")
+    s.add_argument("folder", help="what export wrote")
+    s.add_argument("--host", default="127.0.0.1", help="address to listen at, 0.0.0.0 is all (default: 127.0.0.1)")
+    s.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
+    s.add_argument("--api-key", nargs="+", help="ask clients for one of these keys (default: $VLLM_API_KEY, if set)")
+    s.add_argument("--max-queue", type=int, default=256, help="unfinished images, above which requests are refused "
+                   "(default: 256)")
+    s.add_argument("--max-num-seqs", type=int, default=64, help="images drawn at the same time (default: 64)")
+    s.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on GPU, float32 on CPU")
+    s.add_argument("--tensor-parallel-size", type=int, default=1, help="GPUs that share the model (default: 1)")
+    args = p.parse_args()
+    p.usage = "python serve_vllm.py export|generate|serve ... (--help lists the flags)"
+    try:
+        {"export": export, "generate": generate, "serve": serve}[args.command](args)
+    except (OSError, ValueError) as error:
+        p.error(str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

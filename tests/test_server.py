@@ -1,0 +1,732 @@
+"""What `serve_vllm.py serve` promises: OpenAI's Images API, errors that tell what to do, and nothing left behind.
+
+Most tests talk over HTTP to the real application, whose engine is a fake one: it gives codes that follow from class
+and seed, row by row, when the test lets it. Then Chromium uses the page, and the last tests start the command itself,
+with a small model in vLLM."""
+import asyncio
+import base64
+import contextlib
+import io
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, fill
+from PIL import Image
+
+import gpt
+import sample
+import vq
+
+httpx, openai, uvicorn = (pytest.importorskip(m) for m in ("httpx", "openai", "uvicorn"))
+serve_vllm = pytest.importorskip("serve_vllm")
+
+GRID, SIDE, V = 4, 16, 40
+INFO = {"grid": GRID, "gpt": {"cond_tokens": 1}, "image_size": SIDE, "codebook_size": V,
+        "classes": ["star", "heart", "red fox, Vulpes vulpes"]}
+
+
+def small_tokenizer():
+    torch.manual_seed(0)
+    config = vq.VQConfig(ch=32, ch_mult=(1, 1, 1), res_blocks=1, z_channels=32, codebook_size=V)
+    return vq.VQModel(config).eval()
+
+
+class FakeEngine:
+    """The part of AsyncLLM that the server uses. `step` holds back every row of codes until it is set."""
+    errored = False
+
+    def __init__(self):
+        self.step, self.live, self.aborted, self.dies, self.gives_up = threading.Event(), set(), 0, False, False
+        self.step.set()
+
+    async def generate(self, prompt, params, request_id):
+        self.live.add(request_id)
+        codes = codes_of(prompt["prompt_token_ids"][0] - V, params.seed)
+        delta = params.output_kind.name == "DELTA"
+        try:
+            for row in range(GRID):
+                await asyncio.sleep(0.002)
+                while row and not self.step.is_set():
+                    await asyncio.sleep(0.002)
+                if self.dies:
+                    self.errored = True
+                    raise RuntimeError("the engine died")
+                if delta or row == GRID - 1:
+                    part = codes[row * GRID:(row + 1) * GRID] if delta else codes[:-1 if self.gives_up else None]
+                    yield SimpleNamespace(outputs=[SimpleNamespace(token_ids=part)], finished=row == GRID - 1)
+        except (asyncio.CancelledError, GeneratorExit):
+            self.aborted += 1
+            raise
+        finally:
+            self.live.discard(request_id)
+
+    async def check_health(self):
+        pass
+
+
+def codes_of(class_id, seed):
+    """What the fake engine draws."""
+    return np.random.RandomState(seed % 2 ** 31 + 1000 * class_id).randint(0, V, GRID * GRID).tolist()
+
+
+def picture(class_id, seed):
+    """The pixels of it, (SIDE, SIDE, 3)."""
+    return sample.to_pixels(small_tokenizer(), torch.tensor([codes_of(class_id, seed)]))[0]
+
+
+def pixels(b64_json):
+    """The pixels of a PNG in an answer."""
+    file = io.BytesIO(base64.b64decode(b64_json, validate=True))
+    with Image.open(file) as image:
+        assert image.format == "PNG"
+        return np.asarray(image)
+
+
+def until(condition, seconds=10):
+    """Wait for what has to become true."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def served(engine, **settings):
+    """The application in a thread of this process; gives its address and itself."""
+    app = serve_vllm.make_app(engine, INFO, small_tokenizer(), "shapes", **settings)
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1))
+        thread = threading.Thread(target=server.run, args=([sock],), daemon=True)
+        thread.start()
+        until(lambda: server.started)
+        try:
+            yield SimpleNamespace(url=f"http://127.0.0.1:{sock.getsockname()[1]}", app=app)
+        finally:
+            engine.step.set()
+            server.should_exit = True
+            thread.join(10)
+    assert not engine.live and not app.state.running, "something was left running"
+
+
+@pytest.fixture
+def engine():
+    return FakeEngine()
+
+
+@pytest.fixture
+def server(engine):
+    with served(engine) as s:
+        yield s
+
+
+def client(server, key="none", **settings):
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, timeout=20, max_retries=0, **settings)
+
+
+def post(server, body=None, **settings):
+    """POST /v1/images/generations."""
+    if body is not None:
+        settings["json"] = {"prompt": "star", **body}
+    return httpx.post(f"{server.url}/v1/images/generations", timeout=20, **settings)
+
+
+def error_of(response, status):
+    """The error of an answer, which has to have this status and OpenAI's shape."""
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/json"
+    error = response.json()["error"]
+    assert set(response.json()) == {"error"} and set(error) == {"message", "type", "param", "code"}
+    assert error["type"] == ("server_error" if status >= 500 else "rate_limit_error" if status == 429 else
+                             "invalid_request_error")
+    return error
+
+
+# ---- pictures -------------------------------------------------------------------------------------------------------
+def test_openais_client_gets_pictures(server):
+    """Image j of a request is drawn from seed + j."""
+    answer = client(server).images.generate(prompt="red fox", n=3, size=f"{SIDE}x{SIDE}", response_format="b64_json",
+                                            extra_body={"seed": 5, "cfg_scale": 2.5, "top_k": 0, "top_p": 0.9})
+    assert len(answer.data) == 3 and answer.size == "16x16" and answer.output_format == "png"
+    for j, image in enumerate(answer.data):
+        assert np.array_equal(pixels(image.b64_json), picture(2, 5 + j)), j
+        assert image.revised_prompt == "red fox, Vulpes vulpes" and image.seed == 5 + j
+    assert answer.usage.output_tokens == 3 * GRID * GRID and answer.usage.total_tokens == 3 * (GRID * GRID + 1)
+
+
+def test_without_a_seed_the_answer_tells_which_was_taken(server):
+    one, two = (post(server, {}).json()["data"][0] for _ in range(2))
+    assert one["seed"] != two["seed"]
+    assert post(server, {"seed": one["seed"]}).json()["data"][0] == one
+
+
+def test_openais_client_sees_the_picture_grow(engine, server):
+    engine.step.clear()
+    stream = client(server).images.generate(prompt="1", stream=True, partial_images=GRID - 1, extra_body={"seed": 9})
+    events = []
+    for event in stream:
+        events.append(event)
+        engine.step.set()   # so that the first row was seen before the second was drawn
+    *partial, last = events
+    assert last.type == "image_generation.completed" and np.array_equal(pixels(last.b64_json), picture(1, 9))
+    assert last.usage.output_tokens == GRID * GRID and last.size == "16x16" and last.background == "opaque"
+    assert partial and [e.partial_image_index for e in partial] == list(range(len(partial)))
+    assert {e.type for e in partial} == {"image_generation.partial_image"}
+    rows = [(pixels(e.b64_json) != 128).any(axis=(1, 2)).sum() for e in partial]
+    assert rows[0] == SIDE // GRID and rows == sorted(set(rows)) and rows[-1] < SIDE
+
+
+def test_rows_that_are_not_there_yet_are_grey_and_do_not_show_in_those_above():
+    codes, tokenizer = codes_of(0, 3), small_tokenizer()
+    for rows in range(1, GRID):
+        part = pixels(base64.b64encode(serve_vllm.to_pngs(tokenizer, [codes[:rows * GRID]], GRID)[0]))
+        repeated = codes[:rows * GRID] + codes[(rows - 1) * GRID:rows * GRID] * (GRID - rows)
+        end = rows * SIDE // GRID
+        assert np.array_equal(part[:end], sample.to_pixels(tokenizer, torch.tensor([repeated]))[0, :end])
+        assert (part[end:] == 128).all()
+
+
+def test_a_streamed_request_may_ask_for_several_images_and_no_parts(server):
+    events = list(client(server).images.generate(prompt="heart", n=3, stream=True, extra_body={"seed": 1}))
+    assert [e.type for e in events] == ["image_generation.completed"] * 3
+    for e in events:
+        assert np.array_equal(pixels(e.b64_json), picture(1, 1 + e.index))
+
+
+def test_what_only_other_models_have_is_passed_over_and_limits_are_allowed(server):
+    foreign = {"model": "shapes", "quality": "high", "style": "vivid", "user": "me", "background": "auto",
+               "moderation": "low", "output_format": "png", "output_compression": 90, "size": "auto"}
+    nulls = dict.fromkeys(["n", "size", "response_format", "seed", "stream", "partial_images", "cfg_scale", "model"])
+    most = {"temperature": 2, "top_p": 1, "top_k": 10 ** 6, "cfg_scale": 1000, "cfg_interval": 10 ** 6, "seed": 2 ** 52}
+    least = {"temperature": 0, "top_p": 1e-6, "top_k": 0, "cfg_scale": 0, "cfg_interval": -1, "seed": 0}
+    for fields in (foreign, nulls, most, least):
+        assert post(server, fields).status_code == 200, fields
+
+
+def test_pictures_are_decoded_together_and_other_requests_answered_meanwhile(server, monkeypatch):
+    go, sizes, to_pixels = threading.Event(), [], sample.to_pixels
+
+    def held_up(vq_model, codes):
+        sizes.append(len(codes))
+        assert go.wait(10)
+        return to_pixels(vq_model, codes)
+    monkeypatch.setattr(sample, "to_pixels", held_up)
+    answers = []
+    thread = threading.Thread(target=lambda: answers.append(post(server, {"n": 10, "seed": 0})))
+    thread.start()
+    until(lambda: sizes)
+    assert httpx.get(f"{server.url}/health").status_code == 200   # the decoder sits in its thread
+    time.sleep(0.1)
+    go.set()
+    thread.join(10)
+    assert len(answers[0].json()["data"]) == 10 and sum(sizes) == 10
+    assert len(sizes) < 10 and max(sizes) <= serve_vllm.DECODE_BATCH
+
+
+# ---- mistakes -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("fields, param, sentence", [
+    ({"prompt": "hart"}, "prompt", "class 'hart' is no class's name; close ones: 1 heart"),
+    ({"prompt": "3"}, "prompt", "ids go from 0 to 2"),
+    ({"prompt": ""}, "prompt", "at least 1 character"),
+    ({"prompt": None}, "prompt", "Field required"),
+    ({"prompt": 7}, "prompt", "valid string"),
+    ({"n": 0}, "n", "greater than or equal to 1"),
+    ({"n": 11}, "n", "less than or equal to 10"),
+    ({"n": "2"}, "n", "valid integer"),
+    ({"n": True}, "n", "valid integer"),
+    ({"size": "256x256"}, "size", "this model draws 16x16 pixels only, not 256x256"),
+    ({"response_format": "url"}, "response_format", "should be 'b64_json'"),
+    ({"output_format": "webp"}, "output_format", "should be 'png'"),
+    ({"background": "transparent"}, "background", "'auto' or 'opaque'"),
+    ({"cfg_scale": -1}, "cfg_scale", "greater than or equal to 0"),
+    ({"cfg_scale": "4"}, "cfg_scale", "valid number"),
+    ({"cfgscale": 4}, "cfgscale", "there is no such field; did you mean cfg_scale?"),
+    ({"temperature": -0.1}, "temperature", "greater than or equal to 0"),
+    ({"temperature": 2.5}, "temperature", "less than or equal to 2"),
+    ({"top_p": 0}, "top_p", "greater than"),
+    ({"top_k": 0.5}, "top_k", "valid integer"),
+    ({"seed": -1}, "seed", "greater than or equal to 0"),
+    ({"seed": 2 ** 60}, "seed", "less than"),
+    ({"partial_images": 65}, "partial_images", "less than or equal to 64"),
+    ({"stream": "yes"}, "stream", "valid boolean"),
+])
+def test_a_mistake_in_a_field_is_named(server, fields, param, sentence):
+    error = error_of(post(server, fields), 400)
+    assert error["param"] == param and sentence in error["message"]
+    assert error["message"].startswith(param) or param == "prompt"
+
+
+@pytest.mark.parametrize("body, sentence", [
+    (b"", "Invalid JSON"), (b'{"prompt": "star"', "Invalid JSON"), (b"[]", "object"), (b"null", "object"),
+    (b'{"prompt": "star", "cfg_scale": NaN}', "finite"), (b'{"prompt": "star", "top_p": 1e999}', "finite"),
+    (b'{"prompt": "\xff"}', "Invalid JSON"), (b'{"prompt": "\\ud800"}', "Invalid JSON"), (b"[" * 60000, "Invalid JSON"),
+])
+def test_a_body_that_is_no_request_is_explained(server, body, sentence):
+    error = error_of(post(server, content=body, headers={"Content-Type": "application/json"}), 400)
+    assert sentence in error["message"]
+
+
+def test_other_mistakes_have_their_own_status(server):
+    assert "Content-Type" in error_of(post(server, content=b'{"prompt": "star"}'), 415)["message"]
+    assert "65,536" in error_of(post(server, {"prompt": "x" * 10 ** 7}), 413)["message"]
+    chunks = (b" " * 1000 for _ in range(100))   # sent without a Content-Length
+    error_of(post(server, content=chunks, headers={"Content-Type": "application/json"}), 413)
+    error = error_of(post(server, {"model": "gpt-image-1"}), 404)
+    assert error["code"] == "model_not_found" and "only 'shapes'" in error["message"]
+    assert "GET /v1/engines" in error_of(httpx.get(f"{server.url}/v1/engines"), 404)["message"]
+    response = httpx.get(f"{server.url}/v1/images/generations")
+    error_of(response, 405)
+    assert response.headers["allow"] == "POST"
+    assert post(server, {}).status_code == 200   # and the server is as it was
+
+
+def test_openais_client_raises_its_own_exceptions(server):
+    with pytest.raises(openai.BadRequestError, match="close ones: 1 heart"):
+        client(server).images.generate(prompt="hart")
+    with pytest.raises(openai.NotFoundError, match="shapes"):
+        client(server).images.generate(prompt="star", model="gpt-image-1")
+
+
+def test_with_an_api_key_only_its_owners_draw(engine):
+    with served(engine, api_keys=["first", "second"]) as server:
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "first"},
+                        {"Authorization": "Basic first"}, {"Authorization": "Bearer f\xfcr"}):
+            raw = {k: v.encode("latin-1") for k, v in headers.items()}
+            response = post(server, {}, headers=raw)
+            assert error_of(response, 401)["code"] == "invalid_api_key"
+            assert response.headers["www-authenticate"] == "Bearer"
+            error_of(httpx.get(f"{server.url}/v1/models", headers=raw), 401)
+        assert len(client(server, "second").images.generate(prompt="star").data) == 1
+        assert httpx.get(f"{server.url}/health").status_code == 200
+        assert '"key": true' in httpx.get(server.url).text   # so the page asks for it
+
+
+# ---- load, and clients that go --------------------------------------------------------------------------------------
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_takes_its_images_along(engine, server, stream):
+    engine.step.clear()
+    body = {"n": 4, "stream": stream, "partial_images": 2}
+    thread = threading.Thread(target=lambda: answers.append(post(server, {"seed": 3})))
+    answers = []
+    thread.start()
+    until(lambda: len(engine.live) == 1)
+    with contextlib.suppress(httpx.TimeoutException):
+        with httpx.stream("POST", f"{server.url}/v1/images/generations", json={"prompt": "star", **body},
+                          timeout=httpx.Timeout(10, read=0.2 if not stream else 10)) as response:
+            next(response.iter_bytes())   # the first rows; without streaming, nothing comes
+    until(lambda: engine.aborted == 4 and len(engine.live) == 1)
+    engine.step.set()
+    thread.join(10)
+    assert np.array_equal(pixels(answers[0].json()["data"][0]["b64_json"]), picture(0, 3))   # the other's is unharmed
+
+
+def test_a_full_queue_says_when_to_come_back(engine):
+    with served(engine, max_queue=4) as server:
+        engine.step.clear()
+        threads = [threading.Thread(target=post, args=(server, {"n": n})) for n in (3, 1)]
+        for i, thread in enumerate(threads):
+            thread.start()
+            until(lambda: len(engine.live) == (3, 4)[i])
+        response = post(server, {})
+        assert error_of(response, 429)["code"] == "queue_full"
+        assert 1 <= int(response.headers["retry-after"]) <= 60
+        engine.step.set()
+        for thread in threads:
+            thread.join(10)
+        assert len(post(server, {"n": 10}).json()["data"]) == 10   # an idle server takes any request
+
+
+def test_an_engine_that_dies_is_reported(engine, server):
+    engine.step.clear()
+    events = client(server).images.generate(prompt="star", stream=True, partial_images=3)
+    assert next(iter(events)).type == "image_generation.partial_image"
+    engine.dies = True
+    engine.step.set()
+    with pytest.raises(openai.APIError, match="engine has stopped"):
+        list(events)
+    assert error_of(post(server, {}), 503)["code"] == "engine_stopped"
+    error_of(httpx.get(f"{server.url}/health"), 503)
+
+
+def test_an_image_that_the_engine_leaves_unfinished_is_no_image(engine, server, capfd):
+    engine.gives_up = True
+    error_of(post(server, {}), 500)
+    assert "unfinished" in capfd.readouterr().err
+
+
+def test_a_picture_that_cannot_be_decoded_costs_only_itself(server, monkeypatch, capfd):
+    def fails(*args):
+        raise MemoryError("no room")
+    monkeypatch.setattr(sample, "to_pixels", fails)
+    assert "log" in error_of(post(server, {}), 500)["message"]
+    assert "no room" in capfd.readouterr().err
+    monkeypatch.undo()
+    assert post(server, {}).status_code == 200
+
+
+def test_a_stopping_server_finishes_what_runs_and_takes_nothing_new(engine, server):
+    engine.step.clear()
+    answers = []
+    thread = threading.Thread(target=lambda: answers.append(post(server, {"n": 2, "seed": 0})))
+    thread.start()
+    until(lambda: len(engine.live) == 2)
+    server.app.state.draining = True
+    assert error_of(post(server, {}), 503)["code"] == "stopping"
+    error_of(httpx.get(f"{server.url}/health"), 503)
+    engine.step.set()
+    thread.join(10)
+    for j, image in enumerate(answers[0].json()["data"]):
+        assert np.array_equal(pixels(image["b64_json"]), picture(0, j))
+
+
+# ---- the rest of the server -----------------------------------------------------------------------------------------
+def test_models_health_metrics_and_the_page_are_there(server):
+    models = client(server).models.list().data
+    assert [m.id for m in models] == ["shapes"] and models[0].classes == INFO["classes"]
+    assert httpx.get(f"{server.url}/health").status_code == 200
+    metrics = httpx.get(f"{server.url}/metrics")
+    assert metrics.headers["content-type"].startswith("text/plain") and "# HELP" in metrics.text
+    page = httpx.get(server.url)
+    assert page.headers["content-type"] == "text/html; charset=utf-8" and '"red fox, Vulpes vulpes"' in page.text
+
+
+# ---- the page, in Chromium ------------------------------------------------------------------------------------------
+class Browser:
+    """A page of a headless Chromium, driven over its DevTools protocol."""
+
+    def __init__(self, folder):
+        program = shutil.which("chromium") or shutil.which("google-chrome")
+        self.process = subprocess.Popen(
+            [program, "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--remote-debugging-port=0",
+             f"--user-data-dir={folder}", "about:blank"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        told = folder / "DevToolsActivePort"
+        until(lambda: told.exists() and told.read_text().count("\n"), 30)
+        address = f"http://127.0.0.1:{told.read_text().split()[0]}/json/list"
+        pages = []
+        until(lambda: pages.extend(p for p in httpx.get(address).json() if p["type"] == "page") or pages)
+        self.loop, self.calls, self.complaints = asyncio.new_event_loop(), 0, []
+        self.socket = self.loop.run_until_complete(self.connect(pages[0]["webSocketDebuggerUrl"]))
+        for domain in ("Page", "Runtime", "Log"):
+            self(f"{domain}.enable")
+
+    async def connect(self, address):
+        self.session = pytest.importorskip("aiohttp").ClientSession()
+        return await self.session.ws_connect(address, max_msg_size=0)
+
+    def __call__(self, method, **params):
+        return self.loop.run_until_complete(self.call(method, params))
+
+    async def call(self, method, params):
+        self.calls += 1
+        await self.socket.send_json({"id": self.calls, "method": method, "params": params})
+        while True:
+            message = await self.socket.receive_json(timeout=20)
+            if message.get("method") in ("Runtime.exceptionThrown", "Log.entryAdded"):
+                self.complaints.append(message["params"])
+            if message.get("id") == self.calls:
+                assert "error" not in message, message
+                return message["result"]
+
+    def run(self, script):
+        result = self("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
+        assert "exceptionDetails" not in result, result
+        return result["result"].get("value")
+
+    def open(self, url, width=1280):
+        self("Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1, mobile=width < 600)
+        self("Page.navigate", url=url)
+        until(lambda: self.run("document.readyState === 'complete' && location.href !== 'about:blank' && !!$('go')"))
+
+    def type(self, text, into=None):
+        if into:
+            self.run(f"$('{into}').focus()")
+        self("Input.insertText", text=text)
+
+    def press(self, key, code):
+        extra = {"text": "\r"} if key == "Enter" else {}
+        self("Input.dispatchKeyEvent", type="keyDown", key=key, windowsVirtualKeyCode=code, **extra)
+        self("Input.dispatchKeyEvent", type="keyUp", key=key, windowsVirtualKeyCode=code)
+
+    def text(self, element):
+        return self.run(f"$('{element}').innerText")
+
+    def close(self):
+        self.loop.run_until_complete(self.session.close())
+        self.loop.close()
+        self.process.terminate()
+        self.process.wait(10)
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory):
+    if not (shutil.which("chromium") or shutil.which("google-chrome")):
+        pytest.skip("there is no Chromium here to look at the page with")
+    pytest.importorskip("aiohttp")
+    browser = Browser(tmp_path_factory.mktemp("chromium"))
+    yield browser
+    browser.close()
+
+
+@pytest.fixture
+def browser(chromium):
+    chromium.complaints.clear()
+    return chromium
+
+
+ENTER, DOWN = ("Enter", 13), ("ArrowDown", 40)
+
+
+def test_the_page_draws_what_is_typed_row_by_row(engine, server, browser):
+    engine.step.clear()
+    browser.open(server.url)
+    browser.type("fo", into="query")
+    assert browser.run("[...document.querySelectorAll('[role=option]')].map(o => o.innerText.replace(/\\s+/g, ' '))") \
+        == ["red fox, Vulpes vulpes 2"]
+    browser.press(*ENTER)
+    browser.press(*DOWN)           # opens the list of the others, then goes to the second
+    browser.press(*DOWN)
+    browser.press(*DOWN)
+    browser.press(*ENTER)
+    assert browser.run("chosen.map(short).join()") == "red fox,heart"
+    browser.run("$('n').value = 2")
+    browser.type("7", into="seed")
+    browser.press(*ENTER)
+    until(lambda: browser.run("document.querySelectorAll('img').length") == 4)
+    assert browser.run("document.querySelector('img').style.clipPath") == "inset(0px 0px 75%)"   # one row of four
+    assert browser.text("go") == "Cancel" and browser.text("status") == "0 of 4 images drawn"
+    engine.step.set()
+    until(lambda: browser.text("go") == "Draw")
+    assert browser.text("status").startswith("4 images in ")
+    links = browser.run("[...document.querySelectorAll('figure a')].map(a => [a.download, a.href.split(',')[1]])")
+    assert [name for name, _ in links] == ["red-fox-7.png", "red-fox-8.png", "heart-7.png", "heart-8.png"]
+    for (_, png), (class_id, seed) in zip(links, [(2, 7), (2, 8), (1, 7), (1, 8)]):
+        assert np.array_equal(pixels(png), picture(class_id, seed))
+    assert not browser.complaints
+
+
+def test_cancel_stops_the_images_in_the_engine(engine, server, browser):
+    engine.step.clear()
+    browser.open(f"{server.url}/?classes=star,heart&n=3&go=1")
+    until(lambda: browser.run("document.querySelectorAll('img').length") == 6)
+    browser.run("$('go').click()")
+    until(lambda: engine.aborted == 6 and not engine.live)
+    until(lambda: browser.text("go") == "Draw")
+    assert browser.text("status") == "Cancelled with 0 of 6 images drawn"
+    assert browser.text("error").strip() in ("", "✕") and "stopped" in browser.text("gallery")
+
+
+def test_the_page_tells_kindly_what_is_wrong(engine, browser):
+    with served(engine, api_keys=["secret"], max_queue=3) as server:
+        browser.open(server.url)
+        for action, sentence in ((lambda: None, "Choose a class first."),
+                                 (lambda: browser.type("dodo", into="query"), "No class fits “dodo”."),
+                                 (lambda: browser.run("$('query').value = ''; choose(0)"), "asks for an API key"),
+                                 (lambda: browser.type("wrong", into="key"), "does not know this API key")):
+            action()
+            browser.run("$('go').click()")
+            until(lambda: sentence in browser.text("error"))
+        browser.run("$('key').value = ''")
+        browser.type("secret", into="key")
+        browser.press(*ENTER)
+        until(lambda: browser.text("status").startswith("4 images in"))
+        assert browser.run("$('error').hidden")
+        engine.step.clear()
+        others = threading.Thread(target=post, args=(server, {"n": 3}),
+                                  kwargs={"headers": {"Authorization": "Bearer secret"}})
+        others.start()
+        until(lambda: len(engine.live) == 3)
+        browser.run("$('go').click()")
+        until(lambda: "The server is busy; try again in" in browser.text("error"))
+        engine.step.set()
+        others.join(10)
+        engine.errored = True
+        browser.run("$('go').click()")
+        until(lambda: "The engine has stopped" in browser.text("error"))
+        engine.errored = False
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_fits_and_every_control_has_a_name(server, browser, width):
+    browser.open(f"{server.url}/?classes=star,heart,red fox&n=10&seed=1&go=1", width)
+    until(lambda: browser.text("status").startswith("30 images in"))
+    assert browser.run("document.documentElement.scrollWidth") <= width
+    nodes = browser("Accessibility.getFullAXTree")["nodes"]
+    roles = ("button", "combobox", "textbox", "slider", "spinbutton", "link", "image")
+    names = [n["name"]["value"] for n in nodes if not n["ignored"] and n["role"]["value"] in roles]
+    assert len(names) > 60 and all(names)   # thirty images and their links are among them
+    assert not browser.complaints
+
+
+def test_a_caption_model_has_a_text_box_in_place_of_the_classes(engine, browser, monkeypatch):
+    monkeypatch.setitem(INFO, "gpt", {"cond_tokens": 120})
+    with served(engine) as server:
+        browser.open(server.url)
+        assert browser.run("$('picker').hidden && !$('caption-row').hidden")
+        assert browser.run("$('caption').labels[0].innerText") == "Captions"
+
+
+# ---- the command, with a small model in vLLM ------------------------------------------------------------------------
+def command(*args, **settings):
+    """Start serve_vllm.py as a user would."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "VLLM_CPU_KVCACHE_SPACE": "1"}
+    args = [sys.executable, "serve_vllm.py", *map(str, args)]
+    return subprocess.Popen(args, cwd=ROOT, env=env, text=True, **settings)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """An exported folder: 8 x 8 codes, 3 classes, random weights that make lively logits."""
+    folder = tmp_path_factory.mktemp("real")
+    config = gpt.GPTConfig(dim=64, n_layer=2, n_head=2, vocab_size=V, grid=8, num_classes=3)
+    tokenizer = small_tokenizer()
+    torch.save({"model": tokenizer.state_dict(), "config": vq.asdict(tokenizer.config)}, folder / "vq.pt")
+    torch.save({"model": fill(gpt.GPT(config)).state_dict(), "config": vq.asdict(config), "classes": INFO["classes"]},
+               folder / "gpt.pt")
+    process = command("export", "--gpt", folder / "gpt.pt", "--vq", folder / "vq.pt", "--out", folder / "small")
+    assert process.wait(60) == 0
+    return folder / "small"
+
+
+@contextlib.contextmanager
+def started(exported, log):
+    """`serve_vllm.py serve` on a free port, ended when this ends at the latest; `processes` has the engine's last."""
+    with open(log, "w") as file:
+        process = command("serve", exported, "--port", 0, stdout=file, stderr=subprocess.STDOUT)
+    try:
+        until(lambda: "open http://" in log.read_text() or process.poll() is not None, 120)
+        assert process.poll() is None, log.read_text()
+        url = log.read_text().split("open ")[1].split()[0]
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        yield SimpleNamespace(url=url, process=process, processes=[process.pid, *map(int, children)], log=log)
+    finally:
+        process.terminate()
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def real(exported, tmp_path_factory):
+    pytest.importorskip("vllm")
+    with started(exported, tmp_path_factory.mktemp("log") / "serve.log") as server:
+        yield server
+
+
+def memory(server):
+    """Megabytes that the server and its engine hold."""
+    total = 0
+    for pid in server.processes:
+        with contextlib.suppress(OSError):
+            total += int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1]) / 1024
+    return total
+
+
+def gauge(server, name):
+    """The sum of a metric."""
+    lines = re.findall(rf"^{name}{{.*}} (\S+)$", httpx.get(f"{server.url}/metrics").text, re.M)
+    assert lines, f"there is no metric {name}"
+    return sum(map(float, lines))
+
+
+def test_openais_client_draws_with_the_real_engine(real, exported):
+    """And what it gets are the pixels that the plain sampler's greedy codes have, streamed or not."""
+    model, tokenizer = gpt.load_gpt(exported.parent / "gpt.pt"), small_tokenizer()
+    settings = {"extra_body": {"cfg_scale": 3.0, "temperature": 0}}
+    plain = sample.to_pixels(tokenizer, sample.generate(model, torch.tensor([2]), cfg_scale=3.0, top_k=1))[0]
+    answer = client(real).images.generate(prompt="red fox", size="32x32", **settings)
+    assert np.array_equal(pixels(answer.data[0].b64_json), plain)
+    *partial, last = client(real).images.generate(prompt="red fox", stream=True, partial_images=7, **settings)
+    assert np.array_equal(pixels(last.b64_json), plain) and partial
+    assert client(real).models.list().data[0].id == "small"
+
+
+def test_two_hundred_requests_and_a_third_of_the_clients_leave(real):
+    """32 clients at a time. Every image is the one that the same request gave alone, nothing stays in the engine, and
+    the second hundred adds less than 10 MB to the 2 GB of server and engine. (Three hundred requests come before,
+    because until then the engine's kernels still ask for their working memory, 45 MB in all.)"""
+    kinds = [{"prompt": str(i % 3), "seed": i, "cfg_scale": 1.0 + i % 4, "n": 1 + i % 2} for i in range(12)]
+    alone = [[d["b64_json"] for d in post(real, kind).json()["data"]] for kind in kinds]
+    assert len({a[0] for a in alone}) == 12
+
+    async def ask(http, i):
+        kind = kinds[i % 12]
+        if i % 3 == 1:      # sees the first rows, and leaves
+            async with http.stream("POST", "/v1/images/generations",
+                                   json={**kind, "stream": True, "partial_images": 7}) as response:
+                await anext(response.aiter_lines())
+                return "left"
+        response = await http.post("/v1/images/generations", json=kind)
+        assert response.status_code == 200, response.text
+        return [d["b64_json"] for d in response.json()["data"]] == alone[i % 12]
+
+    async def hundred(first):
+        limit = asyncio.Semaphore(32)
+        async with httpx.AsyncClient(base_url=real.url, timeout=60, limits=httpx.Limits(max_connections=32)) as http:
+            async def one(i):
+                async with limit:
+                    return await ask(http, i)
+            return await asyncio.gather(*(one(i) for i in range(first, first + 100)))
+
+    answers, held = [], []
+    for first in (-300, -200, -100, 0, 100):
+        answers += asyncio.run(hundred(first))
+        until(lambda: gauge(real, "vllm:num_requests_running") + gauge(real, "vllm:num_requests_waiting") == 0)
+        held.append(memory(real))
+    assert answers.count("left") == 167 and answers.count(True) == 333, answers
+    assert held[-1] - held[-2] < 10, held
+    assert "Traceback" not in real.log.read_text()
+
+
+def test_sigterm_finishes_what_runs_and_exits_0(real):
+    answers = []
+    thread = threading.Thread(target=lambda: answers.append(post(real, {"n": 10, "seed": 0})))
+    thread.start()
+    until(lambda: gauge(real, "vllm:num_requests_running") > 0)
+    real.process.send_signal(signal.SIGTERM)
+    late = post(real, {})
+    thread.join(60)
+    assert answers[0].status_code == 200 and len(answers[0].json()["data"]) == 10
+    assert error_of(late, 503)["code"] == "stopping"
+    assert real.process.wait(30) == 0
+    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in real.processes), 20)   # the engine is gone as well
+    assert "Traceback" not in real.log.read_text()
+
+
+@pytest.mark.slow
+def test_when_the_engine_is_killed_the_server_says_so_and_still_stops_in_order(exported, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", "secret")   # by the way: the key may come from the environment
+    with started(exported, tmp_path / "serve.log") as server:
+        error_of(post(server, {}), 401)
+        owner = {"headers": {"Authorization": "Bearer secret"}}
+        assert post(server, {}, **owner).status_code == 200
+        os.kill(server.processes[-1], signal.SIGKILL)
+        until(lambda: httpx.get(f"{server.url}/health").status_code == 503)
+        assert error_of(post(server, {}, **owner), 503)["code"] == "engine_stopped"
+        server.process.terminate()
+        assert server.process.wait(30) == 0
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    (["missing"], "missing/config.json: No such file or directory; the folder is made by"),
+    (["EXPORTED", "--port", "TAKEN"], "Address already in use"),
+    (["EXPORTED", "--port", "70000"], "port must be 0-65535"),
+    (["EXPORTED", "--max-num-seqs", "0"], "--max-num-seqs 0: give at least 1"),
+])
+def test_what_cannot_be_served_is_told_in_one_sentence(exported, flags, sentence):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        flags = [{"EXPORTED": exported, "TAKEN": taken.getsockname()[1]}.get(f, f) for f in flags]
+        process = command("serve", *flags, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2 and sentence in errors and "Traceback" not in errors
