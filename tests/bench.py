@@ -5,8 +5,9 @@ $ python tests/bench.py encode train         # some of them
 $ python tests/bench.py train --model L --batch 64 --compile
 
 Roofline time = max(FLOPs / GEMM rate, bytes that must move / read bandwidth), both rates measured here, first. FLOPs
-are counted by torch.utils.flop_counter; the bytes are the least possible: every weight (and for decoding every cached
-key and value) read once, for training also gradients and optimizer state written and read once.
+are counted by torch.utils.flop_counter (for training by train_gpt.py's formula, as for MFU); the bytes are the least
+possible: every weight (and for decoding every cached key and value) read once, for training also gradients and
+optimizer state written and read once.
 """
 import argparse
 import json
@@ -97,9 +98,9 @@ def bench_train(name, device, dtype, roof, batch, compiled):
     codes, labels = torch.randint(16384, (batch, 256), device=device), torch.randint(1000, (batch,), device=device)
     forward = torch.compile(model) if compiled else model
 
-    def step(run=forward):
+    def step():
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            logits = run(codes[:, :-1], labels)
+            logits = forward(codes[:, :-1], labels)
         train_gpt.cross_entropy_(logits, codes, scale=1 / codes.numel())
         logits.backward(logits.detach())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -107,7 +108,7 @@ def bench_train(name, device, dtype, roof, batch, compiled):
         optimizer.zero_grad(set_to_none=True)
 
     # a weight is read twice, its gradient written and read, weight and both moments read and written: 10 passes
-    work = flops(lambda: step(model))
+    work = train_gpt.flops_per_image(model.config) * batch   # torch's counter does not know attention on a CPU
     report("train", work, seconds(step, device, 3), batch * 256, 10 * size(model), roof, "codes/s", model=name,
            batch=batch, compiled=compiled)
 
@@ -118,14 +119,19 @@ def imagenet_codes(folder):
     n = 1281167
     np.lib.format.open_memmap(folder / "codes.npy", "w+", np.uint16, (n, 20, 256))
     np.save(folder / "labels.npy", np.arange(n, dtype=np.int32) % 1000)
-    (folder / "meta.json").write_text(json.dumps({"classes": [str(c) for c in range(1000)], "h": 16, "w": 16, "skipped": [],
-                                                  "codebook_size": 16384, "image_size": 256, "tokenizer": "0"}))
+    meta = {"classes": [str(c) for c in range(1000)], "h": 16, "w": 16, "codebook_size": 16384, "image_size": 256,
+            "tokenizer": "0", "skipped": []}
+    (folder / "meta.json").write_text(json.dumps(meta))
 
 
 def bench_load(name, roof, batch, steps=50):
-    """The codes of a batch, as train_gpt.py reads them from a folder of ImageNet's size; the file has no blocks on disk,
-    so this is everything but the disk. steps_ahead: batches loaded in the roofline time of one training step."""
-    anon = [int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")]
+    """The codes of a batch, as train_gpt.py reads them from a folder of ImageNet's size; the file has no blocks on
+    disk, so this is everything but the disk. steps_ahead: batches loaded in the roofline time of a training step."""
+    def anonymous():
+        """Memory of this process that is not a mapped file, bytes."""
+        return 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon"))
+
+    before = anonymous()
     with tempfile.TemporaryDirectory() as folder:
         imagenet_codes(Path(folder))
         began = time.perf_counter()
@@ -142,11 +148,11 @@ def bench_load(name, roof, batch, steps=50):
         load()
         start = time.perf_counter() - began
         time_s = seconds(lambda: [load() for _ in range(steps)], torch.device("cpu"), 9) / steps
-    anon += [int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")]
+        memory = anonymous() - before
     step_s = train_gpt.flops_per_image(gpt.GPT_CONFIGS[name]) * batch / roof[0]
-    print(json.dumps({"case": "load", "model": name, "batch": batch, "batches/s": round(1 / time_s), "ms": round(time_s * 1e3, 2),
-                      "start_s": round(start, 2), "memory_MB": round((anon[1] - anon[0]) / 1e3),
-                      "steps_ahead": round(step_s / time_s)}), flush=True)
+    print(json.dumps({"case": "load", "model": name, "batch": batch, "batches/s": round(1 / time_s),
+                      "ms": round(time_s * 1e3, 2), "start_s": round(start, 2),
+                      "memory_MB": round(memory / 1e6), "steps_ahead": round(step_s / time_s)}), flush=True)
 
 
 def bench_decode(name, device, dtype, roof, images):

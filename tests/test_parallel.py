@@ -87,8 +87,8 @@ def test_a_sharded_run_killed_goes_on_in_one_process(runs, codes, tmp_path, monk
 
 
 def killed_often(kills, n, codes, out, *flags):  # noqa: F811
-    """Start a run of n processes `kills` times and kill them all, at a random moment of a random one of the next six steps
-    or of the start; then let it end. It saves after every step, so that many of the kills fall into a save."""
+    """Start a run of n processes `kills` times and kill them all, at a random moment of the start or of one of the next
+    five steps; then let it end. It saves after every step, so that many of the kills fall into a save."""
     rng, step, start_s, step_s = random.Random(kills), 1, 3.0, 0.05
     for _ in range(kills):
         resume = ["--resume"] if train_gpt.find_checkpoint(out)[0] else []
@@ -151,7 +151,8 @@ def test_a_signal_to_any_process_saves_and_exits_0(codes, tmp_path, parallel, nu
         shards, = (tmp_path / "run").glob("ckpt_[0-9]*")
         state = {k: torch.empty_like(v) for k, v in file["model"].items()}
         train_gpt.restore({"model": state}, shards, None)
-        assert shards.name == f"ckpt_{file['step']:08d}" and all(torch.equal(state[k], v) for k, v in file["model"].items())
+        assert shards.name == f"ckpt_{file['step']:08d}"
+        assert all(torch.equal(state[k], v) for k, v in file["model"].items())
 
 
 def test_a_process_that_dies_ends_the_others(codes, tmp_path):  # noqa: F811
@@ -207,11 +208,12 @@ def test_compiled_equals_eager_in_the_mean_with_dropout(codes, tmp_path, monkeyp
     def ends(name, *flags):
         """Mean loss of steps 31 to 40 for each seed."""
         for seed in range(8):
-            train(monkeypatch, codes, tmp_path / f"{name}{seed}", "--dropout", 0.3, "--max-steps", 40, "--seed", seed, *flags)
+            train(monkeypatch, codes, tmp_path / f"{name}{seed}", "--dropout", 0.3, "--max-steps", 40, "--seed", seed,
+                  *flags)
         return torch.tensor([losses(tmp_path / f"{name}{seed}")[30:] for seed in range(8)]).mean(1)
 
     eager, compiled, without = ends("eager"), ends("compiled", "--compile"), ends("without", "--dropout", 0)
-    assert (compiled != eager).all()                             # other random numbers, so there is something to compare
+    assert (compiled != eager).all()                         # other random numbers, so there is something to compare
     error = float((compiled - eager).std()) / 8 ** 0.5
     assert abs(float((compiled - eager).mean())) < 3 * error < abs(float((without - eager).mean()))
 
