@@ -51,6 +51,8 @@ import gpt
 import sample
 import vq
 
+logging.getLogger("torch._library.triton").setLevel(logging.ERROR)   # it remarks that CPUs have no Triton
+
 # The command line only talks to the engine, which finds the rest by the entry point; without vLLM's imports, which take
 # seconds, --help and mistakes are answered at once.
 if __name__ != "__main__":
@@ -663,8 +665,8 @@ def quiet():
     """Leave out what vLLM and torch remark on CPUs and on parts that are not installed; VLLM_LOGGING_LEVEL=INFO shows
     vLLM's side of it."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")   # for the engine's process, too
     warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
-    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
 
 
 def main():
