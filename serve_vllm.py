@@ -631,7 +631,7 @@ def serve(args):
         sock.bind((args.host, args.port))   # now, so that a port that is taken is told before the engine starts
     except (OSError, OverflowError) as error:
         raise OSError(f"--host {args.host} --port {args.port}: {getattr(error, 'strerror', None) or error}") from None
-    if not keys and not args.host.startswith("127."):
+    if not keys and not args.host.startswith("127.") and args.host not in ("localhost", "::1"):
         print("anyone who reaches this machine can draw with it; --api-key KEY asks for a key")
     print("vLLM starts, which can take a minute ...", flush=True)
     quiet()
@@ -651,7 +651,8 @@ def serve(args):
         serving = asyncio.create_task(server.serve([sock]))
         while not (server.started or serving.done()):
             await asyncio.sleep(0.05)
-        print(f"open http://{args.host}:{sock.getsockname()[1]}", flush=True)
+        host = f"[{args.host}]" if ":" in args.host else args.host
+        print(f"open http://{host}:{sock.getsockname()[1]}", flush=True)
         while not (serving.done() or app.state.draining and not app.state.running):
             await asyncio.sleep(0.05)
         server.should_exit = True
