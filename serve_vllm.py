@@ -53,6 +53,8 @@ import gpt
 import sample
 import vq
 
+logging.getLogger("torch._library.triton").setLevel(logging.ERROR)   # it remarks that CPUs have no Triton
+
 # The command line only talks to the engine, which finds the rest by the entry point; without vLLM's imports, which take
 # seconds, --help and mistakes are answered at once.
 if __name__ != "__main__":
@@ -631,7 +633,7 @@ def serve(args):
         sock.bind((args.host, args.port))   # now, so that a port that is taken is told before the engine starts
     except (OSError, OverflowError) as error:
         raise OSError(f"--host {args.host} --port {args.port}: {getattr(error, 'strerror', None) or error}") from None
-    if not keys and not args.host.startswith("127."):
+    if not keys and not args.host.startswith("127.") and args.host not in ("localhost", "::1"):
         print("anyone who reaches this machine can draw with it; --api-key KEY asks for a key")
     print("vLLM starts, which can take a minute ...", flush=True)
     quiet()
@@ -651,7 +653,8 @@ def serve(args):
         serving = asyncio.create_task(server.serve([sock]))
         while not (server.started or serving.done()):
             await asyncio.sleep(0.05)
-        print(f"open http://{args.host}:{sock.getsockname()[1]}", flush=True)
+        host = f"[{args.host}]" if ":" in args.host else args.host
+        print(f"open http://{host}:{sock.getsockname()[1]}", flush=True)
         while not (serving.done() or app.state.draining and not app.state.running):
             await asyncio.sleep(0.05)
         server.should_exit = True
@@ -665,8 +668,8 @@ def quiet():
     """Leave out what vLLM and torch remark on CPUs and on parts that are not installed; VLLM_LOGGING_LEVEL=INFO shows
     vLLM's side of it."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")   # for the engine's process, too
     warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
-    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
 
 
 def main():
