@@ -1,7 +1,7 @@
 # make demo   train a tokenizer and a GPT on drawn shapes, then sample from them (seven and a half minutes on two CPU cores)
 # make test   all tests
-# Both set up .venv first, with the pinned versions of requirements.txt and requirements-vllm.txt. Finished stages of the demo are not repeated;
-# `rm -r runs/demo` starts it afresh.
+# Both set up .venv first, with the pinned versions of requirements.txt and requirements-vllm.txt. Finished stages of
+# the demo are not repeated; `rm -r runs/demo` starts it afresh.
 PYTHON = .venv/bin/python
 PIP = $(PYTHON) -m pip install --quiet --disable-pip-version-check
 RUN = runs/demo
@@ -9,11 +9,12 @@ RUN = runs/demo
 .PHONY: demo test
 .DELETE_ON_ERROR:
 
+# the project itself too, for vLLM finds serve_vllm.py by its entry point
 .venv/installed: requirements.txt requirements-vllm.txt pyproject.toml
 	python3 -m venv .venv
 	$(PIP) -r requirements.txt
 	$(PIP) --no-deps -r requirements-vllm.txt
-	$(PIP) --no-deps --no-build-isolation -e .   # vLLM finds serve_vllm.py by its entry point
+	$(PIP) --no-deps --no-build-isolation -e .
 	touch $@
 
 test: .venv/installed

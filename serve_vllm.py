@@ -132,7 +132,7 @@ if __name__ != "__main__":
         def embed_input_ids(self, input_ids, *_, **__):
             """Codes or V + class id (N,) -> (N, 2C). A number beyond the classes counts as "no class"."""
             last = self.embedding.num_embeddings - 1
-            cond = input_ids.clamp(max=last)
+            cond = input_ids.clamp(0, last)
             uncond = torch.where(cond < self.config.vocab_size, cond, last)
             return self.embedding(torch.stack([cond, uncond], 1)).flatten(1)
 
@@ -151,10 +151,11 @@ if __name__ != "__main__":
 
         def load_weights(self, weights):
             """Take the released names, and return the own ones that are filled; vLLM misses what is not."""
-            own, filled = dict(self.named_parameters()), {"embedding.weight"}
+            own, filled = dict(self.named_parameters()), set()
             for name, tensor in weights:
                 if name == "tok_embeddings.weight":
                     own["embedding.weight"].data[:len(tensor)] = tensor
+                    filled.add("embedding.weight")
                 elif name.startswith("cls_embedding."):   # captions are projected outside the engine
                     if self.classes:
                         own["embedding.weight"].data[self.config.vocab_size:] = tensor
@@ -172,7 +173,7 @@ if __name__ != "__main__":
         extra_args: cfg_scale (without it, or up to 1, there is no guidance) and cfg_interval."""
 
         def __init__(self, vllm_config, device, is_pin_memory):
-            self.V, self.device = vllm_config.model_config.hf_config.gpt["vocab_size"], device
+            self.V = vllm_config.model_config.hf_config.gpt["vocab_size"]
             self.requests = {}   # row of the batch -> scale, interval, the codes so far (a list that vLLM extends)
 
         @classmethod
