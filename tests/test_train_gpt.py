@@ -120,7 +120,7 @@ def test_every_step_takes_other_images_and_crops(codes, tmp_path, monkeypatch):
             taken.extend(zip(*(k.tolist() for k in key)))
             return self.array[key]
 
-    monkeypatch.setattr(gpt, "load_codes", lambda folder: (Recorder(load(folder)[0]), *load(folder)[1:]))
+    monkeypatch.setattr(data, "load_codes", lambda folder: (Recorder(load(folder)[0]), *load(folder)[1:]))
     train(monkeypatch, codes, tmp_path / "run", "--epochs", 2)
     assert sorted(i for i, _ in taken) == sorted(2 * list(range(60)))
     assert {crop for _, crop in taken} == {0, 1}
