@@ -8,6 +8,7 @@ import pytest
 from conftest import ROOT
 
 SCRIPTS = [p.name for p in sorted(ROOT.glob("*.py"))]
+SUBCOMMANDS = ("encode", "reconstruct", "captions", "stats", "recon", "clip", "sweep", "export", "generate", "serve")
 
 
 def commands():
@@ -27,7 +28,7 @@ def help_of():
     texts = {}
 
     def get(script, words):
-        sub = [w for w in words[:1] if w in ("encode", "reconstruct", "stats", "recon", "clip", "sweep", "captions")]
+        sub = [w for w in words[:1] if w in SUBCOMMANDS]
         key = (script, *sub)
         if key not in texts:
             texts[key] = subprocess.run([sys.executable, *key, "--help"], cwd=ROOT, capture_output=True, text=True).stdout
@@ -48,7 +49,8 @@ def test_every_flag_has_a_help_line_and_is_read():
     for name in SCRIPTS:
         text = (ROOT / name).read_text()
         for flag in re.findall(r'add_argument\("--([a-z-]+)"', text):
-            assert re.search(rf"\b(args|a)\.{flag.replace('-', '_')}\b", text), f"{name}: --{flag} is never read"
+            read = rf"\b(args|a)\.{flag.replace('-', '_')}\b|getattr\(args.*\"{flag.replace('-', '_')}\""
+            assert re.search(read, text), f"{name}: --{flag} is never read"
 
 
 def test_nothing_is_unpickled_that_could_run_code():
