@@ -195,15 +195,15 @@ class CaptionEmbedding(nn.Module):
         self.register_buffer("uncond_embedding", torch.zeros(config.cond_tokens, config.caption_dim))
 
     def forward(self, features):
-        features = features.to(self.uncond_embedding.dtype)
+        features, none = features.to(self.uncond_embedding.dtype), self.uncond_embedding[-features.shape[1]:]
         if self.training:   # padding is replaced too, and stays masked
             drop = torch.rand(len(features), 1, 1, device=features.device) < self.dropout
-            features = torch.where(drop, self.uncond_embedding, features)
+            features = torch.where(drop, none, features)
         return self.cap_proj.fc2(F.gelu(self.cap_proj.fc1(features), approximate="tanh"))
 
     def uncond(self, features):
         """The condition of the same shape that stands for none."""
-        return self.uncond_embedding.to(features.dtype).expand_as(features)
+        return self.uncond_embedding[-features.shape[1]:].to(features.dtype).expand_as(features)
 
 
 class GPT(nn.Module):
@@ -245,18 +245,18 @@ class GPT(nn.Module):
         """Teacher-forced logits.
 
         tokens   (B, m) int64, the first m <= T codes of each image
-        cond     (B,) int64 class ids in [0, num_classes], or (B, c, D) features of captions, padded on the left; in
-                 training some are dropped
+        cond     (B,) int64 class ids in [0, num_classes], or (B, c, D) features of captions, padded on the left (with a
+                 mask, to the longest of them is enough); in training some are dropped
         mask     (B, c) bool, False where a caption is padded: there nothing looks. None: everything is seen
         returns  (B, m + 1, V): logits[:, i] predicts code i from the condition and the codes before it
         """
         x = torch.cat([self.cls_embedding(cond), self.tok_embeddings(tokens)], dim=1)   # (B, c + m, C)
-        x = self.tok_dropout(x)
-        rope = self.rope[:x.shape[1]]
+        x, c = self.tok_dropout(x), x.shape[1] - tokens.shape[1]
+        rope = self.rope[self.config.cond_tokens - c:self.config.cond_tokens + tokens.shape[1]]
         seen = None if mask is None else visible(mask, 0, x.shape[1])
         for layer in self.layers:
             x = layer(x, rope, seen=seen)
-        return self.output(self.norm(x[:, self.config.cond_tokens - 1:]))
+        return self.output(self.norm(x[:, c - 1:]))
 
     # ---- cached decoding: new_cache, then extend with the condition, then with one code after the other -------------
     def new_cache(self, batch):
@@ -394,8 +394,8 @@ class CaptionEncoder:
         order.sort(key=lambda i: len(rows[i]))   # so that batches need little padding
         for batch in (order[i:i + batch_size] for i in range(0, len(order), batch_size)):
             if words:
-                out = [torch.tensor(np.stack([np.random.RandomState(zlib.crc32(word.encode())).randn(64)
-                                              for word in rows[i]])).float() for i in batch]
+                random = {w: np.random.RandomState(zlib.crc32(w.encode())).randn(64) for i in batch for w in rows[i]}
+                out = [torch.tensor(np.stack([random[w] for w in rows[i]])).float() for i in batch]
             else:
                 ids = nn.utils.rnn.pad_sequence([torch.tensor(rows[i]) for i in batch], True, -1).to(self.device)
                 out = self.model(ids.clamp(min=0), attention_mask=(ids >= 0).long()).last_hidden_state
@@ -404,12 +404,12 @@ class CaptionEncoder:
         return features
 
 
-def pad_left(rows):
-    """Tensors (n, D), n <= 120 -> (B, 120, D) with zeros on the left, and the mask (B, 120), False at these."""
-    features = rows[0].new_zeros(len(rows), CAPTION_TOKENS, rows[0].shape[1])
+def pad_left(rows, c=CAPTION_TOKENS):
+    """Tensors (n, D), n <= c -> (B, c, D) with zeros on the left, and the mask (B, c), False at these."""
+    features = rows[0].new_zeros(len(rows), c, rows[0].shape[1])
     for i, row in enumerate(rows):
-        features[i, CAPTION_TOKENS - len(row):] = row
-    return features, torch.arange(CAPTION_TOKENS) >= CAPTION_TOKENS - torch.tensor([[len(row)] for row in rows])
+        features[i, c - len(row):] = row
+    return features, torch.arange(c) >= c - torch.tensor([[len(row)] for row in rows])
 
 
 def encode_captions(texts, t5=None, device="cpu", model=None, batch_size=16):

@@ -215,14 +215,16 @@ def main():
 
     def to_device(ids, crops, short=False):
         """Images' numbers, the crop of each and whether its short caption is wanted -> codes (B, T) int64 and labels
-        (B,) int64, or features of captions (B, 120, D) and their mask (B, 120)."""
+        (B,) int64, or features of captions (B, c, D) and their mask (B, c)."""
         rows = torch.from_numpy(codes[ids, crops].astype(np.int64))
         if has == "class":
             given = [torch.from_numpy(labels[ids].astype(np.int64))]
         else:
             ends = spans[ids]                                                               # (B, 2, 2)
             which = (short & (ends[:, 1, 1] > ends[:, 1, 0])).astype(int)
-            given = gpt.pad_left([torch.tensor(text[a:b]) for a, b in ends[np.arange(len(ids)), which]])
+            tokens = [torch.tensor(text[a:b]) for a, b in ends[np.arange(len(ids)), which]]
+            # padding to the longest of them computes the same sooner; compiled code wants one shape, though
+            given = gpt.pad_left(tokens, config.cond_tokens if compiled else max(map(len, tokens)))
         return [x.to(device, non_blocking=True) for x in (rows, *given)]
 
     # ---- model and optimizer ----------------------------------------------------------------------------------------
