@@ -497,7 +497,7 @@ def captions(args):
         if any(done[k] != about[k] for k in ("hash", "images", "bytes")):
             raise ValueError(f"{folder}/text.json tells of another encoder or other captions ({done['encoder']}, "
                              f"{done['dim']} features a token); delete it to replace them")
-        return print(f"{folder}/text.npy is complete. Nothing to do.")
+        return print(f"{folder}/text.npy is complete. Nothing to do.") if rank == 0 else None
     parts = folder / f"text.parts-{about['hash'][:8]}-{about['bytes']}"   # other encoders have other parts
     parts.mkdir(exist_ok=True)
     texts, files = read_captions(path), [parts / f"{s:010d}.npz" for s in range(0, count, 1024)]
@@ -505,7 +505,7 @@ def captions(args):
         some = list(itertools.islice(texts, min(1024, count - 1024 * number)))
         if len(some) < min(1024, count - 1024 * number):
             raise ValueError(f"{path} has fewer lines than codes.npy has images, {count:,}")
-        if number % world == rank and not file.exists():
+        if number % world == rank and not file.exists() and not (folder / "text.json").exists():
             before, rows = encoder.cut, encoder(sum(some, ()), args.batch_size)   # caption, short caption, caption ...
             ends = np.cumsum([len(row) for row in rows])
             spans = np.stack([ends - [len(row) for row in rows], ends], -1).reshape(-1, 2, 2)

@@ -15,6 +15,7 @@ The loss is plain cross-entropy: every code is predicted from its class or capti
 """
 # Shapes:  B images in this process's share of a batch   T codes per image   V codebook entries   N images   A crops
 import argparse
+import itertools
 import json
 import math
 import os
@@ -213,9 +214,9 @@ def main():
     max_steps = args.max_steps or math.ceil(args.epochs * len(train_ids) / args.batch_size)
     lr = args.lr * args.batch_size / 256
 
-    def to_device(ids, crops, short=False):
+    def to_device(ids, crops, short=False, c=None):
         """Images' numbers, the crop of each and whether its short caption is wanted -> codes (B, T) int64 and labels
-        (B,) int64, or features of captions (B, c, D) and their mask (B, c)."""
+        (B,) int64, or features of captions (B, c, D) and their mask (B, c), c being the longest if not given."""
         rows = torch.from_numpy(codes[ids, crops].astype(np.int64))
         if has == "class":
             given = [torch.from_numpy(labels[ids].astype(np.int64))]
@@ -223,8 +224,8 @@ def main():
             ends = spans[ids]                                                               # (B, 2, 2)
             which = (short & (ends[:, 1, 1] > ends[:, 1, 0])).astype(int)
             tokens = [torch.tensor(text[a:b]) for a, b in ends[np.arange(len(ids)), which]]
-            # padding to the longest of them computes the same sooner; compiled code wants one shape, though
-            given = gpt.pad_left(tokens, config.cond_tokens if compiled else max(map(len, tokens)))
+            c = c or (config.cond_tokens if compiled else max(map(len, tokens)))   # compiled code wants one shape
+            given = gpt.pad_left(tokens, c)
         return [x.to(device, non_blocking=True) for x in (rows, *given)]
 
     # ---- model and optimizer ----------------------------------------------------------------------------------------
@@ -289,8 +290,9 @@ def main():
     shown = [torch.arange(min(10, len(meta["classes"])), device=device)], meta["classes"][:10]
     if has == "text" and vq_model:   # ten captions from among the first ten thousand
         few = np.unique(usable[np.linspace(0, min(len(usable), 10_000) - 1, 10).astype(int)])
-        texts = zip(range(few[-1] + 1), gpt.read_captions(Path(args.codes) / "captions.jsonl"))
-        shown = to_device(few, np.zeros_like(few))[1:], [caption for i, (caption, _) in texts if i in few]
+        texts = enumerate(gpt.read_captions(Path(args.codes) / "captions.jsonl"))
+        titles = [caption for i, (caption, _) in itertools.islice(texts, int(few[-1]) + 1) if i in few]
+        shown = to_device(few, np.zeros_like(few), c=config.cond_tokens)[1:], titles
 
     # ---- loop -------------------------------------------------------------------------------------------------------
     pairs = vq.shuffled(len(train_ids), args.seed, seen)

@@ -164,6 +164,8 @@ def test_an_image_follows_from_its_seed_and_caption_whatever_its_batch():
         together = sample.generate(model, features, mask, seeds=[5, 6, 7], **settings)
         alone = sample.generate(model, features[1:2], mask[1:2], seeds=[6], **settings)
         assert torch.equal(together[1:2], alone) and len(torch.unique(together, dim=0)) == 3
+    with pytest.raises(ValueError, match="need all 120"):
+        sample.generate(model, features[:, 20:], mask[:, 20:])
 
 
 def test_captions_are_dropped_in_training_only():
