@@ -350,30 +350,34 @@ def clean_caption(text):
     return re.sub(r"""^['"_,\-:;\s]+|['"_,\-:;+\s]+$""", "", text)
 
 
+def load_pretrained(flag, name, *kinds):
+    """An object of each of these classes of the package transformers, from a folder or Hugging Face name. Raises
+    OSError or ValueError with one sentence when the package or the files are missing or broken."""
+    try:
+        import transformers
+        return [getattr(transformers, kind).from_pretrained(name) for kind in kinds]
+    except ImportError:
+        raise ValueError(f"{flag} {name} needs the package transformers: pip install transformers") from None
+    except Exception as error:   # transformers raises a dozen kinds
+        raise OSError(f"{flag} {name} cannot be loaded ({str(error).splitlines()[0]}); give a folder with its files"
+                      ) from None
+
+
 class CaptionEncoder:
     """Features of captions by FLAN-T5's encoder, or by the stand-in "words": there a token is a word and its features
     are random numbers that follow from its letters. That is no language model: words have identity but no meaning.
 
     name    folder or Hugging Face name of a T5 (loaded by the package transformers; bfloat16 on a GPU), or "words"
     about   {"encoder": name, "dim": D, "hash": tells encoders apart}
-    cut     how many captions had more than 120 tokens, so far
-    Raises OSError or ValueError with one sentence when transformers or the weights are missing."""
+    cut     how many captions had more than 120 tokens, so far"""
 
     def __init__(self, name="google/flan-t5-xl", device="cpu"):
         name = os.path.abspath(name) if os.path.isdir(name) else name   # checkpoints remember it
         self.device, self.cut, self.about = torch.device(device), 0, {"encoder": name, "dim": 64, "hash": "words"}
         if name == "words":
             return
-        try:
-            from transformers import AutoTokenizer, T5EncoderModel
-            dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-            self.tokenizer = AutoTokenizer.from_pretrained(name)
-            self.model = T5EncoderModel.from_pretrained(name, dtype=dtype).to(self.device).eval()
-        except ImportError:
-            raise ValueError("captions need the package transformers: pip install transformers") from None
-        except Exception as error:   # a dozen kinds for files that are missing or broken
-            raise OSError(f"--t5 {name}: no T5 can be loaded there ({str(error).splitlines()[0]}); give a folder with "
-                          "the files of google/flan-t5-xl") from None
+        self.tokenizer, self.model = load_pretrained("--t5", name, "AutoTokenizer", "T5EncoderModel")
+        self.model.to(self.device, torch.bfloat16 if self.device.type == "cuda" else torch.float32).eval()
         digest = hashlib.sha256()   # of a little of every tensor, rounded alike whatever the device
         for key, value in sorted(self.model.state_dict().items()):
             some = value.flatten()[:64].bfloat16().float().cpu().numpy()
