@@ -50,7 +50,7 @@ $(TEXT)/codes/text.json: $(RUN)/vq/ckpt.pt
 
 $(TEXT)/gpt/ckpt.pt: $(TEXT)/codes/text.json
 	@echo "2/3  the GPT over codes, from captions"
-	$(PYTHON) train_gpt.py --cond text --codes $(TEXT)/codes --model demo --batch-size 64 --lr 6e-3 --max-steps 1000 \
+	$(PYTHON) train_gpt.py --cond text --codes $(TEXT)/codes --model demo --batch-size 64 --lr 6e-3 --max-steps 3000 \
 	    --warmup-steps 50 --schedule cosine --dropout 0 --val-images 500 --val-every 200 --log-every 50 --out $(TEXT)/gpt
 
 $(TEXT)/prompts.txt: $(TEXT)/gpt/ckpt.pt
