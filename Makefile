@@ -1,12 +1,14 @@
 # make demo   train a tokenizer and a GPT on drawn shapes, then sample from them (seven and a half minutes on two CPU cores)
+# make demo-text   the same from captions: "a small red star on white", with the tokenizer of `make demo`
 # make test   all tests
-# Both set up .venv first, with the pinned versions of requirements.txt and requirements-vllm.txt. Finished stages of
-# the demo are not repeated; `rm -r runs/demo` starts it afresh.
+# All set up .venv first, with the pinned versions of requirements.txt and requirements-vllm.txt. Finished stages of the
+# demos are not repeated; `rm -r runs/demo runs/demo-text` starts them afresh.
 PYTHON = .venv/bin/python
 PIP = $(PYTHON) -m pip install --quiet --disable-pip-version-check
 RUN = runs/demo
+TEXT = runs/demo-text
 
-.PHONY: demo test
+.PHONY: demo demo-text test
 .DELETE_ON_ERROR:
 
 # the project itself too, for vLLM finds serve_vllm.py by its entry point
@@ -44,3 +46,29 @@ $(RUN)/samples.npz: $(RUN)/gpt/ckpt.pt
 demo: $(RUN)/samples.npz
 	$(PYTHON) tests/demo_agreement.py $(RUN)/samples.npz --at-least 0.8
 	@echo "look at  $$(ls $(RUN)/vq/recon_*.png | tail -1)  and  $(RUN)/samples.png"
+
+$(TEXT)/codes/text.json: $(RUN)/vq/ckpt.pt
+	@echo "1/3  captioned pictures as codes, and the features of their words"
+	$(PYTHON) vq.py encode --ckpt $(RUN)/vq/ckpt.pt --data shapes-captions:12000 --out $(TEXT)/codes --workers 0
+	$(PYTHON) gpt.py captions --codes $(TEXT)/codes --t5 words
+
+$(TEXT)/gpt/ckpt.pt: $(TEXT)/codes/text.json
+	@echo "2/3  the GPT over codes, from captions"
+	$(PYTHON) train_gpt.py --cond text --codes $(TEXT)/codes --model demo --batch-size 128 --lr 4e-3 --max-steps 2000 \
+	    --warmup-steps 50 --schedule cosine --dropout 0 --val-images 500 --val-every 200 --log-every 50 --out $(TEXT)/gpt
+
+$(TEXT)/prompts.txt: $(TEXT)/gpt/ckpt.pt
+	$(PYTHON) -c "import data; print(*(c['caption'] for c in data.shapes(400, 3, captioned=True).captions), sep='\n')" > $@
+
+$(TEXT)/samples.npz: $(TEXT)/prompts.txt
+	@echo "3/3  samples"
+	$(PYTHON) sample.py --vq $(RUN)/vq/ckpt.pt --gpt $(TEXT)/gpt/ckpt.pt --prompt "a small red star on white" \
+	    --prompt "a large green heart on navy" --prompt "a yellow ring on black" --prompt "a pink arrow on grey" \
+	    --prompt "a small cyan bowtie on white" --per-class 5 --resize 168 --cfg-scale 2 --temperature 0.8 --top-k 0 \
+	    --out $(TEXT)/samples.png
+	$(PYTHON) sample.py --vq $(RUN)/vq/ckpt.pt --gpt $(TEXT)/gpt/ckpt.pt --prompts $(TEXT)/prompts.txt --num-samples 400 \
+	    --batch-size 100 --seed 1000 --cfg-scale 2 --temperature 0.8 --top-k 0 --out $@
+
+demo-text: $(TEXT)/samples.npz
+	$(PYTHON) tests/demo_agreement.py $(TEXT)/samples.npz --prompts $(TEXT)/prompts.txt --at-least 0.8
+	@echo "look at  $(TEXT)/samples.png"

@@ -449,13 +449,7 @@ def recon(args):
 def clip(args):
     """100 x the mean cosine between captions and their images by CLIP (arXiv:2104.08718). A sample's label is the line
     of its caption; images without labels are in the order of the lines."""
-    try:
-        from transformers import AutoTokenizer, CLIPModel
-        model, tokenizer = (c.from_pretrained(args.clip) for c in (CLIPModel, AutoTokenizer))
-    except ImportError:
-        raise ValueError("CLIP needs the package transformers: pip install transformers") from None
-    except Exception as error:   # a dozen kinds for files that are missing or broken
-        raise OSError(f"--clip {args.clip}: no CLIP can be loaded there ({str(error).splitlines()[0]})") from None
+    model, tokenizer = gpt.load_pretrained("--clip", args.clip, "CLIPModel", "AutoTokenizer")
     images, prompts = open_set(args.samples, size=args.size), sample.read_prompts(args.prompts)
     lines = range(images.count) if images.labels is None else images.labels
     if max(lines) >= len(prompts):

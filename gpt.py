@@ -197,15 +197,15 @@ class CaptionEmbedding(nn.Module):
         self.register_buffer("uncond_embedding", torch.zeros(config.cond_tokens, config.caption_dim))
 
     def forward(self, features):
-        features = features.to(self.uncond_embedding.dtype)
+        features, none = features.to(self.uncond_embedding.dtype), self.uncond_embedding[-features.shape[1]:]
         if self.training:   # padding is replaced too, and stays masked
             drop = torch.rand(len(features), 1, 1, device=features.device) < self.dropout
-            features = torch.where(drop, self.uncond_embedding, features)
+            features = torch.where(drop, none, features)
         return self.cap_proj.fc2(F.gelu(self.cap_proj.fc1(features), approximate="tanh"))
 
     def uncond(self, features):
         """The condition of the same shape that stands for none."""
-        return self.uncond_embedding.to(features.dtype).expand_as(features)
+        return self.uncond_embedding[-features.shape[1]:].to(features.dtype).expand_as(features)
 
 
 class GPT(nn.Module):
@@ -247,18 +247,18 @@ class GPT(nn.Module):
         """Teacher-forced logits.
 
         tokens   (B, m) int64, the first m <= T codes of each image
-        cond     (B,) int64 class ids in [0, num_classes], or (B, c, D) features of captions, padded on the left; in
-                 training some are dropped
+        cond     (B,) int64 class ids in [0, num_classes], or (B, c, D) features of captions, padded on the left (with a
+                 mask, to the longest of them is enough); in training some are dropped
         mask     (B, c) bool, False where a caption is padded: there nothing looks. None: everything is seen
         returns  (B, m + 1, V): logits[:, i] predicts code i from the condition and the codes before it
         """
         x = torch.cat([self.cls_embedding(cond), self.tok_embeddings(tokens)], dim=1)   # (B, c + m, C)
-        x = self.tok_dropout(x)
-        rope = self.rope[:x.shape[1]]
+        x, c = self.tok_dropout(x), x.shape[1] - tokens.shape[1]
+        rope = self.rope[self.config.cond_tokens - c:self.config.cond_tokens + tokens.shape[1]]
         seen = None if mask is None else visible(mask, 0, x.shape[1])
         for layer in self.layers:
             x = layer(x, rope, seen=seen)
-        return self.output(self.norm(x[:, self.config.cond_tokens - 1:]))
+        return self.output(self.norm(x[:, c - 1:]))
 
     # ---- cached decoding: new_cache, then extend with the condition, then with one code after the other -------------
     def new_cache(self, batch):
@@ -352,30 +352,34 @@ def clean_caption(text):
     return re.sub(r"""^['"_,\-:;\s]+|['"_,\-:;+\s]+$""", "", text)
 
 
+def load_pretrained(flag, name, *kinds):
+    """An object of each of these classes of the package transformers, from a folder or Hugging Face name. Raises
+    OSError or ValueError with one sentence when the package or the files are missing or broken."""
+    try:
+        import transformers
+        return [getattr(transformers, kind).from_pretrained(name) for kind in kinds]
+    except ImportError:
+        raise ValueError(f"{flag} {name} needs the package transformers: pip install transformers") from None
+    except Exception as error:   # transformers raises a dozen kinds
+        raise OSError(f"{flag} {name} cannot be loaded ({str(error).splitlines()[0]}); give a folder with its files"
+                      ) from None
+
+
 class CaptionEncoder:
     """Features of captions by FLAN-T5's encoder, or by the stand-in "words": there a token is a word and its features
     are random numbers that follow from its letters. That is no language model: words have identity but no meaning.
 
     name    folder or Hugging Face name of a T5 (loaded by the package transformers; bfloat16 on a GPU), or "words"
     about   {"encoder": name, "dim": D, "hash": tells encoders apart}
-    cut     how many captions had more than 120 tokens, so far
-    Raises OSError or ValueError with one sentence when transformers or the weights are missing."""
+    cut     how many captions had more than 120 tokens, so far"""
 
     def __init__(self, name="google/flan-t5-xl", device="cpu"):
         name = os.path.abspath(name) if os.path.isdir(name) else name   # checkpoints remember it
         self.device, self.cut, self.about = torch.device(device), 0, {"encoder": name, "dim": 64, "hash": "words"}
         if name == "words":
             return
-        try:
-            from transformers import AutoTokenizer, T5EncoderModel
-            dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-            self.tokenizer = AutoTokenizer.from_pretrained(name)
-            self.model = T5EncoderModel.from_pretrained(name, dtype=dtype).to(self.device).eval()
-        except ImportError:
-            raise ValueError("captions need the package transformers: pip install transformers") from None
-        except Exception as error:   # a dozen kinds for files that are missing or broken
-            raise OSError(f"--t5 {name}: no T5 can be loaded there ({str(error).splitlines()[0]}); give a folder with "
-                          "the files of google/flan-t5-xl") from None
+        self.tokenizer, self.model = load_pretrained("--t5", name, "AutoTokenizer", "T5EncoderModel")
+        self.model.to(self.device, torch.bfloat16 if self.device.type == "cuda" else torch.float32).eval()
         digest = hashlib.sha256()   # of a little of every tensor, rounded alike whatever the device
         for key, value in sorted(self.model.state_dict().items()):
             some = value.flatten()[:64].bfloat16().float().cpu().numpy()
@@ -396,8 +400,8 @@ class CaptionEncoder:
         order.sort(key=lambda i: len(rows[i]))   # so that batches need little padding
         for batch in (order[i:i + batch_size] for i in range(0, len(order), batch_size)):
             if words:
-                out = [torch.tensor(np.stack([np.random.RandomState(zlib.crc32(word.encode())).randn(64)
-                                              for word in rows[i]])).float() for i in batch]
+                random = {w: np.random.RandomState(zlib.crc32(w.encode())).randn(64) for i in batch for w in rows[i]}
+                out = [torch.tensor(np.stack([random[w] for w in rows[i]])).float() for i in batch]
             else:
                 ids = nn.utils.rnn.pad_sequence([torch.tensor(rows[i]) for i in batch], True, -1).to(self.device)
                 out = self.model(ids.clamp(min=0), attention_mask=(ids >= 0).long()).last_hidden_state
@@ -406,12 +410,12 @@ class CaptionEncoder:
         return features
 
 
-def pad_left(rows):
-    """Tensors (n, D), n <= 120 -> (B, 120, D) with zeros on the left, and the mask (B, 120), False at these."""
-    features = rows[0].new_zeros(len(rows), CAPTION_TOKENS, rows[0].shape[1])
+def pad_left(rows, c=CAPTION_TOKENS):
+    """Tensors (n, D), n <= c -> (B, c, D) with zeros on the left, and the mask (B, c), False at these."""
+    features = rows[0].new_zeros(len(rows), c, rows[0].shape[1])
     for i, row in enumerate(rows):
-        features[i, CAPTION_TOKENS - len(row):] = row
-    return features, torch.arange(CAPTION_TOKENS) >= CAPTION_TOKENS - torch.tensor([[len(row)] for row in rows])
+        features[i, c - len(row):] = row
+    return features, torch.arange(c) >= c - torch.tensor([[len(row)] for row in rows])
 
 
 def encode_captions(texts, t5=None, device="cpu", model=None, batch_size=16):
@@ -452,7 +456,7 @@ def captions(args):
         if any(done[k] != about[k] for k in ("hash", "images", "bytes")):
             raise ValueError(f"{folder}/text.json tells of another encoder or other captions ({done['encoder']}, "
                              f"{done['dim']} features a token); delete it to replace them")
-        return print(f"{folder}/text.npy is complete. Nothing to do.")
+        return print(f"{folder}/text.npy is complete. Nothing to do.") if rank == 0 else None
     parts = folder / f"text.parts-{about['hash'][:8]}-{about['bytes']}"   # other encoders have other parts
     parts.mkdir(exist_ok=True)
     texts, files = data.read_captions(path), [parts / f"{s:010d}.npz" for s in range(0, count, 1024)]
@@ -460,7 +464,7 @@ def captions(args):
         some = list(itertools.islice(texts, min(1024, count - 1024 * number)))
         if len(some) < min(1024, count - 1024 * number):
             raise ValueError(f"{path} has fewer lines than codes.npy has images, {count:,}")
-        if number % world == rank and not file.exists():
+        if number % world == rank and not file.exists() and not (folder / "text.json").exists():
             before, rows = encoder.cut, encoder(sum(some, ()), args.batch_size)   # caption, short caption, caption ...
             ends = np.cumsum([len(row) for row in rows])
             spans = np.stack([ends - [len(row) for row in rows], ends], -1).reshape(-1, 2, 2)

@@ -70,6 +70,8 @@ def generate(model, cond, mask=None, *, cfg_scale=1.0, cfg_interval=-1, temperat
     returns       (B, T) int64
     """
     B, T, c = len(cond), model.config.grid ** 2, model.config.cond_tokens
+    if mask is not None and mask.shape[1] != c:
+        raise ValueError(f"captions are padded to {mask.shape[1]} positions; here they need all {c}")
     # One uniform number per code, drawn before anything else: a code is the place where the cumulative probability
     # passes it. So a picture follows from its seed alone, whatever the batch, the device or the number of processes.
     uniform = torch.stack([torch.rand(T, generator=torch.Generator().manual_seed(s)) for s in seeds]) \

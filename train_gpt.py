@@ -15,6 +15,7 @@ The loss is plain cross-entropy: every code is predicted from its class or capti
 """
 # Shapes:  B images in this process's share of a batch   T codes per image   V codebook entries   N images   A crops
 import argparse
+import itertools
 import json
 import math
 import mmap
@@ -220,16 +221,18 @@ def main():
     max_steps = args.max_steps or math.ceil(args.epochs * len(train_ids) / args.batch_size)
     lr = args.lr * args.batch_size / 256
 
-    def to_device(ids, crops, short=False):
+    def to_device(ids, crops, short=False, c=None):
         """Images' numbers, the crop of each and whether its short caption is wanted -> codes (B, T) int64 and labels
-        (B,) int64, or features of captions (B, 120, D) and their mask (B, 120)."""
+        (B,) int64, or features of captions (B, c, D) and their mask (B, c), c being the longest if not given."""
         rows = torch.from_numpy(codes[ids, crops].astype(np.int64))
         if has == "class":
             given = [torch.from_numpy(labels[ids].astype(np.int64))]
         else:
             ends = spans[ids]                                                               # (B, 2, 2)
             which = (short & (ends[:, 1, 1] > ends[:, 1, 0])).astype(int)
-            given = gpt.pad_left([torch.tensor(text[a:b]) for a, b in ends[np.arange(len(ids)), which]])
+            tokens = [torch.tensor(text[a:b]) for a, b in ends[np.arange(len(ids)), which]]
+            c = c or (config.cond_tokens if compiled else max(map(len, tokens)))   # compiled code wants one shape
+            given = gpt.pad_left(tokens, c)
         return [x.to(device, non_blocking=True) for x in (rows, *given)]
 
     # ---- model and optimizer ----------------------------------------------------------------------------------------
@@ -296,8 +299,9 @@ def main():
     shown = [torch.arange(min(10, len(meta["classes"])), device=device)], meta["classes"][:10]
     if has == "text" and vq_model:   # ten captions from among the first ten thousand
         few = np.unique(usable[np.linspace(0, min(len(usable), 10_000) - 1, 10).astype(int)])
-        texts = zip(range(few[-1] + 1), data.read_captions(Path(args.codes) / "captions.jsonl"))
-        shown = to_device(few, np.zeros_like(few))[1:], [caption for i, (caption, _) in texts if i in few]
+        texts = enumerate(data.read_captions(Path(args.codes) / "captions.jsonl"))
+        titles = [caption for i, (caption, _) in itertools.islice(texts, int(few[-1]) + 1) if i in few]
+        shown = to_device(few, np.zeros_like(few), c=config.cond_tokens)[1:], titles
 
     # ---- loop -------------------------------------------------------------------------------------------------------
     pairs = vq.shuffled(len(train_ids), args.seed, seen)
@@ -511,10 +515,10 @@ def picture(config, weights, vq_model, given, titles, path):
     """Draw two images of each condition: given is [labels] or [features, mask]."""
     shadow = gpt.GPT(config).to(given[0].device).eval()
     shadow.load_state_dict(weights)
-    scale, seeds = 7.5 if config.caption_dim else 2.0, range(2 * len(titles))
-    codes = sample.generate(shadow, *(torch.cat([x, x]) for x in given), cfg_scale=scale, seeds=seeds)
+    twice = [torch.cat([x, x]) for x in given]
+    codes = sample.generate(shadow, *twice, cfg_scale=2.0, seeds=range(2 * len(titles)))
     data.save_grid(sample.to_pixels(vq_model, codes), path, len(titles), titles * 2)
-    print(f"{path}: samples, guidance {scale:g}", flush=True)
+    print(f"{path}: samples, guidance 2", flush=True)
 
 
 if __name__ == "__main__":

@@ -259,7 +259,7 @@ def main():
     say(f"torch {torch.__version__}, {world} process(es) on {device.type}, {'bfloat16' if bf16 else 'float32'}")
     say(f"{args.model}: {sum(q.numel() for q in model.parameters()) / 1e6:.1f}M parameters, {args.image_size} pixels "
         f"-> {side} x {side} codes of {config.codebook_size:,}")
-    say(f"{args.data}: {len(images):,} images in {len(images.classes)} classes; {max_steps:,} steps of "
+    say(f"{args.data}: {len(images):,} images; {max_steps:,} steps of "
         f"{args.batch_size} images = {max_steps * args.batch_size / len(images):.1f} epochs -> {out}")
     if init:
         say(f"starting from {args.init}{' and its discriminator' if saved.keys() & {'disc', 'discriminator'} else ''}")
