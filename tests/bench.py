@@ -10,12 +10,14 @@ possible: every weight (and for decoding every cached key and value) read once, 
 optimizer state written and read once.
 """
 import argparse
+import importlib.util
 import json
 import mmap
 import platform
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -23,15 +25,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import evaluate  # noqa: E402
 import data  # noqa: E402
+import evaluate  # noqa: E402
 import gpt  # noqa: E402
 import sample  # noqa: E402
 import train_gpt  # noqa: E402
 import vq  # noqa: E402
 
 
-CASES = ["encode", "decode-images", "train", "load", "sample", "features", "precision-recall"]
+CASES = ["encode", "decode-images", "train", "load", "sample", "serve", "features", "precision-recall"]
 
 
 def seconds(f, device, repeats=5):
@@ -170,6 +172,56 @@ def bench_decode(name, device, dtype, roof, images):
            cache_MB=round(cache.numel() * cache.element_size() / 1e6))
 
 
+def bench_serve(name, device, dtype, images, requests=64):
+    """vLLM (serve_vllm.py) against sample.generate: a batch of guided images of 256 codes; and `requests` that arrive at
+    random over a minute, which sample.generate draws one by one as they come. For that, one image is timed and the
+    queue computed, since nothing else happens in it."""
+    if importlib.util.find_spec("vllm") is None:
+        return print(json.dumps({"case": "serve", "skipped": "vLLM is not installed"}))
+    import serve_vllm
+    import vllm
+    model, vq_config = gpt.GPT(gpt.GPT_CONFIGS[name]), vq.VQ_CONFIGS["VQ-16"]
+    torch.nn.init.normal_(model.output.weight, std=0.02)
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "exported"
+        for file, saved, config in (("gpt.pt", model, model.config), ("vq.pt", vq.VQModel(vq_config), vq_config)):
+            torch.save({"model": saved.state_dict(), "config": asdict(config)}, Path(folder) / file)
+        serve_vllm.export(argparse.Namespace(gpt=f"{folder}/gpt.pt", vq=f"{folder}/vq.pt", pretrained=None, out=out,
+                                             image_size=None, overwrite=False))
+        info = serve_vllm.read_export(out)
+        model = model.to(device, dtype).eval()
+
+        def plain(n):
+            sample.generate(model, torch.arange(n, device=device), cfg_scale=4.0, top_k=2000)
+
+        batch_s, alone_s = seconds(lambda: plain(images), device, 1), seconds(lambda: plain(1), device, 3)
+        del model
+        torch.cuda.empty_cache()
+        engine = vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**serve_vllm.engine_arguments(out),
+                                                                 disable_log_stats=True))
+
+    def served(arrivals):
+        """Seconds until all are drawn of as many images as there are arrivals (s, sorted)."""
+        began, sent = time.perf_counter(), 0
+        while sent < len(arrivals) or engine.has_unfinished_requests():
+            while sent < len(arrivals) and arrivals[sent] <= time.perf_counter() - began:
+                engine.add_request(f"{began}/{sent}", serve_vllm.prompt_of(sent, info),
+                                   serve_vllm.sampling_params(info, seed=sent))
+                sent += 1
+            engine.step() if engine.has_unfinished_requests() else time.sleep(0.01)
+        return time.perf_counter() - began
+
+    served([0] * images)
+    vllm_s, arrivals, end = served([0] * images), np.sort(np.random.RandomState(0).uniform(0, 60, requests)), 0
+    spread_s = served(arrivals)
+    for arrival in arrivals:
+        end = max(end, arrival) + alone_s
+    print(json.dumps({"case": "serve", "model": name, "images": images, "images/s": round(images / vllm_s, 3),
+                      "sample.generate_images/s": round(images / batch_s, 3), "ratio": round(batch_s / vllm_s, 2),
+                      "requests_in_a_minute": requests, "done_s": round(spread_s, 1), "one_by_one_s": round(end, 1),
+                      "sooner": round(end / spread_s, 2), "vllm": vllm.__version__}), flush=True)
+
+
 def bench_features(device, batch):
     """Inception features of evaluate.py at 256 pixels, in float32 whatever the other cases run in."""
     shapes = json.loads((Path(__file__).parent / "golden" / "metrics" / "inception_keys.json").read_text())["tensors"]
@@ -224,6 +276,8 @@ def main():
         elif case == "sample":
             for images in [args.batch] if args.batch else [8, 32]:
                 bench_decode(args.model, device, dtype, roof, images)
+        elif case == "serve":
+            bench_serve(args.model, device, dtype, args.batch or 8)
         elif case == "features":
             bench_features(device, args.batch or (64 if on_gpu else 8))
         elif case == "precision-recall":
