@@ -195,7 +195,7 @@ def bench_serve(name, device, dtype, images, requests=64):
             sample.generate(model, torch.arange(n, device=device), cfg_scale=4.0, top_k=2000)
 
         batch_s, alone_s = seconds(lambda: plain(images), device, 1), seconds(lambda: plain(1), device, 3)
-        del model
+        model = None   # vLLM takes what memory there is
         torch.cuda.empty_cache()
         engine = vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**serve_vllm.engine_arguments(out),
                                                                  disable_log_stats=True))
