@@ -122,7 +122,9 @@ def write_npz(path, model, vq_model, num_samples, *, given=None, seed=0, batch_s
     given: [features, mask] of n captions (gpt.encode_captions); the label is then a caption's number, i % n.
     Under torchrun the processes share the work and the file is the same whatever their number. Parts stand in
     PATH.parts until all are done, so that a second start goes on where the first ended. `settings` go to `generate`.
-    Raises ValueError when PATH.parts was begun with other settings."""
+    Raises ValueError when PATH.parts was begun with other settings, and where a caption model has no captions."""
+    if model.config.caption_dim and not given:
+        raise ValueError("the model draws captions, not classes; sample.py takes them from --prompts FILE")
     rank, world, device = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), model.norm.weight.device
     path, parts = Path(path), Path(f"{path}.parts")
     captions = given and hashlib.sha256(given[0].float().numpy().tobytes()).hexdigest()
