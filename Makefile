@@ -64,10 +64,10 @@ $(TEXT)/samples.npz: $(TEXT)/prompts.txt
 	@echo "3/3  samples"
 	$(PYTHON) sample.py --vq $(RUN)/vq/ckpt.pt --gpt $(TEXT)/gpt/ckpt.pt --prompt "a small red star on white" \
 	    --prompt "a large green heart on navy" --prompt "a yellow ring on black" --prompt "a pink arrow on grey" \
-	    --prompt "a small cyan bowtie on white" --per-class 5 --resize 168 --cfg-scale 2 --temperature 0.8 --top-k 0 \
+	    --prompt "a small cyan bowtie on white" --per-class 5 --resize 168 --cfg-scale 1.5 --temperature 0.8 --top-k 0 \
 	    --out $(TEXT)/samples.png
 	$(PYTHON) sample.py --vq $(RUN)/vq/ckpt.pt --gpt $(TEXT)/gpt/ckpt.pt --prompts $(TEXT)/prompts.txt --num-samples 400 \
-	    --batch-size 100 --seed 1000 --cfg-scale 2 --temperature 0.8 --top-k 0 --out $@
+	    --batch-size 100 --seed 1000 --cfg-scale 1.5 --temperature 0.8 --top-k 0 --out $@
 
 demo-text: $(TEXT)/samples.npz
 	$(PYTHON) tests/demo_agreement.py $(TEXT)/samples.npz --prompts $(TEXT)/prompts.txt --at-least 0.8
