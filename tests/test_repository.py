@@ -27,7 +27,8 @@ def help_of():
     texts = {}
 
     def get(script, words):
-        sub = [w for w in words[:1] if w in ("encode", "reconstruct", "stats", "recon", "clip", "sweep", "captions")]
+        sub = [w for w in words[:1] if w in ("encode", "reconstruct", "stats", "recon", "clip", "sweep", "captions",
+                                             "export", "generate", "serve")]
         key = (script, *sub)
         if key not in texts:
             texts[key] = subprocess.run([sys.executable, *key, "--help"], cwd=ROOT, capture_output=True, text=True).stdout
