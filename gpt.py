@@ -418,18 +418,24 @@ def pad_left(rows, c=CAPTION_TOKENS):
     return features, torch.arange(c) >= c - torch.tensor([[len(row)] for row in rows])
 
 
-def encode_captions(texts, t5=None, device="cpu", model=None, batch_size=16):
-    """Strings -> features (B, 120, D) and mask (B, 120) bool for a caption model, on the CPU; the encoder is gone from
-    memory afterwards. A caption of more than 120 tokens is cut, with a warning.
+def caption_encoder(t5=None, device="cpu", model=None):
+    """The CaptionEncoder `t5`, a folder or name; None: the one that `model` was trained with, or google/flan-t5-xl.
 
-    t5      folder or name of the encoder; None: the one that `model` was trained with, or google/flan-t5-xl
-    model   the GPT that the features are for, if known: ValueError where it was trained on others"""
+    model: the GPT that its features are for, if known. Raises ValueError where that was trained on others."""
     trained = getattr(model, "text", None) or {}
     encoder = CaptionEncoder(t5 or trained.get("encoder", "google/flan-t5-xl"), device)
-    about, rows = encoder.about, encoder(texts, batch_size)
+    about = encoder.about
     if model and about["dim"] != model.config.caption_dim or trained.get("hash", about["hash"]) != about["hash"]:
         raise ValueError(f"--t5 {about['encoder']} ({about['dim']} features a token) is not the encoder that the GPT "
                          f"was trained with ({trained.get('encoder', 'FLAN-T5 XL')}, {model.config.caption_dim})")
+    return encoder
+
+
+def encode_captions(texts, t5=None, device="cpu", model=None, batch_size=16):
+    """Strings -> features (B, 120, D) and mask (B, 120) bool for a caption model, on the CPU; the encoder is gone from
+    memory afterwards. A caption of more than 120 tokens is cut, with a warning. t5 and model as in caption_encoder."""
+    encoder = caption_encoder(t5, device, model)
+    rows = encoder(texts, batch_size)
     if not all(map(len, rows)):
         raise ValueError(f"the caption {texts[[len(row) for row in rows].index(0)]!r} has no words")
     if encoder.cut:

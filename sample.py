@@ -223,6 +223,15 @@ def read_prompts(path):
     return prompts
 
 
+def fetch_pretrained(name):
+    """Released weights by size and pixels, as --pretrained takes them: paths of the tokenizer and of the GPT, and the
+    pixels a side. They are fetched when they are not here yet."""
+    files, where = ("vq_ds16_c2i.pt", f"c2i_{name.replace('-', '_')}.pt"), "FoundationVision/LlamaGen"
+    if name in TEXT_FILES:
+        files, where = ("vq_ds16_t2i.pt", TEXT_FILES[name]), "peizesun/llamagen_t2i"
+    return *(vq.pretrained(file, where) for file in files), int(name.split("-")[1])
+
+
 def main():
     """The command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -264,11 +273,7 @@ def main():
             raise ValueError("give --vq and --gpt, or --pretrained")
         size = args.image_size or 256
         if args.pretrained:
-            name, size = args.pretrained, int(args.pretrained.split("-")[1])
-            files, where = ("vq_ds16_c2i.pt", f"c2i_{name.replace('-', '_')}.pt"), "FoundationVision/LlamaGen"
-            if name in TEXT_FILES:
-                files, where = ("vq_ds16_t2i.pt", TEXT_FILES[name]), "peizesun/llamagen_t2i"
-            args.vq, args.gpt = (vq.pretrained(file, where) for file in files)
+            args.vq, args.gpt, size = fetch_pretrained(args.pretrained)
         vq_model = vq.load_vq(args.vq, device)
         model = gpt.load_gpt(args.gpt, device, grid=size // vq_model.config.downsample)
         check_pair(model, vq_model, args.gpt, args.vq)

@@ -5,8 +5,8 @@ $ python serve_vllm.py generate exported --classes 0,star --n 8 --out grid.png
 $ python serve_vllm.py serve exported --port 8000
 
 vLLM finds this file by the entry point that `pip install -e .` writes (pyproject.toml), in each of its processes; so
-its own server serves an exported folder as well (README.md). The file in order: registration, model, guidance, the
-exported folder, generate, server, the command line.
+its own server serves an exported folder as well (README.md). The file in order: registration, model, guidance, settings
+of a request, the exported folder, generate, server, the command line.
 """
 # Shapes:  N tokens of all images in one step   R images in one step   T codes per image   c condition tokens
 #          C width   n heads, on this rank   d = C / n   V codebook entries
@@ -14,7 +14,6 @@ import argparse
 import asyncio
 import base64
 import contextlib
-import difflib
 import importlib.util
 import io
 import json
@@ -213,14 +212,49 @@ if __name__ != "__main__":
             return logits
 
 
+# ---- settings of a request ------------------------------------------------------------------------------------------
+SETTINGS = {   # default for classes and for captions, least, most, what it is
+    "cfg_scale": (4.0, 7.5, 0, 1000, "guidance, 1 is none"),
+    "cfg_interval": (-1, -1, -1, 10 ** 6, "guide the first code and this many + 1 more; -1: all"),
+    "temperature": (1.0, 1.0, 0, 2, "0 takes the likeliest code, 2 is vLLM's limit"),
+    "top_k": (2000, 1000, 0, 10 ** 6, "sample from the k likeliest codes; 0: all"),
+    "top_p": (1.0, 1.0, 1e-6, 1, "sample from the likeliest codes that make up p"),
+}
+
+
 def check(**settings):
-    """Raise ValueError for settings of a request that cannot be meant; vLLM limits the temperature to 2."""
-    ranges = {"cfg_scale": (0, 1000), "cfg_interval": (-1, 10 ** 6), "temperature": (0, 2), "top_k": (0, 10 ** 6),
-              "top_p": (1e-6, 1)}
-    for name, (least, most) in ranges.items():
-        value = settings.get(name, most)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
+    """Raise ValueError for settings of a request that cannot be meant."""
+    for name, value in settings.items():
+        _, _, least, most, _ = SETTINGS.get(name, (0, 0, 0, 0, ""))
+        if name in SETTINGS and (isinstance(value, bool) or not isinstance(value, (int, float)) or
+                                 not least <= value <= most):
             raise ValueError(f"{name} {value!r} is not a number from {least} to {most:,}")
+
+
+def sampling_params(info, *, seed=None, stream=False, **settings):
+    """vLLM's SamplingParams for one image; settings that are not given have their defaults. With `stream` its codes
+    come as they are made. Raises ValueError for values out of range."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+    settings = {name: settings.get(name, row[info["captions"]]) for name, row in SETTINGS.items()}
+    check(**settings)
+    guidance = {name: settings.pop(name) for name in ("cfg_scale", "cfg_interval")}
+    return SamplingParams(max_tokens=info["grid"] ** 2, ignore_eos=True, detokenize=False, seed=seed, **settings,
+                          output_kind=RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY,
+                          extra_args=guidance)
+
+
+def class_prompt(class_id, info):
+    """The prompt of a class."""
+    return {"prompt_token_ids": [info["codebook_size"] + class_id]}
+
+
+@torch.no_grad()
+def caption_prompt(features, embedding):
+    """The prompt of a caption from the features (n, D) of its tokens: (n, 2C), these and "no caption" at the positions
+    that the tokens have, the last n, both projected by the model's gpt.CaptionEmbedding. Padding is not sent."""
+    both = torch.stack([features, embedding.uncond_embedding[-len(features):]])   # (2, n, D)
+    return {"prompt_embeds": torch.cat([*embedding(both)], -1)}
 
 
 # ---- the exported folder --------------------------------------------------------------------------------------------
@@ -237,12 +271,10 @@ def export(args):
     size, out = args.image_size or 256, Path(args.out)
     if bool(args.pretrained) == bool(args.vq and args.gpt):
         raise ValueError("give --gpt and --vq, or --pretrained")
-    if (out / "config.json").exists() and not args.overwrite:
-        raise ValueError(f"--out {out} holds an exported model; give --overwrite to replace it, or another folder")
+    if (out / "config.json").exists():
+        raise ValueError(f"--out {out} holds an exported model; choose another folder, or delete it")
     if args.pretrained:
-        size = int(args.pretrained.split("-")[1])
-        args.vq = vq.pretrained("vq_ds16_c2i.pt")
-        args.gpt = vq.pretrained(f"c2i_{args.pretrained.replace('-', '_')}.pt")
+        args.vq, args.gpt, size = sample.fetch_pretrained(args.pretrained)
     vq_model = vq.load_vq(args.vq)
     model = gpt.load_gpt(args.gpt, grid=size // vq_model.config.downsample)
     sample.check_pair(model, vq_model, args.gpt, args.vq)
@@ -256,19 +288,19 @@ def export(args):
         "max_position_embeddings": c.cond_tokens + c.grid ** 2, "tie_word_embeddings": False,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0,
                             "mrope_section": [head_size(c) // 2, 0, 0]},   # so that vLLM asks the model for positions
-        "image_size": side, "tokenizer": vq.weights_hash(vq_model), "classes": names}
+        "image_size": side, "tokenizer": vq.weights_hash(vq_model), "classes": names, "text": model.text}
     out.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(args.vq, out / "vq.pt.tmp")
     save_file(model.state_dict(), out / "model.safetensors.tmp", {"format": "pt"})
     (out / "config.json.tmp").write_text(json.dumps(config, indent=1))
     for name in ("vq.pt", "model.safetensors", "config.json"):   # the last one tells that the folder is complete
         os.replace(out / f"{name}.tmp", out / name)
-    print(f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(names)} classes, "
-          f"{side} x {side} pixels")
+    print(f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters, {side} x {side} pixels, "
+          f"{'captions' if c.caption_dim else f'{len(names)} classes'}")
 
 
 def read_export(folder):
-    """config.json of an exported folder as a dict, with `grid` and `codebook_size` on top.
+    """config.json of an exported folder as a dict, with `grid`, `codebook_size` and `captions` (bool) on top.
     Raises OSError or ValueError with one sentence for a folder that is missing or none of export's."""
     folder = Path(folder)
     try:
@@ -279,101 +311,105 @@ def read_export(folder):
                       f"python serve_vllm.py export --gpt CKPT --vq CKPT --out {folder}") from None
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{folder / 'config.json'} was not written by serve_vllm.py export") from None
-    for name in ("model.safetensors", "vq.pt"):
-        if not (folder / name).exists():
-            raise OSError(f"{folder / name} is missing; export the model again")
-    return {**info, "grid": config.grid, "codebook_size": config.vocab_size}
+    if not (folder / "model.safetensors").exists():
+        raise OSError(f"{folder / 'model.safetensors'} is missing; export the model again")
+    return {**info, "grid": config.grid, "codebook_size": config.vocab_size, "captions": config.caption_dim > 0}
 
 
-def engine_arguments(folder, **overrides):
-    """Keyword arguments of vllm.LLM and vllm.AsyncEngineArgs for an exported folder; `overrides` win.
+def read_model(folder, info):
+    """The plain GPT of an exported folder, as gpt.load_gpt gives it; its weights are read from disk when used."""
+    from safetensors.torch import load_file
+    with torch.device("meta"):
+        model = gpt.GPT(gpt.GPTConfig(**info["gpt"]))
+    model.load_state_dict(load_file(Path(folder) / "model.safetensors"), assign=True)
+    model.text = info["text"]
+    return model.cpu().eval()   # the rotary table, too
+
+
+def engine_arguments(folder, *, dtype=None, tensor_parallel_size=1, **more):
+    """Keyword arguments of vllm.LLM and vllm.AsyncEngineArgs for an exported folder; `more` wins.
     Raises ValueError where vLLM is missing or the heads cannot be shared out as asked."""
-    info, ranks, cuda = read_export(folder), overrides.get("tensor_parallel_size", 1), torch.cuda.is_available()
+    info, cuda = read_export(folder), torch.cuda.is_available()
     if importlib.util.find_spec("vllm") is None:
         raise ValueError("vLLM is not installed: pip install -e .[serve] (README.md tells how on a CPU)")
-    if ranks < 1 or info["gpt"]["n_head"] % ranks:
-        raise ValueError(f"--tensor-parallel-size {ranks} does not divide the {info['gpt']['n_head']} heads")
+    if tensor_parallel_size < 1 or info["gpt"]["n_head"] % tensor_parallel_size:
+        raise ValueError(f"--tensor-parallel-size {tensor_parallel_size} does not divide the "
+                         f"{info['gpt']['n_head']} heads")
     return {"model": str(folder), "skip_tokenizer_init": True, "logits_processors": ["serve_vllm:Guidance"],
             "generation_config": "vllm", "max_model_len": info["max_position_embeddings"], "max_num_seqs": 64,
-            "enable_prefix_caching": False, "enable_prompt_embeds": info["gpt"]["cond_tokens"] > 1,
-            "dtype": "bfloat16" if cuda else "float32", "enforce_eager": not cuda, "use_tqdm_on_load": False,
-            **overrides}
+            "enable_prefix_caching": False, "enable_prompt_embeds": info["captions"], "enforce_eager": not cuda,
+            "dtype": dtype or ("bfloat16" if cuda else "float32"), "tensor_parallel_size": tensor_parallel_size,
+            "use_tqdm_on_load": False, **more}
 
 
-def prompt_of(class_id, info):
-    """The prompt of a class."""
-    return {"prompt_token_ids": [info["codebook_size"] + class_id]}
-
-
-def sampling_params(info, *, seed=None, cfg_scale=4.0, cfg_interval=-1, temperature=1.0, top_k=2000, top_p=1.0,
-                    stream=False):
-    """vLLM's SamplingParams for one image, with sample.py's settings. With `stream` its codes come as they are made.
-    Raises ValueError for values out of range."""
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-    guidance = {"cfg_scale": cfg_scale, "cfg_interval": cfg_interval}
-    check(**guidance, temperature=temperature, top_k=top_k, top_p=top_p)
-    top_k = top_k if top_k < info["codebook_size"] else 0
-    return SamplingParams(max_tokens=info["grid"] ** 2, ignore_eos=True, detokenize=False, seed=seed,
-                          temperature=temperature, top_k=top_k, top_p=top_p, extra_args=guidance,
-                          output_kind=RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY)
+def quiet():
+    """Say that vLLM starts, and leave out what it and torch remark on CPUs and on parts that are not installed;
+    VLLM_LOGGING_LEVEL=INFO shows vLLM's side of it."""
+    print("vLLM starts, which can take a minute ...", flush=True)
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")   # for the engine's process, too
+    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
 
 
 # ---- generate -------------------------------------------------------------------------------------------------------
 def generate(args):
-    """Draw images of classes in one batch and save them as a picture; image i is drawn from seed + i."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    arguments = engine_arguments(args.folder, tensor_parallel_size=args.tensor_parallel_size,
-                                 **({"dtype": args.dtype} if args.dtype else {}))
-    info, folder = read_export(args.folder), Path(args.folder)
-    labels = [sample.find_class(c, info["classes"]) for c in args.classes.split(",") for _ in range(args.n)]
-    if not labels or Path(args.out).suffix != ".png":
-        raise ValueError("--n is at least 1, and --out ends in .png")
-    settings = {k: getattr(args, k) for k in ("cfg_scale", "cfg_interval", "temperature", "top_k", "top_p")}
+    """Draw images in one batch and save them as a picture; image i is drawn from seed + i."""
+    info, device = read_export(args.folder), "cuda" if torch.cuda.is_available() else "cpu"
+    arguments = engine_arguments(args.folder, dtype=args.dtype, tensor_parallel_size=args.tensor_parallel_size)
+    settings = {name: row[info["captions"]] if getattr(args, name) is None else getattr(args, name)
+                for name, row in SETTINGS.items()}
     check(**settings)
-    vq_model = vq.load_vq(folder / "vq.pt", device)
-    print("vLLM starts, which can take a minute ...", flush=True)
+    if args.n < 1 or Path(args.out).suffix != ".png":
+        raise ValueError("--n is at least 1, and --out ends in .png")
+    if info["captions"] and (args.classes or not args.prompt):
+        raise ValueError(f"{args.folder} draws from captions, not classes: give --prompt \"...\"")
+    if not info["captions"] and (args.prompt or not args.classes):
+        raise ValueError(f"{args.folder} draws from classes, not captions: give --classes")
+    vq_model = vq.load_vq(Path(args.folder) / "vq.pt", device)
+    model = read_model(args.folder, info) if info["captions"] or args.compare else None
+    if info["captions"]:
+        titles, (features, mask) = args.prompt, gpt.encode_captions(args.prompt, args.t5, device, model)
+        given = features, mask
+        prompts = [caption_prompt(row[seen], model.cls_embedding) for row, seen in zip(features, mask)]
+    else:
+        given = [torch.tensor([sample.find_class(c, info["classes"]) for c in args.classes.split(",")])]
+        titles = [info["classes"][c].split(",")[0] for c in given[0]]
+        prompts = [class_prompt(c, info) for c in given[0].tolist()]
+    rows = [row for row in range(len(titles)) for _ in range(args.n)]
+    seeds = range(args.seed, args.seed + len(rows))
     quiet()
     import vllm
-    params = [sampling_params(info, seed=args.seed + i, stream=True, **settings) for i in range(len(labels))]
 
     if args.compare:   # before the engine starts, for it takes all of a GPU's memory
-        from safetensors.torch import load_file
-        with torch.device("meta"):
-            model = gpt.GPT(gpt.GPTConfig(**info["gpt"]))
-        model.load_state_dict(load_file(folder / "model.safetensors"), assign=True)
-        model = model.to(device, getattr(torch, arguments["dtype"])).eval()
-        began = time.time()
-        plain = sample.generate(model, torch.tensor(labels, device=device), seeds=[args.seed + i for i in
-                                range(len(labels))], progress=True, **settings).cpu()
-        plain_seconds = time.time() - began
-        del model
+        model, began = model.to(device, getattr(torch, arguments["dtype"])), time.time()
+        plain = sample.generate(model, *(x[rows].to(device) for x in given), seeds=seeds, progress=True, **settings)
+        plain, plain_seconds, model = plain.cpu(), time.time() - began, None
         torch.cuda.empty_cache()
 
     engine = vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**arguments, disable_log_stats=True))
-    codes, began = [[] for _ in labels], time.time()
-    for i, label in enumerate(labels):
-        engine.add_request(str(i), prompt_of(label, info), params[i])
-    with vq.progress(len(labels) * info["grid"] ** 2, "codes", unit=" codes") as bar:
+    codes, began = [[] for _ in rows], time.time()
+    for i, row in enumerate(rows):
+        engine.add_request(str(i), prompts[row], sampling_params(info, seed=seeds[i], stream=True, **settings))
+    with vq.progress(len(rows) * info["grid"] ** 2, "codes", unit=" codes") as bar:
         while engine.has_unfinished_requests():
             for output in engine.step():
                 codes[int(output.request_id)] += output.outputs[0].token_ids
                 bar.update(len(output.outputs[0].token_ids))
     seconds, codes = time.time() - began, torch.tensor(codes)
-    print(f"vLLM: {len(labels)} images in {seconds:.1f} s, {len(labels) / seconds:.3f} images/s")
+    print(f"vLLM: {len(rows)} images in {seconds:.1f} s, {len(rows) / seconds:.3f} images/s")
     if args.compare:
-        print(f"sample.generate: {plain_seconds:.1f} s, {len(labels) / plain_seconds:.3f} images/s; vLLM is "
+        print(f"sample.generate: {plain_seconds:.1f} s, {len(rows) / plain_seconds:.3f} images/s; vLLM is "
               f"{plain_seconds / seconds:.2f} times as fast" + (args.temperature == 0) *
               f", and {(codes == plain).float().mean():.2%} of its codes are the same")
     pixels = np.concatenate([sample.to_pixels(vq_model, some.to(device)) for some in codes.split(8)])
-    columns = min(args.n if args.n > 1 else len(labels), 10)
-    data.save_grid(pixels, args.out, columns, [info["classes"][c].split(",")[0] for c in labels])
-    print(f"{args.out}: {len(labels)} images")
+    columns = args.n if args.n > 1 else len(rows)
+    data.save_grid(pixels, args.out, min(columns, 10), [titles[row] for row in rows])
+    print(f"{args.out}: {len(rows)} images")
 
 
 # ---- server ---------------------------------------------------------------------------------------------------------
 MAX_BODY = 2 ** 16   # bytes of a request; it holds little more than a prompt
-DECODE_BATCH = 8     # images that the tokenizer decodes together at most, so that its memory is bounded
+BATCH = 8            # images that the tokenizer decodes together at most, so that its memory is bounded
 
 
 def to_pngs(vq_model, rows, grid):
@@ -390,47 +426,57 @@ def to_pngs(vq_model, rows, grid):
     return [file.getvalue() for file in files]
 
 
-async def decode_forever(waiting, vq_model, grid):
-    """Serve a queue of (rows of codes, future of the PNG): as many as wait, together, in a thread."""
+async def work_off(waiting, work):
+    """Serve a queue of (item, future of the result): what waits, up to BATCH, goes through `work` together, a function
+    from a list of items to one of results, in a thread."""
     while True:
         batch = [await waiting.get()]
-        while not waiting.empty() and len(batch) < DECODE_BATCH:
+        while not waiting.empty() and len(batch) < BATCH:
             batch.append(waiting.get_nowait())
         try:
-            files = await asyncio.to_thread(to_pngs, vq_model, [rows for rows, _ in batch], grid)
-        except Exception as error:   # out of memory, say: these images fail, later ones may not
-            files = [error] * len(batch)
-        for (_, png), file in zip(batch, files):
-            if not png.done():       # else it was cancelled: the client has gone
-                png.set_exception(file) if isinstance(file, Exception) else png.set_result(file)
+            results = await asyncio.to_thread(work, [item for item, _ in batch])
+        except Exception as error:   # out of memory, say: these fail, later ones may not
+            results = [error] * len(batch)
+        for (_, future), result in zip(batch, results):
+            if not future.done():    # else it was cancelled: the client has gone
+                future.set_exception(result) if isinstance(result, Exception) else future.set_result(result)
 
 
-def make_app(engine, info, vq_model, name, api_keys=(), max_queue=256):
+def make_app(engine, info, vq_model, name, api_keys=(), max_queue=256, encode=None):
     """The FastAPI application over an engine: vLLM's AsyncLLM, or what has its generate, check_health and errored.
 
-    info is read_export's, name the model's for clients; api_keys and max_queue are as the flags. app.state.running
-    holds a task for each unfinished image; once app.state.draining is True, new requests are refused."""
+    info is read_export's, name the model's for clients; api_keys and max_queue are as the flags. encode makes a list of
+    prompts of captions, None of one without words. app.state.unfinished counts images; once app.state.draining is
+    True, new requests are refused."""
     import prometheus_client
     import pydantic
-    from fastapi import Depends, FastAPI, HTTPException, Request
+    from fastapi import Depends, FastAPI, Request
     from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
     from pydantic import Field
+    from starlette.exceptions import HTTPException
 
     grid, names = info["grid"], info["classes"]
     T, size = grid * grid, f"{info['image_size']}x{info['image_size']}"
-    waiting = asyncio.Queue()   # for the decoder
+    decoding, encoding = asyncio.Queue(), asyncio.Queue()
 
     @contextlib.asynccontextmanager
     async def lifespan(app):
-        decoding = asyncio.create_task(decode_forever(waiting, vq_model, grid))
+        tasks = [asyncio.create_task(work_off(decoding, lambda rows: to_pngs(vq_model, rows, grid))),
+                 asyncio.create_task(work_off(encoding, encode))]
         yield
-        decoding.cancel()
+        for task in tasks:
+            task.cancel()
     app = FastAPI(lifespan=lifespan, openapi_url=None, redirect_slashes=False)
-    app.state.running, app.state.draining, app.state.seconds = set(), False, 1   # seconds that the last image took
+    app.state.unfinished, app.state.draining, app.state.seconds = 0, False, 1   # seconds that the last image took
+
+    async def result(waiting, item):
+        future = asyncio.get_running_loop().create_future()
+        waiting.put_nowait((item, future))
+        return await future
 
     # ---- what comes in, and what is refused
-    class ImageRequest(pydantic.BaseModel):
-        model_config = pydantic.ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+    class OpenAIs(pydantic.BaseModel):   # fields of other models are passed over
+        model_config = pydantic.ConfigDict(strict=True, allow_inf_nan=False)
         prompt: Annotated[str, Field(min_length=1, max_length=4000)]
         model: str | None = None
         n: Annotated[int, Field(ge=1, le=10)] = 1
@@ -441,11 +487,9 @@ def make_app(engine, info, vq_model, name, api_keys=(), max_queue=256):
         output_format: Literal["png"] = "png"
         background: Literal["auto", "opaque"] = "auto"
         seed: Annotated[int | None, Field(ge=0, lt=2 ** 53)] = None   # of the first image, the next has seed + 1
-        cfg_scale: Annotated[float, Field(ge=0, le=1000)] = 4.0
-        cfg_interval: Annotated[int, Field(ge=-1, le=10 ** 6)] = -1
-        temperature: Annotated[float, Field(ge=0, le=2)] = 1.0   # vLLM's limit
-        top_k: Annotated[int, Field(ge=0, le=10 ** 6)] = 2000
-        top_p: Annotated[float, Field(ge=1e-6, le=1)] = 1.0
+    ImageRequest = pydantic.create_model("ImageRequest", __base__=OpenAIs, **{
+        setting: (Annotated[type(row[0]), Field(ge=row[2], le=row[3])], row[info["captions"]])
+        for setting, row in SETTINGS.items()})
 
     def refusal(status, message, param=None, code=None, **headers):
         kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
@@ -458,14 +502,8 @@ def make_app(engine, info, vq_model, name, api_keys=(), max_queue=256):
             raise refusal(415, "send JSON, with the header Content-Type: application/json")
         if int(request.headers.get("content-length", MAX_BODY + 1)) > MAX_BODY:
             raise refusal(413, f"a request needs a Content-Length, of up to {MAX_BODY:,} bytes", Connection="close")
-        try:
-            text = await request.body()
-        except Exception:   # Starlette's way to say that the client has gone
-            raise refusal(400, "the body of the request did not arrive") from None
-        fields = pydantic.TypeAdapter(dict).validate_json(text)
-        # clients send null for what is not given, and fields that mean something to other models only
-        idle = {"quality", "style", "moderation", "user", "safety_identifier", "output_compression"}
-        return ImageRequest(**{k: v for k, v in fields.items() if v is not None and k not in idle})
+        fields = pydantic.TypeAdapter(dict).validate_json(await request.body())
+        return ImageRequest(**{k: v for k, v in fields.items() if v is not None})   # null: not given
 
     async def check_key(request: Request):
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
@@ -480,8 +518,6 @@ def make_app(engine, info, vq_model, name, api_keys=(), max_queue=256):
         if engine.errored:
             raise refusal(503, "the engine has stopped; the server must be started again", code="engine_stopped")
 
-    @app.exception_handler(404)
-    @app.exception_handler(405)
     @app.exception_handler(HTTPException)
     async def refused(request, error):
         if isinstance(error.detail, str):   # FastAPI's own: no such path, or not with this method
@@ -491,35 +527,30 @@ def make_app(engine, info, vq_model, name, api_keys=(), max_queue=256):
     @app.exception_handler(pydantic.ValidationError)
     async def invalid(request, error):
         first = error.errors()[0]
-        param, message = ".".join(map(str, first["loc"])), first["msg"]
-        if first["type"] == "extra_forbidden":
-            close = difflib.get_close_matches(param, ImageRequest.model_fields, 1)
-            message = "there is no such field" + (f"; did you mean {close[0]}?" if close else "")
-        return await refused(request, refusal(400, f"{param}: {message}" if param else message, param or None))
+        param = ".".join(map(str, first["loc"])) or None
+        return await refused(request, refusal(400, f"{param or 'the body'}: {first['msg']}", param))
 
     @app.exception_handler(Exception)         # uvicorn writes the traceback into the log
     async def failed(request, error):
         return await refused(request, refusal(500, "the server made a mistake; its log tells which"))
 
     # ---- drawing
-    def usage(n):
-        return {"input_tokens": n, "input_tokens_details": {"text_tokens": n, "image_tokens": 0},
-                "output_tokens": n * T, "total_tokens": n * T + n}
+    def usage(n, length):
+        return {"input_tokens": n * length, "input_tokens_details": {"text_tokens": n * length, "image_tokens": 0},
+                "output_tokens": n * T, "total_tokens": n * (T + length)}
 
-    async def draw(i, body, prompt, seed, events):
+    async def draw(i, body, prompt, length, seed, events):
         """Put the events about image i of a request into a queue; a refusal ends them if it fails."""
         async def put(kind, known, **fields):
-            png = asyncio.get_running_loop().create_future()
-            waiting.put_nowait((known, png))
-            await events.put({"type": f"image_generation.{kind}", "b64_json": base64.b64encode(await png).decode(),
-                              "index": i, "seed": seed, "created_at": int(time.time()), "size": size,
-                              "quality": "auto", "background": "opaque", "output_format": "png", **fields})
+            png = base64.b64encode(await result(decoding, known)).decode()
+            await events.put({"type": f"image_generation.{kind}", "b64_json": png, "index": i, "seed": seed,
+                              "created_at": int(time.time()), "size": size, "quality": "auto", "background": "opaque",
+                              "output_format": "png", **fields})
         parts = body.partial_images if body.stream else 0
         due = {(k + 1) * grid // (parts + 1) for k in range(parts)}   # rows after which a partial image is sent
-        settings = body.model_dump(include={"cfg_scale", "cfg_interval", "temperature", "top_k", "top_p"})
         codes, shown, sent, began = [], 0, 0, time.monotonic()
         try:
-            params = sampling_params(info, seed=seed, stream=parts > 0, **settings)
+            params = sampling_params(info, seed=seed, stream=parts > 0, **body.model_dump(include=set(SETTINGS)))
             async with contextlib.aclosing(engine.generate(prompt, params, uuid.uuid4().hex)) as outputs:
                 async for output in outputs:   # codes that come during `put` are one output: parts may be left out
                     codes += output.outputs[0].token_ids
@@ -529,7 +560,7 @@ def make_app(engine, info, vq_model, name, api_keys=(), max_queue=256):
                         shown, sent = rows, sent + 1
             if len(codes) < T:   # Ctrl-C reaches the engine, too
                 raise RuntimeError("the engine left an image unfinished")
-            await put("completed", codes, usage=usage(1))
+            await put("completed", codes, usage=usage(1, length))
             app.state.seconds = time.monotonic() - began
         except Exception as error:
             if not (engine.errored or app.state.draining):
@@ -564,37 +595,44 @@ def make_app(engine, info, vq_model, name, api_keys=(), max_queue=256):
             raise refusal(404, f"there is no model {body.model!r} here, only {name!r}", "model", "model_not_found")
         if body.size not in ("auto", size):
             raise refusal(400, f"size: this model draws {size} pixels only, not {body.size}", "size")
-        try:
-            class_id = sample.find_class(body.prompt, names)
-        except ValueError as error:
-            raise refusal(400, str(error), "prompt", "unknown_class") from None
         check_engine()
-        busy = len(app.state.running)
+        busy, tasks = app.state.unfinished, []
         if busy and busy + body.n > max_queue:
             raise refusal(429, f"{busy} images are being drawn or wait, and no more than {max_queue} may",
                           code="queue_full", Retry_After=min(math.ceil(app.state.seconds), 60))
+        app.state.unfinished += body.n
+
+        def end(_):   # however this request ends, its images end with it: cancelling them aborts them in the engine
+            app.state.unfinished -= body.n
+            for task in tasks:
+                task.cancel()
+        asyncio.current_task().add_done_callback(end)
+        if info["captions"]:
+            drawn, prompt = body.prompt, await result(encoding, body.prompt)
+            if prompt is None:
+                raise refusal(400, f"the caption {body.prompt!r} has no words", "prompt")
+        else:
+            try:
+                class_id = sample.find_class(body.prompt, names)
+            except ValueError as error:
+                raise refusal(400, str(error), "prompt", "unknown_class") from None
+            drawn, prompt = names[class_id], class_prompt(class_id, info)
+        length = len(*prompt.values())
         first = secrets.randbelow(2 ** 31) if body.seed is None else body.seed
         events = asyncio.Queue(1)   # so that a client that reads slowly holds up only itself
-        tasks = [asyncio.create_task(draw(i, body, prompt_of(class_id, info), first + i, events))
-                 for i in range(body.n)]
-        app.state.running.update(tasks)
-        for task in tasks:
-            task.add_done_callback(app.state.running.discard)
-        if not body.stream:
-            tasks.append(asyncio.create_task(until_gone(request, events)))
-        # however this request ends, its images end with it: cancelling them aborts them in the engine
-        asyncio.current_task().add_done_callback(lambda _: [task.cancel() for task in tasks])
+        tasks += [asyncio.create_task(draw(i, body, prompt, length, first + i, events)) for i in range(body.n)]
         if body.stream:
             return StreamingResponse(server_sent(events, body.n), media_type="text/event-stream",
                                      headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        tasks.append(asyncio.create_task(until_gone(request, events)))
         done = sorted([event async for event in answers(events, body.n)], key=lambda event: event["index"])
-        drawn = [{"b64_json": e["b64_json"], "revised_prompt": names[class_id], "seed": e["seed"]} for e in done]
-        return {"created": int(time.time()), "data": drawn, "background": "opaque", "output_format": "png",
-                "size": size, "usage": usage(body.n)}
+        images = [{"b64_json": e["b64_json"], "revised_prompt": drawn, "seed": e["seed"]} for e in done]
+        return {"created": int(time.time()), "data": images, "background": "opaque", "output_format": "png",
+                "size": size, "usage": usage(body.n, length)}
 
     # ---- the rest
     model = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "nanollamagen", "size": size,
-             "rows": grid, "classes": names, "captions": info["gpt"]["cond_tokens"] > 1}
+             "rows": grid, "classes": names, "captions": info["captions"]}
     about = json.dumps({**model, "key": bool(api_keys)}).replace("<", "\\u003c")   # no name may end the script
     page = (Path(__file__).parent / "assets" / "page.html").read_text().replace("{{ABOUT}}", about)
 
@@ -617,16 +655,26 @@ def make_app(engine, info, vq_model, name, api_keys=(), max_queue=256):
     return app
 
 
+def caption_prompts(folder, info, t5, device):
+    """A function from captions to their prompts, as make_app wants it; the encoder stays in memory."""
+    model = read_model(folder, info)
+    encoder, embedding = gpt.caption_encoder(t5, device, model), model.cls_embedding
+
+    def encode(texts):   # one after the other, so that an image does not depend on what else is asked for
+        return [caption_prompt(row, embedding) if len(row) else None for row in encoder(texts, batch_size=1)]
+    return encode
+
+
 def serve(args):
     """The command `serve`: until SIGTERM; what runs then is finished and what is new refused. A second signal does not
     wait, nor does Ctrl-C, which reaches the engine as well. Raises ValueError or OSError with one sentence for a folder
     or an address that cannot be used."""
-    info = read_export(args.folder)
+    info, device = read_export(args.folder), "cuda" if torch.cuda.is_available() else "cpu"
     if args.max_num_seqs < 1:
         raise ValueError(f"--max-num-seqs {args.max_num_seqs}: give at least 1")
-    arguments = engine_arguments(args.folder, tensor_parallel_size=args.tensor_parallel_size,
-                                 max_num_seqs=args.max_num_seqs, **({"dtype": args.dtype} if args.dtype else {}))
-    vq_model = vq.load_vq(Path(args.folder) / "vq.pt", "cuda" if torch.cuda.is_available() else "cpu")
+    arguments = engine_arguments(args.folder, dtype=args.dtype, tensor_parallel_size=args.tensor_parallel_size,
+                                 max_num_seqs=args.max_num_seqs)
+    vq_model = vq.load_vq(Path(args.folder) / "vq.pt", device)
     keys = args.api_key or [key for key in [os.environ.get("VLLM_API_KEY")] if key]
     sock = socket.socket(socket.AF_INET6 if ":" in args.host else socket.AF_INET)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -634,9 +682,7 @@ def serve(args):
         sock.bind((args.host, args.port))   # now, so that a port that is taken is told before the engine starts
     except (OSError, OverflowError) as error:
         raise OSError(f"--host {args.host} --port {args.port}: {getattr(error, 'strerror', None) or error}") from None
-    if not keys and not args.host.startswith("127.") and args.host not in ("localhost", "::1"):
-        print("anyone who reaches this machine can draw with it; --api-key KEY asks for a key")
-    print("vLLM starts, which can take a minute ...", flush=True)
+    encode = caption_prompts(args.folder, info, args.t5, device) if info["captions"] else None
     quiet()
     import uvicorn
     from vllm import AsyncEngineArgs
@@ -644,19 +690,18 @@ def serve(args):
 
     async def run():
         engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
-        app = make_app(engine, info, vq_model, Path(args.folder).resolve().name, keys, args.max_queue)
+        app = make_app(engine, info, vq_model, Path(args.folder).resolve().name, keys, args.max_queue, encode)
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=30))
 
         def stop(signum, frame):   # uvicorn's own would refuse connections at once, and end us by the signal
             server.should_exit = server.force_exit = app.state.draining   # the second time only
             app.state.draining = True
         server.handle_exit = stop
-        serving = asyncio.create_task(server.serve([sock]))
-        while not (server.started or serving.done()):
-            await asyncio.sleep(0.05)
+        sock.listen()   # who comes before the server has started waits for it
         host = f"[{args.host}]" if ":" in args.host else args.host
         print(f"open http://{host}:{sock.getsockname()[1]}", flush=True)
-        while not (serving.done() or app.state.draining and not app.state.running):
+        serving = asyncio.create_task(server.serve([sock]))
+        while not (serving.done() or app.state.draining and not app.state.unfinished):
             await asyncio.sleep(0.05)
         server.should_exit = True
         await serving
@@ -665,14 +710,6 @@ def serve(args):
 
 
 # ---- the command line -----------------------------------------------------------------------------------------------
-def quiet():
-    """Leave out what vLLM and torch remark on CPUs and on parts that are not installed; VLLM_LOGGING_LEVEL=INFO shows
-    vLLM's side of it."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")   # for the engine's process, too
-    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
-
-
 def main():
     """The command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -680,34 +717,33 @@ def main():
     e = commands.add_parser("export", help="write a trained model as a folder that vLLM reads")
     e.add_argument("--gpt", help="GPT checkpoint: train_gpt.py's or a released file")
     e.add_argument("--vq", help="tokenizer checkpoint")
-    e.add_argument("--pretrained", choices=sample.PAPER_CFG, help="fetch released weights instead, by size and pixels")
-    e.add_argument("--image-size", type=int, help="pixels a side that a released --gpt file is for (256 or 384)")
+    e.add_argument("--pretrained", choices=[*sample.PAPER_CFG, *sample.TEXT_FILES], help="fetch released weights "
+                   "instead, by size and pixels")
+    e.add_argument("--image-size", type=int, help="pixels a side that a released --gpt file is for (default: 256)")
     e.add_argument("--out", required=True, help="folder to write")
-    e.add_argument("--overwrite", action="store_true", help="replace an exported model there")
     g = commands.add_parser("generate", help="draw images in one batch and save them as a picture")
-    g.add_argument("folder", help="what export wrote")
-    g.add_argument("--classes", required=True, help="ids or names, separated by commas")
-    g.add_argument("--n", type=int, default=1, help="images of each class (default: 1)")
+    s = commands.add_parser("serve", help="answer OpenAI's Images API over HTTP, with a page to draw on")
+    for a in (g, s):
+        a.add_argument("folder", help="what export wrote")
+        a.add_argument("--t5", help="folder or Hugging Face name of the encoder of captions (default: the one that the "
+                       "GPT was trained with, google/flan-t5-xl for released ones)")
+        a.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on GPU, float32 on CPU")
+        a.add_argument("--tensor-parallel-size", type=int, default=1, help="GPUs that share the model (default: 1)")
+    g.add_argument("--classes", help="ids or names, separated by commas")
+    g.add_argument("--prompt", action="append", help="a caption; may be given several times")
+    g.add_argument("--n", type=int, default=1, help="images of each class or caption (default: 1)")
     g.add_argument("--out", default="grid.png", help="PNG to write (default: grid.png)")
     g.add_argument("--seed", type=int, default=0, help="image i is drawn from seed + i (default: 0)")
-    g.add_argument("--cfg-scale", type=float, default=4.0, help="guidance, 1 is none (default: 4)")
-    g.add_argument("--cfg-interval", type=int, default=-1, help="guide the first code and this many + 1 more; -1: all")
-    g.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest code (default: 1)")
-    g.add_argument("--top-k", type=int, default=2000, help="sample from the k likeliest codes; 0: all (default: 2000)")
-    g.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest that make up p (default: 1)")
-    g.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on GPU, float32 on CPU")
-    g.add_argument("--tensor-parallel-size", type=int, default=1, help="GPUs that share the model (default: 1)")
+    for name, (default, for_captions, _, _, what) in SETTINGS.items():
+        other = f"; captions: {for_captions}" if for_captions != default else ""
+        g.add_argument("--" + name.replace("_", "-"), type=type(default), help=f"{what} (default: {default}{other})")
     g.add_argument("--compare", action="store_true", help="draw the same with sample.generate first, and compare")
-    s = commands.add_parser("serve", help="answer OpenAI's Images API over HTTP, with a page to draw on")
-    s.add_argument("folder", help="what export wrote")
     s.add_argument("--host", default="127.0.0.1", help="address to listen at, 0.0.0.0 is all (default: 127.0.0.1)")
     s.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
     s.add_argument("--api-key", nargs="+", help="ask clients for one of these keys (default: $VLLM_API_KEY, if set)")
     s.add_argument("--max-queue", type=int, default=256, help="unfinished images, above which requests are refused "
                    "(default: 256)")
     s.add_argument("--max-num-seqs", type=int, default=64, help="images drawn at the same time (default: 64)")
-    s.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on GPU, float32 on CPU")
-    s.add_argument("--tensor-parallel-size", type=int, default=1, help="GPUs that share the model (default: 1)")
     args = p.parse_args()
     p.usage = "python serve_vllm.py export|generate|serve ... (--help lists the flags)"
     try:

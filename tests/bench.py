@@ -179,6 +179,7 @@ def bench_serve(name, device, dtype, images, requests=64):
     if importlib.util.find_spec("vllm") is None:
         return print(json.dumps({"case": "serve", "skipped": "vLLM is not installed"}))
     import serve_vllm
+    serve_vllm.quiet()
     import vllm
     model, vq_config = gpt.GPT(gpt.GPT_CONFIGS[name]), vq.VQ_CONFIGS["VQ-16"]
     torch.nn.init.normal_(model.output.weight, std=0.02)
@@ -187,7 +188,7 @@ def bench_serve(name, device, dtype, images, requests=64):
         for file, saved, config in (("gpt.pt", model, model.config), ("vq.pt", vq.VQModel(vq_config), vq_config)):
             torch.save({"model": saved.state_dict(), "config": asdict(config)}, Path(folder) / file)
         serve_vllm.export(argparse.Namespace(gpt=f"{folder}/gpt.pt", vq=f"{folder}/vq.pt", pretrained=None, out=out,
-                                             image_size=None, overwrite=False))
+                                             image_size=None))
         info = serve_vllm.read_export(out)
         model = model.to(device, dtype).eval()
 
@@ -205,7 +206,7 @@ def bench_serve(name, device, dtype, images, requests=64):
         began, sent = time.perf_counter(), 0
         while sent < len(arrivals) or engine.has_unfinished_requests():
             while sent < len(arrivals) and arrivals[sent] <= time.perf_counter() - began:
-                engine.add_request(f"{began}/{sent}", serve_vllm.prompt_of(sent, info),
+                engine.add_request(f"{began}/{sent}", serve_vllm.class_prompt(sent, info),
                                    serve_vllm.sampling_params(info, seed=sent))
                 sent += 1
             engine.step() if engine.has_unfinished_requests() else time.sleep(0.01)

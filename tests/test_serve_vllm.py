@@ -28,6 +28,8 @@ from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality  # n
 V, T = 64, 36
 TINY = gpt.GPTConfig(dim=128, n_layer=2, n_head=2, vocab_size=V, grid=6, num_classes=10)   # heads of 64
 CODEBOOK = replace(vq.VQ_CONFIGS["VQ-demo"], codebook_size=V)
+CAPTIONS = gpt.GPTConfig(dim=128, n_layer=2, n_head=2, vocab_size=V, grid=6, num_classes=0, cond_tokens=120,
+                         caption_dim=64)
 # class, scale, interval: what the requests of one batch differ in
 MIXED = [(0, 1.0, -1), (1, 1.75, -1), (2, 4.0, -1), (3, 4.0, 5), (2, 1.0, -1), (4, 1.75, 0), (5, 4.0, -1), (9, 7.5, 30)]
 
@@ -37,7 +39,8 @@ def exported(folder, config=TINY):
     codebook = replace(CODEBOOK, codebook_size=config.vocab_size)
     model, tokenizer = fill(gpt.GPT(config), "b").eval(), fill(vq.VQModel(codebook))
     torch.save({"model": model.state_dict(), "config": asdict(config), "classes": [f"thing {i}, object {i}" for i in
-                range(config.num_classes)]}, folder / "gpt.pt")
+                range(config.num_classes)], "text": config.caption_dim and gpt.CaptionEncoder("words").about},
+               folder / "gpt.pt")
     torch.save({"model": tokenizer.state_dict(), "config": asdict(codebook), "image_size": 24}, folder / "vq.pt")
     run("export", "--gpt", folder / "gpt.pt", "--vq", folder / "vq.pt", "--out", folder / "x")
     return folder / "x", model
@@ -92,7 +95,7 @@ def greedy(folder, scale, interval=-1, **more):
 
 
 def prompts(folder, work):
-    return [serve_vllm.prompt_of(label, serve_vllm.read_export(folder)) for label, *_ in work]
+    return [serve_vllm.class_prompt(label, serve_vllm.read_export(folder)) for label, *_ in work]
 
 
 def expected(model, work):
@@ -154,7 +157,7 @@ def test_draws_follow_the_plain_distribution(llm, tiny, settings):
     params = [serve_vllm.sampling_params(info, seed=seed, **settings) for seed in range(2000)]
     for p in params:
         p.max_tokens = 2
-    codes = codes_of(llm.generate([serve_vllm.prompt_of(1, info)] * 2000, params, use_tqdm=False))
+    codes = codes_of(llm.generate([serve_vllm.class_prompt(1, info)] * 2000, params, use_tqdm=False))
     counts = torch.bincount(codes[:, 0] * V + codes[:, 1], minlength=V * V).double()
     assert counts[joint == 0].sum() == 0                                           # nothing that the filters exclude
     often = 2000 * joint >= 5
@@ -295,26 +298,49 @@ def test_two_ranks_give_the_same_codes(tiny):
     assert torch.equal(codes_of(outputs), expected(model, MIXED))
 
 
-def test_captions_as_prompt_embeddings(tmp_path):
-    """Prompts of 3, 7 and 40 embeddings for both streams, cut into chunks of 8 by the scheduler, in one batch; the
-    plain model gets the same in place of its class embedding."""
-    folder, model = exported(tmp_path)
-    info = json.loads((folder / "config.json").read_text())
-    info["gpt"].update(cond_tokens=40, num_classes=0)
-    info["max_position_embeddings"] = 40 + T
-    (folder / "config.json").write_text(json.dumps(info))
-    captions = [torch.randn(2, n, TINY.dim, generator=torch.Generator().manual_seed(n)) for n in (3, 7, 40, 7)]
-    scales = [7.5, 1.0, 4.0, 2.0]
-    right = []
-    for caption, scale in zip(captions, scales):
-        plain = gpt.GPT(replace(TINY, cond_tokens=caption.shape[1])).eval()
-        plain.load_state_dict(model.state_dict())
-        plain.cls_embedding.forward = lambda labels, caption=caption: caption[:len(labels)]   # cond, then uncond
-        right.append(sample.generate(plain, torch.tensor([0]), cfg_scale=scale, temperature=0)[0])
-    with started(folder, max_num_batched_tokens=8, max_num_seqs=4) as llm:
-        outputs = llm.generate([{"prompt_embeds": torch.cat([*caption], -1)} for caption in captions],
-                               [greedy(folder, scale) for scale in scales], use_tqdm=False)
-    assert torch.equal(codes_of(outputs), torch.stack(right))
+@pytest.fixture(scope="module")
+def captioned(tmp_path_factory):
+    return exported(tmp_path_factory.mktemp("captioned"), CAPTIONS)
+
+
+def test_greedy_codes_of_captions_are_the_plain_sampler_s(captioned):
+    """Captions of 7, 33 and 120 tokens at guidance 1 and 7.5 and with an interval, all in one batch, which the
+    scheduler cuts into chunks of 40 tokens."""
+    folder, model = captioned
+    rows = [torch.randn(n, 64, generator=torch.Generator().manual_seed(n)) for n in (7, 33, 120)]
+    (features, mask), settings = gpt.pad_left(rows), [(7.5, -1), (1.0, -1), (7.5, 5)]
+    right = [sample.generate(model, features, mask, cfg_scale=s, cfg_interval=k, temperature=0) for s, k in settings]
+    assert len(torch.cat(right).unique(dim=0)) == 9
+    prompts = [serve_vllm.caption_prompt(row, model.cls_embedding) for row in rows]
+    assert [len(prompt["prompt_embeds"]) for prompt in prompts] == [7, 33, 120]   # no padding
+    with started(folder, max_num_batched_tokens=40, max_num_seqs=6) as llm:
+        outputs = llm.generate(prompts * 3, [greedy(folder, *pair) for pair in settings for _ in rows], use_tqdm=False)
+    assert torch.equal(codes_of(outputs), torch.cat(right))
+
+
+def test_an_export_for_captions_knows_its_encoder_and_its_settings(captioned):
+    folder, model = captioned
+    info = serve_vllm.read_export(folder)
+    assert info["captions"] and info["text"]["encoder"] == "words" and info["classes"] == []
+    again = serve_vllm.read_model(folder, info).state_dict()
+    assert all(torch.equal(again[k], v) for k, v in model.state_dict().items())
+    p = serve_vllm.sampling_params(info)
+    assert p.extra_args["cfg_scale"] == 7.5 and p.top_k == 1000
+
+
+def test_the_released_models_are_exported_by_name(tmp_path, monkeypatch):
+    exported(tmp_path, CAPTIONS)
+    wanted = []
+
+    def pretrained(name, where):
+        wanted.append((where, name))
+        return tmp_path / ("vq.pt" if name.startswith("vq") else "gpt.pt")
+    monkeypatch.setattr(vq, "pretrained", pretrained)
+    run("export", "--pretrained", "t2i-512", "--out", tmp_path / "y")
+    assert serve_vllm.read_export(tmp_path / "y")["captions"]
+    assert wanted == [("peizesun/llamagen_t2i", "vq_ds16_t2i.pt"), ("peizesun/llamagen_t2i", "t2i_XL_stage2_512.pt")]
+    with pytest.raises(SystemExit):
+        run("export", "--pretrained", "B-256", "--out", tmp_path / "z", "--gpt", "also", "--vq", "these")
 
 
 # ---- the folder and the command line --------------------------------------------------------------------------------
@@ -337,15 +363,14 @@ def test_a_request_is_one_image_with_the_settings_asked_for(tiny):
     assert (p.max_tokens, p.seed, p.temperature, p.top_k, p.top_p) == (T, 5, 0.9, 10, 0.5)
     assert p.ignore_eos and p.extra_args == {"cfg_scale": 2.0, "cfg_interval": 7} and p.output_kind.name == "FINAL_ONLY"
     assert serve_vllm.sampling_params(info, stream=True).output_kind.name == "DELTA"
-    assert serve_vllm.sampling_params(info, top_k=2000).top_k == 0     # the defaults suit any codebook
-    assert serve_vllm.prompt_of(3, info) == {"prompt_token_ids": [V + 3]}
+    assert serve_vllm.sampling_params(info).extra_args["cfg_scale"] == 4.0
+    assert serve_vllm.class_prompt(3, info) == {"prompt_token_ids": [V + 3]}
 
 
 @pytest.mark.parametrize("arguments, sentence", [
     ("export --out OUT", "give --gpt and --vq, or --pretrained"),
     ("export --gpt DIR/gpt.pt --vq DIR/nothing.pt --out OUT", "nothing.pt: No such file"),
     ("export --gpt DIR/vq.pt --vq DIR/vq.pt --out OUT", "is it the tokenizer?"),
-    ("export --gpt DIR/gpt.pt --vq DIR/vq.pt --out DIR/x", "give --overwrite"),
     ("export --gpt DIR/gpt.pt --vq DIR/other.pt --out OUT", "they do not belong together"),
     ("generate nowhere --classes 1", "nowhere/config.json: No such file or directory; the folder is made by"),
     ("generate DIR/x --classes 10", "class 10 is out of range"),
@@ -355,20 +380,27 @@ def test_a_request_is_one_image_with_the_settings_asked_for(tiny):
     ("generate DIR/x --classes 1 --cfg-scale -3", "cfg_scale -3.0 is not a number from 0"),
     ("generate DIR/x --classes 1 --top-p 0", "top_p 0.0 is not"),
     ("generate DIR/x --classes 1 --temperature 3", "temperature 3.0 is not a number from 0 to 2"),
+    ("generate DIR/x --prompt star", "draws from classes, not captions: give --classes"),
+    ("generate TEXT/x --classes 1", "draws from captions, not classes: give --prompt"),
+    ("generate TEXT/x --prompt <br>", "the caption '<br>' has no words"),
+    ("generate TEXT/x --prompt star --t5 TEXT", "no T5 can be loaded there"),
 ])
-def test_a_mistake_on_the_command_line_is_one_sentence(tiny, tmp_path, capsys, arguments, sentence):
+def test_a_mistake_on_the_command_line_is_one_sentence(tiny, captioned, tmp_path, capsys, arguments, sentence):
     folder = tiny[0].parent
     other = replace(CODEBOOK, codebook_size=32)
     torch.save({"model": fill(vq.VQModel(other)).state_dict(), "config": asdict(other)}, folder / "other.pt")
+    for word, path in ("DIR", folder), ("TEXT", captioned[0].parent), ("OUT", tmp_path / "new"):
+        arguments = arguments.replace(word, str(path))
     with pytest.raises(SystemExit) as stop:
-        run(*arguments.replace("DIR", str(folder)).replace("OUT", str(tmp_path / "new")).split())
+        run(*arguments.split())
     error = capsys.readouterr().err
     assert stop.value.code == 2 and sentence in error and len(error.splitlines()) <= 2, error
 
 
 def test_an_overwritten_export_is_the_new_one(tmp_path):
+    exported(tmp_path, CAPTIONS)
     folder, _ = exported(tmp_path)
-    run("export", "--gpt", tmp_path / "gpt.pt", "--vq", tmp_path / "vq.pt", "--out", folder, "--overwrite")
+    assert not serve_vllm.read_export(folder)["captions"]
     (folder / "model.safetensors").unlink()
     with pytest.raises(OSError, match="model.safetensors is missing"):
         serve_vllm.read_export(folder)
@@ -387,6 +419,15 @@ def test_generate_writes_the_picture_and_compares(tiny, tmp_path):
     assert "100.00% of its codes are the same" in done.stdout and (tmp_path / "grid.png").exists()
     noise = [line for line in done.stderr.splitlines() if line.strip() and "codes" not in line]
     assert not noise, noise
+
+
+def test_generate_draws_captions(captioned, tmp_path):
+    done = subprocess.run([sys.executable, "serve_vllm.py", "generate", str(captioned[0]), "--prompt", "a red star",
+                           "--prompt", "a small blue circle on white", "--temperature", "0", "--compare", "--out",
+                           str(tmp_path / "grid.png")], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    assert "100.00% of its codes are the same" in done.stdout and (tmp_path / "grid.png").exists()
 
 
 def test_help_and_mistakes_do_not_wait_for_vllm():
