@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 
 # ---- data sets ------------------------------------------------------------------------------------------------------
@@ -215,8 +215,9 @@ class Crops:
 
 def save_grid(images, path, columns, titles=None):
     """Write uint8 images (n, H, W, 3) as one PNG, row by row; titles: one string an image, drawn above it. Images
-    below 96 pixels are enlarged by a whole factor, so that they can be seen."""
-    scale = max(1, -(-96 // images.shape[1]))
+    below 96 pixels, or 192 for long titles, are enlarged by a whole factor, so that they can be seen."""
+    widest = max(map(ImageFont.load_default().getlength, titles or [""]))
+    scale = max(1, math.ceil(min(max(widest, 96), 192) / images.shape[1]))
     h, w, gap, head = images.shape[1] * scale, images.shape[2] * scale, 4, 16 if titles else 0
     rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * (w + gap) + gap, rows * (h + head + gap) + gap), "white")
