@@ -4,9 +4,10 @@ $ python serve_vllm.py export --gpt runs/gpt/ckpt.pt --vq runs/vq/ckpt.pt --out 
 $ python serve_vllm.py generate exported --classes 0,star --n 8 --out grid.png
 $ python serve_vllm.py serve exported --port 8000
 
-vLLM finds this file by the entry point that `pip install -e .` writes (pyproject.toml), in each of its processes; so
-its own server serves an exported folder as well (README.md). The file in order: registration, model, guidance, settings
-of a request, the exported folder, generate, server, the command line.
+A caption model takes --prompt "..." in place of --classes. vLLM finds this file by the entry point that
+`pip install -e .` writes (pyproject.toml), in each of its processes; so its own server serves an exported folder as
+well (README.md). The file in order: registration, model, guidance, a request, the exported folder, generate, server,
+the command line.
 """
 # Shapes:  N tokens of all images in one step   R images in one step   T codes per image   c condition tokens
 #          C width   n heads, on this rank   d = C / n   V codebook entries
@@ -28,9 +29,10 @@ import time
 import traceback
 import uuid
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 # Read when torch and vLLM are imported, also by the processes that vLLM starts; what the user has set wins.
 for name, value in {"VLLM_NO_USAGE_STATS": "1",              # vLLM would report to its authors
@@ -66,7 +68,7 @@ if __name__ != "__main__":
     from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
     from vllm.model_executor.layers.logits_processor import LogitsProcessor as GatherLogits
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-    from vllm.v1.sample.logits_processor import LogitsProcessor, MoveDirectionality
+    from vllm.v1.sample.logits_processor import LogitsProcessor, process_dict_updates
 
     # ---- registration -----------------------------------------------------------------------------------------------
     class Config(transformers.PretrainedConfig):
@@ -185,20 +187,10 @@ if __name__ != "__main__":
             return False
 
         def update_state(self, batch_update):
-            """Follow the rows: requests leave, come, and are moved or swapped, in this order."""
-            if batch_update is None:
-                return
-            for row in batch_update.removed:
-                self.requests.pop(row, None)
-            for row, params, _, codes in batch_update.added:
+            def new(params, prompt, codes):
                 extra = params.extra_args or {}
-                self.requests[row] = extra.get("cfg_scale", 1.0), extra.get("cfg_interval", -1), codes
-            for a, b, direction in batch_update.moved:
-                at_a, at_b = self.requests.pop(a, None), self.requests.pop(b, None)
-                if at_a:
-                    self.requests[b] = at_a
-                if at_b and direction == MoveDirectionality.SWAP:
-                    self.requests[a] = at_b
+                return extra.get("cfg_scale", 1.0), extra.get("cfg_interval", -1), codes
+            process_dict_updates(self.requests, batch_update, new)
 
         def apply(self, logits):
             """(R, 2V) -> the same, in place: the guided logits, then -inf."""
@@ -212,7 +204,7 @@ if __name__ != "__main__":
             return logits
 
 
-# ---- settings of a request ------------------------------------------------------------------------------------------
+# ---- a request ------------------------------------------------------------------------------------------------------
 SETTINGS = {   # default for classes and for captions, least, most, what it is
     "cfg_scale": (4.0, 7.5, 0, 1000, "guidance, 1 is none"),
     "cfg_interval": (-1, -1, -1, 10 ** 6, "guide the first code and this many + 1 more; -1: all"),
@@ -224,10 +216,9 @@ SETTINGS = {   # default for classes and for captions, least, most, what it is
 
 def check(**settings):
     """Raise ValueError for settings of a request that cannot be meant."""
-    for name, value in settings.items():
-        _, _, least, most, _ = SETTINGS.get(name, (0, 0, 0, 0, ""))
-        if name in SETTINGS and (isinstance(value, bool) or not isinstance(value, (int, float)) or
-                                 not least <= value <= most):
+    for name, (_, _, least, most, _) in SETTINGS.items():
+        value = settings.get(name, most)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
             raise ValueError(f"{name} {value!r} is not a number from {least} to {most:,}")
 
 
@@ -301,18 +292,13 @@ def export(args):
 
 def read_export(folder):
     """config.json of an exported folder as a dict, with `grid`, `codebook_size` and `captions` (bool) on top.
-    Raises OSError or ValueError with one sentence for a folder that is missing or none of export's."""
-    folder = Path(folder)
+    Raises ValueError with one sentence for a folder that is missing or none of export's."""
     try:
-        info = json.loads((folder / "config.json").read_text())
+        info = json.loads((Path(folder) / "config.json").read_text())
         config = gpt.GPTConfig(**info["gpt"])
-    except OSError as error:
-        raise OSError(f"{folder / 'config.json'}: {error.strerror}; the folder is made by: "
-                      f"python serve_vllm.py export --gpt CKPT --vq CKPT --out {folder}") from None
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{folder / 'config.json'} was not written by serve_vllm.py export") from None
-    if not (folder / "model.safetensors").exists():
-        raise OSError(f"{folder / 'model.safetensors'} is missing; export the model again")
+        (Path(folder) / "model.safetensors").stat()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder} is no folder written by serve_vllm.py export ({error!r})") from None
     return {**info, "grid": config.grid, "codebook_size": config.vocab_size, "captions": config.caption_dim > 0}
 
 
@@ -342,15 +328,6 @@ def engine_arguments(folder, *, dtype=None, tensor_parallel_size=1, **more):
             "use_tqdm_on_load": False, **more}
 
 
-def quiet():
-    """Say that vLLM starts, and leave out what it and torch remark on CPUs and on parts that are not installed;
-    VLLM_LOGGING_LEVEL=INFO shows vLLM's side of it."""
-    print("vLLM starts, which can take a minute ...", flush=True)
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")   # for the engine's process, too
-    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
-
-
 # ---- generate -------------------------------------------------------------------------------------------------------
 def generate(args):
     """Draw images in one batch and save them as a picture; image i is drawn from seed + i."""
@@ -361,23 +338,21 @@ def generate(args):
     check(**settings)
     if args.n < 1 or Path(args.out).suffix != ".png":
         raise ValueError("--n is at least 1, and --out ends in .png")
-    if info["captions"] and (args.classes or not args.prompt):
-        raise ValueError(f"{args.folder} draws from captions, not classes: give --prompt \"...\"")
-    if not info["captions"] and (args.prompt or not args.classes):
-        raise ValueError(f"{args.folder} draws from classes, not captions: give --classes")
+    if bool(args.prompt) != info["captions"] or bool(args.classes) == info["captions"]:
+        raise ValueError(f"{args.folder} draws from " + ("captions, not classes: give --prompt" if info["captions"] else
+                                                         "classes, not captions: give --classes"))
     vq_model = vq.load_vq(Path(args.folder) / "vq.pt", device)
     model = read_model(args.folder, info) if info["captions"] or args.compare else None
     if info["captions"]:
-        titles, (features, mask) = args.prompt, gpt.encode_captions(args.prompt, args.t5, device, model)
-        given = features, mask
-        prompts = [caption_prompt(row[seen], model.cls_embedding) for row, seen in zip(features, mask)]
+        titles, given = args.prompt, gpt.encode_captions(args.prompt, args.t5, device, model)
+        prompts = [caption_prompt(row[seen], model.cls_embedding) for row, seen in zip(*given)]
     else:
         given = [torch.tensor([sample.find_class(c, info["classes"]) for c in args.classes.split(",")])]
         titles = [info["classes"][c].split(",")[0] for c in given[0]]
         prompts = [class_prompt(c, info) for c in given[0].tolist()]
     rows = [row for row in range(len(titles)) for _ in range(args.n)]
     seeds = range(args.seed, args.seed + len(rows))
-    quiet()
+    print("vLLM starts, which can take a minute ...", flush=True)
     import vllm
 
     if args.compare:   # before the engine starts, for it takes all of a GPU's memory
@@ -426,53 +401,45 @@ def to_pngs(vq_model, rows, grid):
     return [file.getvalue() for file in files]
 
 
-async def work_off(waiting, work):
-    """Serve a queue of (item, future of the result): what waits, up to BATCH, goes through `work` together, a function
-    from a list of items to one of results, in a thread."""
+async def decode_forever(waiting, vq_model, grid):
+    """Serve a queue of (rows of codes, future of the PNG): as many as wait, together, in a thread."""
     while True:
         batch = [await waiting.get()]
         while not waiting.empty() and len(batch) < BATCH:
             batch.append(waiting.get_nowait())
         try:
-            results = await asyncio.to_thread(work, [item for item, _ in batch])
-        except Exception as error:   # out of memory, say: these fail, later ones may not
-            results = [error] * len(batch)
-        for (_, future), result in zip(batch, results):
-            if not future.done():    # else it was cancelled: the client has gone
-                future.set_exception(result) if isinstance(result, Exception) else future.set_result(result)
+            files = await asyncio.to_thread(to_pngs, vq_model, [rows for rows, _ in batch], grid)
+        except Exception as error:   # out of memory, say: these images fail, later ones may not
+            files = [error] * len(batch)
+        for (_, png), file in zip(batch, files):
+            if not png.done():       # else it was cancelled: the client has gone
+                png.set_exception(file) if isinstance(file, Exception) else png.set_result(file)
 
 
 def make_app(engine, info, vq_model, name, api_keys=(), max_queue=256, encode=None):
     """The FastAPI application over an engine: vLLM's AsyncLLM, or what has its generate, check_health and errored.
 
-    info is read_export's, name the model's for clients; api_keys and max_queue are as the flags. encode makes a list of
-    prompts of captions, None of one without words. app.state.unfinished counts images; once app.state.draining is
-    True, new requests are refused."""
+    info is read_export's, name the model's for clients. More than max_queue unfinished images are refused, and who has
+    none of the api_keys, if there are any. encode makes the prompt of a caption, or None where that has no words."""
     import prometheus_client
     import pydantic
     from fastapi import Depends, FastAPI, Request
     from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+    from fastapi.security import HTTPBearer
     from pydantic import Field
     from starlette.exceptions import HTTPException
 
     grid, names = info["grid"], info["classes"]
     T, size = grid * grid, f"{info['image_size']}x{info['image_size']}"
-    decoding, encoding = asyncio.Queue(), asyncio.Queue()
+    decoder, encoder = asyncio.Queue(), ThreadPoolExecutor(1)   # one caption after the other
 
     @contextlib.asynccontextmanager
     async def lifespan(app):
-        tasks = [asyncio.create_task(work_off(decoding, lambda rows: to_pngs(vq_model, rows, grid))),
-                 asyncio.create_task(work_off(encoding, encode))]
+        decoding = asyncio.create_task(decode_forever(decoder, vq_model, grid))
         yield
-        for task in tasks:
-            task.cancel()
+        decoding.cancel()
     app = FastAPI(lifespan=lifespan, openapi_url=None, redirect_slashes=False)
-    app.state.unfinished, app.state.draining, app.state.seconds = 0, False, 1   # seconds that the last image took
-
-    async def result(waiting, item):
-        future = asyncio.get_running_loop().create_future()
-        waiting.put_nowait((item, future))
-        return await future
+    app.state.unfinished, app.state.seconds = 0, 1   # images, and what the last one took
 
     # ---- what comes in, and what is refused
     class OpenAIs(pydantic.BaseModel):   # fields of other models are passed over
@@ -480,14 +447,13 @@ def make_app(engine, info, vq_model, name, api_keys=(), max_queue=256, encode=No
         prompt: Annotated[str, Field(min_length=1, max_length=4000)]
         model: str | None = None
         n: Annotated[int, Field(ge=1, le=10)] = 1
-        size: str = "auto"
         stream: bool = False
         partial_images: Annotated[int, Field(ge=0, le=64)] = 0   # OpenAI ends at 3; more shows the image row by row
         response_format: Literal["b64_json"] = "b64_json"
         output_format: Literal["png"] = "png"
         background: Literal["auto", "opaque"] = "auto"
         seed: Annotated[int | None, Field(ge=0, lt=2 ** 53)] = None   # of the first image, the next has seed + 1
-    ImageRequest = pydantic.create_model("ImageRequest", __base__=OpenAIs, **{
+    ImageRequest = pydantic.create_model("ImageRequest", __base__=OpenAIs, size=(Literal["auto", size], "auto"), **{
         setting: (Annotated[type(row[0]), Field(ge=row[2], le=row[3])], row[info["captions"]])
         for setting, row in SETTINGS.items()})
 
@@ -505,16 +471,13 @@ def make_app(engine, info, vq_model, name, api_keys=(), max_queue=256, encode=No
         fields = pydantic.TypeAdapter(dict).validate_json(await request.body())
         return ImageRequest(**{k: v for k, v in fields.items() if v is not None})   # null: not given
 
-    async def check_key(request: Request):
-        scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        known = [secrets.compare_digest(key.strip().encode(), k.encode()) for k in api_keys]
-        if api_keys and not (scheme.lower() == "bearer" and any(known)):
+    async def check_key(given: Annotated[Any, Depends(HTTPBearer(auto_error=False))]):
+        known = [secrets.compare_digest(given.credentials.encode(), key.encode()) for key in api_keys if given]
+        if api_keys and not any(known):
             raise refusal(401, "this server wants its API key, in the header Authorization: Bearer KEY",
                           code="invalid_api_key", WWW_Authenticate="Bearer")
 
     def check_engine():
-        if app.state.draining:
-            raise refusal(503, "the server is stopping", code="stopping")
         if engine.errored:
             raise refusal(503, "the engine has stopped; the server must be started again", code="engine_stopped")
 
@@ -542,10 +505,11 @@ def make_app(engine, info, vq_model, name, api_keys=(), max_queue=256, encode=No
     async def draw(i, body, prompt, length, seed, events):
         """Put the events about image i of a request into a queue; a refusal ends them if it fails."""
         async def put(kind, known, **fields):
-            png = base64.b64encode(await result(decoding, known)).decode()
-            await events.put({"type": f"image_generation.{kind}", "b64_json": png, "index": i, "seed": seed,
-                              "created_at": int(time.time()), "size": size, "quality": "auto", "background": "opaque",
-                              "output_format": "png", **fields})
+            png = asyncio.get_running_loop().create_future()
+            decoder.put_nowait((known, png))
+            await events.put({"type": f"image_generation.{kind}", "b64_json": base64.b64encode(await png).decode(),
+                              "index": i, "seed": seed, "created_at": int(time.time()), "size": size,
+                              "quality": "auto", "background": "opaque", "output_format": "png", **fields})
         parts = body.partial_images if body.stream else 0
         due = {(k + 1) * grid // (parts + 1) for k in range(parts)}   # rows after which a partial image is sent
         codes, shown, sent, began = [], 0, 0, time.monotonic()
@@ -558,12 +522,12 @@ def make_app(engine, info, vq_model, name, api_keys=(), max_queue=256, encode=No
                     if rows < grid and any(shown < row <= rows for row in due):
                         await put("partial_image", codes[:rows * grid], partial_image_index=sent, rows=rows)
                         shown, sent = rows, sent + 1
-            if len(codes) < T:   # Ctrl-C reaches the engine, too
+            if len(codes) < T:
                 raise RuntimeError("the engine left an image unfinished")
             await put("completed", codes, usage=usage(1, length))
             app.state.seconds = time.monotonic() - began
         except Exception as error:
-            if not (engine.errored or app.state.draining):
+            if not engine.errored:
                 traceback.print_exception(error)
             await events.put(refusal(500, "drawing failed; the server's log tells why"))
 
@@ -593,8 +557,6 @@ def make_app(engine, info, vq_model, name, api_keys=(), max_queue=256, encode=No
     async def generations(request: Request, body: Annotated[ImageRequest, Depends(read_body)]):
         if body.model not in (None, name):
             raise refusal(404, f"there is no model {body.model!r} here, only {name!r}", "model", "model_not_found")
-        if body.size not in ("auto", size):
-            raise refusal(400, f"size: this model draws {size} pixels only, not {body.size}", "size")
         check_engine()
         busy, tasks = app.state.unfinished, []
         if busy and busy + body.n > max_queue:
@@ -608,7 +570,8 @@ def make_app(engine, info, vq_model, name, api_keys=(), max_queue=256, encode=No
                 task.cancel()
         asyncio.current_task().add_done_callback(end)
         if info["captions"]:
-            drawn, prompt = body.prompt, await result(encoding, body.prompt)
+            prompt = await asyncio.get_running_loop().run_in_executor(encoder, encode, body.prompt)
+            drawn = body.prompt
             if prompt is None:
                 raise refusal(400, f"the caption {body.prompt!r} has no words", "prompt")
         else:
@@ -655,25 +618,22 @@ def make_app(engine, info, vq_model, name, api_keys=(), max_queue=256, encode=No
     return app
 
 
-def caption_prompts(folder, info, t5, device):
-    """A function from captions to their prompts, as make_app wants it; the encoder stays in memory."""
+def caption_encoding(folder, info, t5, device):
+    """A function from a caption to its prompt, or None where it has no words; the encoder stays in memory."""
     model = read_model(folder, info)
     encoder, embedding = gpt.caption_encoder(t5, device, model), model.cls_embedding
 
-    def encode(texts):   # one after the other, so that an image does not depend on what else is asked for
-        return [caption_prompt(row, embedding) if len(row) else None for row in encoder(texts, batch_size=1)]
+    def encode(text):
+        features, = encoder([text])
+        return caption_prompt(features, embedding) if len(features) else None
     return encode
 
 
 def serve(args):
-    """The command `serve`: until SIGTERM; what runs then is finished and what is new refused. A second signal does not
-    wait, nor does Ctrl-C, which reaches the engine as well. Raises ValueError or OSError with one sentence for a folder
-    or an address that cannot be used."""
+    """The command `serve`: until SIGTERM; what runs then is finished. Raises ValueError or OSError with one sentence
+    for a folder or an address that cannot be used."""
     info, device = read_export(args.folder), "cuda" if torch.cuda.is_available() else "cpu"
-    if args.max_num_seqs < 1:
-        raise ValueError(f"--max-num-seqs {args.max_num_seqs}: give at least 1")
-    arguments = engine_arguments(args.folder, dtype=args.dtype, tensor_parallel_size=args.tensor_parallel_size,
-                                 max_num_seqs=args.max_num_seqs)
+    arguments = engine_arguments(args.folder, dtype=args.dtype, tensor_parallel_size=args.tensor_parallel_size)
     vq_model = vq.load_vq(Path(args.folder) / "vq.pt", device)
     keys = args.api_key or [key for key in [os.environ.get("VLLM_API_KEY")] if key]
     sock = socket.socket(socket.AF_INET6 if ":" in args.host else socket.AF_INET)
@@ -682,29 +642,24 @@ def serve(args):
         sock.bind((args.host, args.port))   # now, so that a port that is taken is told before the engine starts
     except (OSError, OverflowError) as error:
         raise OSError(f"--host {args.host} --port {args.port}: {getattr(error, 'strerror', None) or error}") from None
-    encode = caption_prompts(args.folder, info, args.t5, device) if info["captions"] else None
-    quiet()
+    encode = caption_encoding(args.folder, info, args.t5, device) if info["captions"] else None
+    print("vLLM starts, which can take a minute ...", flush=True)
     import uvicorn
     from vllm import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
     async def run():
         engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
-        app = make_app(engine, info, vq_model, Path(args.folder).resolve().name, keys, args.max_queue, encode)
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=30))
+        app = make_app(engine, info, vq_model, Path(args.folder).resolve().name, keys, encode=encode)
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
 
-        def stop(signum, frame):   # uvicorn's own would refuse connections at once, and end us by the signal
-            server.should_exit = server.force_exit = app.state.draining   # the second time only
-            app.state.draining = True
+        def stop(signum, frame):   # uvicorn's own would end us by the signal, and the engine would be left over
+            server.should_exit, server.force_exit = True, server.should_exit   # the second signal does not wait
         server.handle_exit = stop
         sock.listen()   # who comes before the server has started waits for it
         host = f"[{args.host}]" if ":" in args.host else args.host
         print(f"open http://{host}:{sock.getsockname()[1]}", flush=True)
-        serving = asyncio.create_task(server.serve([sock]))
-        while not (serving.done() or app.state.draining and not app.state.unfinished):
-            await asyncio.sleep(0.05)
-        server.should_exit = True
-        await serving
+        await server.serve([sock])
         engine.shutdown()
     asyncio.run(run())
 
@@ -741,11 +696,12 @@ def main():
     s.add_argument("--host", default="127.0.0.1", help="address to listen at, 0.0.0.0 is all (default: 127.0.0.1)")
     s.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
     s.add_argument("--api-key", nargs="+", help="ask clients for one of these keys (default: $VLLM_API_KEY, if set)")
-    s.add_argument("--max-queue", type=int, default=256, help="unfinished images, above which requests are refused "
-                   "(default: 256)")
-    s.add_argument("--max-num-seqs", type=int, default=64, help="images drawn at the same time (default: 64)")
     args = p.parse_args()
     p.usage = "python serve_vllm.py export|generate|serve ... (--help lists the flags)"
+    # vLLM and torch remark much on CPUs and on parts that are not installed; VLLM_LOGGING_LEVEL=INFO shows vLLM's side
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")   # for the engine's process, too
+    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
     try:
         {"export": export, "generate": generate, "serve": serve}[args.command](args)
     except (OSError, ValueError) as error:

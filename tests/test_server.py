@@ -54,7 +54,9 @@ class FakeEngine:
 
     async def generate(self, prompt, params, request_id):
         self.live.add(request_id)
-        codes = codes_of(prompt["prompt_token_ids"][0] - V, params.seed)
+        class_id = prompt["prompt_token_ids"][0] - V if "prompt_token_ids" in prompt else len(prompt["prompt_embeds"])
+        codes = codes_of(class_id, params.seed)
+        self.settings = {**params.extra_args, "top_k": params.top_k}
         delta = params.output_kind.name == "DELTA"
         try:
             for row in range(GRID):
@@ -104,9 +106,9 @@ def until(condition, seconds=10):
 
 
 @contextlib.contextmanager
-def served(engine, **settings):
+def served(engine, info=INFO, **settings):
     """The application in a thread of this process; gives its address and itself."""
-    app = serve_vllm.make_app(engine, INFO, small_tokenizer(), "shapes", **settings)
+    app = serve_vllm.make_app(engine, info, small_tokenizer(), "shapes", **settings)
     with socket.create_server(("127.0.0.1", 0)) as sock:
         server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1))
         thread = threading.Thread(target=server.run, args=([sock],), daemon=True)
@@ -124,6 +126,18 @@ def served(engine, **settings):
 @pytest.fixture
 def engine():
     return FakeEngine()
+
+
+def encode(caption):
+    """A caption's prompt has an embedding a word, whose number the fake engine takes for the class."""
+    features, = gpt.CaptionEncoder("words")([caption])
+    return {"prompt_embeds": features} if len(features) else None
+
+
+@pytest.fixture
+def captioned(engine):
+    with served(engine, {**INFO, "captions": True, "classes": []}, encode=lambda caption: encode(caption)) as s:
+        yield s
 
 
 @pytest.fixture
@@ -235,6 +249,55 @@ def test_pictures_are_decoded_together_and_other_requests_answered_meanwhile(ser
     assert len(sizes) < 10 and max(sizes) <= serve_vllm.BATCH
 
 
+# ---- captions -------------------------------------------------------------------------------------------------------
+def test_openais_client_gets_pictures_of_captions(engine, captioned):
+    answer = client(captioned).images.generate(prompt="A red  star.", n=2, extra_body={"seed": 5})
+    for j, image in enumerate(answer.data):
+        assert np.array_equal(pixels(image.b64_json), picture(3, 5 + j)) and image.revised_prompt == "A red  star."
+    assert answer.usage.input_tokens == 2 * 3 and answer.usage.total_tokens == 2 * (GRID * GRID + 3)
+    assert engine.settings == {"cfg_scale": 7.5, "cfg_interval": -1, "top_k": 1000}
+    last = list(client(captioned).images.generate(prompt="fox", stream=True, extra_body={"seed": 1, "top_k": 7}))[-1]
+    assert np.array_equal(pixels(last.b64_json), picture(1, 1)) and engine.settings["top_k"] == 7
+
+
+def test_a_caption_without_words_is_refused(captioned):
+    for prompt in ("<br>", "http://a.b/c.png", " ", "..."):
+        error = error_of(post(captioned, {"prompt": prompt, "stream": True}), 400)
+        assert error["param"] == "prompt" and "has no words" in error["message"]
+
+
+def test_captions_are_encoded_one_after_the_other_and_other_requests_answered_meanwhile(engine):
+    go, began, busy = threading.Event(), [], threading.Lock()
+
+    def held_up(caption):
+        began.append(caption)
+        with busy:
+            assert go.wait(10)
+        return encode(caption)
+    with served(engine, {**INFO, "captions": True}, encode=held_up, max_queue=2) as server:
+        answers = []
+        threads = [threading.Thread(target=lambda: answers.append(post(server, {"seed": 0}))) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        until(lambda: server.app.state.unfinished == 2)
+        assert httpx.get(f"{server.url}/health").status_code == 200 and len(began) == 1
+        error_of(post(server, {}), 429)   # what waits for the encoder counts as well
+        go.set()
+        for thread in threads:
+            thread.join(10)
+        assert [a.status_code for a in answers] == [200, 200] and began == ["star", "star"]
+
+
+def test_a_caption_that_cannot_be_encoded_costs_only_itself(engine):
+    def fails(caption):
+        if caption == "bad":
+            raise MemoryError("no room")
+        return encode(caption)
+    with served(engine, {**INFO, "captions": True}, encode=fails) as server:
+        error_of(post(server, {"prompt": "bad"}), 500)
+        assert post(server, {}).status_code == 200
+
+
 # ---- mistakes -------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("fields, param, sentence", [
     ({"prompt": "hart"}, "prompt", "class 'hart' is no class's name; close ones: 1 heart"),
@@ -246,7 +309,7 @@ def test_pictures_are_decoded_together_and_other_requests_answered_meanwhile(ser
     ({"n": 11}, "n", "less than or equal to 10"),
     ({"n": "2"}, "n", "valid integer"),
     ({"n": True}, "n", "valid integer"),
-    ({"size": "256x256"}, "size", "this model draws 16x16 pixels only, not 256x256"),
+    ({"size": "256x256"}, "size", "'auto' or '16x16'"),
     ({"response_format": "url"}, "response_format", "should be 'b64_json'"),
     ({"output_format": "webp"}, "output_format", "should be 'png'"),
     ({"background": "transparent"}, "background", "'auto' or 'opaque'"),
@@ -373,21 +436,6 @@ def test_a_picture_that_cannot_be_decoded_costs_only_itself(server, monkeypatch,
     assert "no room" in capfd.readouterr().err
     monkeypatch.undo()
     assert post(server, {}).status_code == 200
-
-
-def test_a_stopping_server_finishes_what_runs_and_takes_nothing_new(engine, server):
-    engine.step.clear()
-    answers = []
-    thread = threading.Thread(target=lambda: answers.append(post(server, {"n": 2, "seed": 0})))
-    thread.start()
-    until(lambda: len(engine.live) == 2)
-    server.app.state.draining = True
-    assert error_of(post(server, {}), 503)["code"] == "stopping"
-    error_of(httpx.get(f"{server.url}/health"), 503)
-    engine.step.set()
-    thread.join(10)
-    for j, image in enumerate(answers[0].json()["data"]):
-        assert np.array_equal(pixels(image["b64_json"]), picture(0, j))
 
 
 # ---- the rest of the server -----------------------------------------------------------------------------------------
@@ -568,12 +616,24 @@ def test_the_page_fits_and_every_control_has_a_name(server, browser, width):
     assert not browser.complaints
 
 
-def test_a_caption_model_has_a_text_box_in_place_of_the_classes(engine, browser, monkeypatch):
-    monkeypatch.setitem(INFO, "captions", True)
-    with served(engine) as server:
-        browser.open(server.url)
-        assert browser.run("$('picker').hidden && !$('caption-row').hidden")
-        assert browser.run("$('caption').labels[0].innerText") == "Captions"
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_caption_model_has_a_text_box_in_place_of_the_classes(captioned, browser, width):
+    browser.open(captioned.url, width)
+    assert browser.run("$('picker').hidden && !$('caption-row').hidden && $('scale-is').innerText") == "7.5"
+    assert browser.run("$('caption').labels[0].innerText") == "Captions"
+    browser.run("$('go').click()")
+    until(lambda: "Write a caption first." in browser.text("error"))
+    browser.type("a small red star on blue\na fox\n", into="caption")
+    browser.type("7", into="seed")
+    browser.run("$('go').click()")
+    until(lambda: browser.text("status").startswith("8 images in"))
+    links = browser.run("[...document.querySelectorAll('figure a')].map(a => [a.download, a.href.split(',')[1]])")
+    assert links[0][0] == "a-small-red-star-on-blue-7.png" and links[7][0] == "a-fox-10.png"
+    assert np.array_equal(pixels(links[0][1]), picture(6, 7)) and np.array_equal(pixels(links[7][1]), picture(2, 10))
+    assert browser.run("document.documentElement.scrollWidth") <= width
+    browser.run("$('caption').value = '<br>'; $('go').click()")
+    until(lambda: "The caption '<br>' has no words" in browser.text("error"))
+    assert all(c["entry"]["text"].startswith("Failed to load resource") for c in browser.complaints)
 
 
 # ---- the command, with a small model in vLLM ------------------------------------------------------------------------
@@ -586,13 +646,16 @@ def command(*args, **settings):
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """An exported folder: 8 x 8 codes, 3 classes, random weights that make lively logits."""
-    folder = tmp_path_factory.mktemp("real")
-    config = gpt.GPTConfig(dim=64, n_layer=2, n_head=2, vocab_size=V, grid=8, num_classes=3)
+    return small_export(tmp_path_factory.mktemp("real"), classes=INFO["classes"], num_classes=3)
+
+
+def small_export(folder, classes=None, text=None, **condition):
+    """An exported folder: 8 x 8 codes, random weights that make lively logits."""
+    config = gpt.GPTConfig(dim=64, n_layer=2, n_head=2, vocab_size=V, grid=8, **condition)
     tokenizer = small_tokenizer()
     torch.save({"model": tokenizer.state_dict(), "config": asdict(tokenizer.config)}, folder / "vq.pt")
-    torch.save({"model": fill(gpt.GPT(config)).state_dict(), "config": asdict(config), "classes": INFO["classes"]},
-               folder / "gpt.pt")
+    torch.save({"model": fill(gpt.GPT(config)).state_dict(), "config": asdict(config), "classes": classes,
+                "text": text}, folder / "gpt.pt")
     process = command("export", "--gpt", folder / "gpt.pt", "--vq", folder / "vq.pt", "--out", folder / "small")
     assert process.wait(60) == 0
     return folder / "small"
@@ -695,10 +758,8 @@ def test_sigterm_finishes_what_runs_and_exits_0(real):
     thread.start()
     until(lambda: gauge(real, "vllm:num_requests_running") > 0)
     real.process.send_signal(signal.SIGTERM)
-    late = post(real, {})
     thread.join(60)
     assert answers[0].status_code == 200 and len(answers[0].json()["data"]) == 10
-    assert error_of(late, 503)["code"] == "stopping"
     assert real.process.wait(30) == 0
     until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in real.processes), 20)   # the engine is gone as well
     assert "Traceback" not in real.log.read_text()
@@ -718,11 +779,31 @@ def test_when_the_engine_is_killed_the_server_says_so_and_still_stops_in_order(e
         assert server.process.wait(30) == 0
 
 
+@pytest.mark.slow
+def test_the_command_serves_captions(tmp_path):
+    """Captions of 1 and 5 words at once: the pixels that the plain sampler's greedy codes have."""
+    folder = small_export(tmp_path, text=gpt.CaptionEncoder("words").about, num_classes=0, cond_tokens=120,
+                          caption_dim=64)
+    captions, model = ["fox", "a small red star, 'glowing'"], gpt.load_gpt(tmp_path / "gpt.pt")
+    codes = sample.generate(model, *gpt.encode_captions(captions, model=model), cfg_scale=7.5, top_k=1)
+    with started(folder, tmp_path / "serve.log") as server:
+        answers = []
+        threads = [threading.Thread(target=lambda c=c: answers.append(post(server, {"prompt": c, "temperature": 0})))
+                   for c in captions]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        assert error_of(post(server, {"prompt": "<br>"}), 400)["param"] == "prompt"
+    drawn = {a.json()["data"][0]["revised_prompt"]: pixels(a.json()["data"][0]["b64_json"]) for a in answers}
+    for caption, right in zip(captions, sample.to_pixels(small_tokenizer(), codes)):
+        assert np.array_equal(drawn[caption], right), caption
+
+
 @pytest.mark.parametrize("flags, sentence", [
-    (["missing"], "missing/config.json: No such file or directory; the folder is made by"),
+    (["missing"], "missing is no folder written by serve_vllm.py export"),
     (["EXPORTED", "--port", "TAKEN"], "Address already in use"),
     (["EXPORTED", "--port", "70000"], "port must be 0-65535"),
-    (["EXPORTED", "--max-num-seqs", "0"], "--max-num-seqs 0: give at least 1"),
 ])
 def test_what_cannot_be_served_is_told_in_one_sentence(exported, flags, sentence):
     with socket.create_server(("127.0.0.1", 0)) as taken:
