@@ -13,6 +13,7 @@ import argparse
 import importlib.util
 import json
 import mmap
+import os
 import platform
 import sys
 import tempfile
@@ -178,8 +179,8 @@ def bench_serve(name, device, dtype, images, requests=64):
     queue computed, since nothing else happens in it."""
     if importlib.util.find_spec("vllm") is None:
         return print(json.dumps({"case": "serve", "skipped": "vLLM is not installed"}))
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     import serve_vllm
-    serve_vllm.quiet()
     import vllm
     model, vq_config = gpt.GPT(gpt.GPT_CONFIGS[name]), vq.VQ_CONFIGS["VQ-16"]
     torch.nn.init.normal_(model.output.weight, std=0.02)
