@@ -383,7 +383,7 @@ def test_a_request_is_one_image_with_the_settings_asked_for(tiny):
     ("generate DIR/x --prompt star", "draws from classes, not captions: give --classes"),
     ("generate TEXT/x --classes 1", "draws from captions, not classes: give --prompt"),
     ("generate TEXT/x --prompt <br>", "the caption '<br>' has no words"),
-    ("generate TEXT/x --prompt star --t5 TEXT", "no T5 can be loaded there"),
+    ("generate TEXT/x --prompt star --t5 TEXT", "cannot be loaded"),
 ])
 def test_a_mistake_on_the_command_line_is_one_sentence(tiny, captioned, tmp_path, capsys, arguments, sentence):
     folder = tiny[0].parent
@@ -397,9 +397,11 @@ def test_a_mistake_on_the_command_line_is_one_sentence(tiny, captioned, tmp_path
     assert stop.value.code == 2 and sentence in error and len(error.splitlines()) <= 2, error
 
 
-def test_an_overwritten_export_is_the_new_one(tmp_path):
-    exported(tmp_path, CAPTIONS)
+def test_an_export_is_not_overwritten_and_a_broken_one_is_named(tmp_path, capsys):
     folder, _ = exported(tmp_path)
+    with pytest.raises(SystemExit):
+        exported(tmp_path, CAPTIONS)
+    assert "holds an exported model; choose another folder, or delete it" in capsys.readouterr().err
     assert not serve_vllm.read_export(folder)["captions"]
     (folder / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="no folder written by .*model.safetensors"):
