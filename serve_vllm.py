@@ -298,7 +298,7 @@ def read_export(folder):
         config = gpt.GPTConfig(**info["gpt"])
         (Path(folder) / "model.safetensors").stat()
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder} is no folder written by serve_vllm.py export ({error!r})") from None
+        raise ValueError(f"{folder} is no folder written by serve_vllm.py export ({error})") from None
     return {**info, "grid": config.grid, "codebook_size": config.vocab_size, "captions": config.caption_dim > 0}
 
 

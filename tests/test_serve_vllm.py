@@ -372,7 +372,7 @@ def test_a_request_is_one_image_with_the_settings_asked_for(tiny):
     ("export --gpt DIR/gpt.pt --vq DIR/nothing.pt --out OUT", "nothing.pt: No such file"),
     ("export --gpt DIR/vq.pt --vq DIR/vq.pt --out OUT", "is it the tokenizer?"),
     ("export --gpt DIR/gpt.pt --vq DIR/other.pt --out OUT", "they do not belong together"),
-    ("generate nowhere --classes 1", "nowhere is no folder written by serve_vllm.py export (FileNotFoundError"),
+    ("generate nowhere --classes 1", "nowhere is no folder written by serve_vllm.py export ([Errno 2] No such file or directory"),
     ("generate DIR/x --classes 10", "class 10 is out of range"),
     ("generate DIR/x --classes 1 --n 0", "--n is at least 1"),
     ("generate DIR/x --classes 1 --out picture.jpg", "--out ends in .png"),
