@@ -89,6 +89,11 @@ def picture(class_id, seed):
     return sample.to_pixels(small_tokenizer(), torch.tensor([codes_of(class_id, seed)]))[0]
 
 
+def same(a, b):
+    """Equal pixels, but for rounding: what is decoded together, and on how many threads, moves the last bits of sums."""
+    return a.shape == b.shape and np.abs(a.astype(int) - b.astype(int)).max() <= 1
+
+
 def pixels(b64_json):
     """The pixels of a PNG in an answer."""
     file = io.BytesIO(base64.b64decode(b64_json, validate=True))
@@ -175,7 +180,7 @@ def test_openais_client_gets_pictures(server):
                                             extra_body={"seed": 5, "cfg_scale": 2.5, "top_k": 0, "top_p": 0.9})
     assert len(answer.data) == 3 and answer.size == "16x16" and answer.output_format == "png"
     for j, image in enumerate(answer.data):
-        assert np.array_equal(pixels(image.b64_json), picture(2, 5 + j)), j
+        assert same(pixels(image.b64_json), picture(2, 5 + j)), j
         assert image.revised_prompt == "red fox, Vulpes vulpes" and image.seed == 5 + j
     assert answer.usage.output_tokens == 3 * GRID * GRID and answer.usage.total_tokens == 3 * (GRID * GRID + 1)
 
@@ -194,7 +199,7 @@ def test_openais_client_sees_the_picture_grow(engine, server):
         events.append(event)
         engine.step.set()   # so that the first row was seen before the second was drawn
     *partial, last = events
-    assert last.type == "image_generation.completed" and np.array_equal(pixels(last.b64_json), picture(1, 9))
+    assert last.type == "image_generation.completed" and same(pixels(last.b64_json), picture(1, 9))
     assert last.usage.output_tokens == GRID * GRID and last.size == "16x16" and last.background == "opaque"
     assert partial and [e.partial_image_index for e in partial] == list(range(len(partial)))
     assert {e.type for e in partial} == {"image_generation.partial_image"}
@@ -208,7 +213,7 @@ def test_rows_that_are_not_there_yet_are_grey_and_do_not_show_in_those_above():
         part = pixels(base64.b64encode(serve_vllm.to_pngs(tokenizer, [codes[:rows * GRID]], GRID)[0]))
         repeated = codes[:rows * GRID] + codes[(rows - 1) * GRID:rows * GRID] * (GRID - rows)
         end = rows * SIDE // GRID
-        assert np.array_equal(part[:end], sample.to_pixels(tokenizer, torch.tensor([repeated]))[0, :end])
+        assert same(part[:end], sample.to_pixels(tokenizer, torch.tensor([repeated]))[0, :end])
         assert (part[end:] == 128).all()
 
 
@@ -216,7 +221,7 @@ def test_a_streamed_request_may_ask_for_several_images_and_no_parts(server):
     events = list(client(server).images.generate(prompt="heart", n=3, stream=True, extra_body={"seed": 1}))
     assert [e.type for e in events] == ["image_generation.completed"] * 3
     for e in events:
-        assert np.array_equal(pixels(e.b64_json), picture(1, 1 + e.index))
+        assert same(pixels(e.b64_json), picture(1, 1 + e.index))
 
 
 def test_what_only_other_models_have_is_passed_over_and_limits_are_allowed(server):
@@ -253,11 +258,11 @@ def test_pictures_are_decoded_together_and_other_requests_answered_meanwhile(ser
 def test_openais_client_gets_pictures_of_captions(engine, captioned):
     answer = client(captioned).images.generate(prompt="A red  star.", n=2, extra_body={"seed": 5})
     for j, image in enumerate(answer.data):
-        assert np.array_equal(pixels(image.b64_json), picture(3, 5 + j)) and image.revised_prompt == "A red  star."
+        assert same(pixels(image.b64_json), picture(3, 5 + j)) and image.revised_prompt == "A red  star."
     assert answer.usage.input_tokens == 2 * 3 and answer.usage.total_tokens == 2 * (GRID * GRID + 3)
     assert engine.settings == {"cfg_scale": 7.5, "cfg_interval": -1, "top_k": 1000}
     last = list(client(captioned).images.generate(prompt="fox", stream=True, extra_body={"seed": 1, "top_k": 7}))[-1]
-    assert np.array_equal(pixels(last.b64_json), picture(1, 1)) and engine.settings["top_k"] == 7
+    assert same(pixels(last.b64_json), picture(1, 1)) and engine.settings["top_k"] == 7
 
 
 def test_a_caption_without_words_is_refused(captioned):
@@ -391,7 +396,7 @@ def test_a_client_that_goes_takes_its_images_along(engine, server, stream):
     until(lambda: engine.aborted == 4 and len(engine.live) == 1)
     engine.step.set()
     thread.join(10)
-    assert np.array_equal(pixels(answers[0].json()["data"][0]["b64_json"]), picture(0, 3))   # the other's is unharmed
+    assert same(pixels(answers[0].json()["data"][0]["b64_json"]), picture(0, 3))   # the other's is unharmed
 
 
 def test_a_full_queue_says_when_to_come_back(engine):
@@ -559,7 +564,7 @@ def test_the_page_draws_what_is_typed_row_by_row(engine, server, browser):
     links = browser.run("[...document.querySelectorAll('figure a')].map(a => [a.download, a.href.split(',')[1]])")
     assert [name for name, _ in links] == ["red-fox-7.png", "red-fox-8.png", "heart-7.png", "heart-8.png"]
     for (_, png), (class_id, seed) in zip(links, [(2, 7), (2, 8), (1, 7), (1, 8)]):
-        assert np.array_equal(pixels(png), picture(class_id, seed))
+        assert same(pixels(png), picture(class_id, seed))
     assert not browser.complaints
 
 
@@ -629,7 +634,7 @@ def test_a_caption_model_has_a_text_box_in_place_of_the_classes(captioned, brows
     until(lambda: browser.text("status").startswith("8 images in"))
     links = browser.run("[...document.querySelectorAll('figure a')].map(a => [a.download, a.href.split(',')[1]])")
     assert links[0][0] == "a-small-red-star-on-blue-7.png" and links[7][0] == "a-fox-10.png"
-    assert np.array_equal(pixels(links[0][1]), picture(6, 7)) and np.array_equal(pixels(links[7][1]), picture(2, 10))
+    assert same(pixels(links[0][1]), picture(6, 7)) and same(pixels(links[7][1]), picture(2, 10))
     assert browser.run("document.documentElement.scrollWidth") <= width
     browser.run("$('caption').value = '<br>'; $('go').click()")
     until(lambda: "The caption '<br>' has no words" in browser.text("error"))
@@ -709,9 +714,9 @@ def test_openais_client_draws_with_the_real_engine(real, exported):
     settings = {"extra_body": {"cfg_scale": 3.0, "temperature": 0}}
     plain = sample.to_pixels(tokenizer, sample.generate(model, torch.tensor([2]), cfg_scale=3.0, top_k=1))[0]
     answer = client(real).images.generate(prompt="red fox", size="32x32", **settings)
-    assert np.array_equal(pixels(answer.data[0].b64_json), plain)
+    assert same(pixels(answer.data[0].b64_json), plain)
     *partial, last = client(real).images.generate(prompt="red fox", stream=True, partial_images=7, **settings)
-    assert np.array_equal(pixels(last.b64_json), plain) and partial
+    assert same(pixels(last.b64_json), plain) and partial
     assert client(real).models.list().data[0].id == "small"
 
 
@@ -732,7 +737,8 @@ def test_two_hundred_requests_and_a_third_of_the_clients_leave(real):
                 return "left"
         response = await http.post("/v1/images/generations", json=kind)
         assert response.status_code == 200, response.text
-        return [d["b64_json"] for d in response.json()["data"]] == alone[i % 12]
+        return all(same(pixels(d["b64_json"]), pixels(png)) for d, png in zip(response.json()["data"], alone[i % 12],
+                                                                              strict=True))
 
     async def hundred(first):
         limit = asyncio.Semaphore(32)
@@ -797,7 +803,7 @@ def test_the_command_serves_captions(tmp_path):
         assert error_of(post(server, {"prompt": "<br>"}), 400)["param"] == "prompt"
     drawn = {a.json()["data"][0]["revised_prompt"]: pixels(a.json()["data"][0]["b64_json"]) for a in answers}
     for caption, right in zip(captions, sample.to_pixels(small_tokenizer(), codes)):
-        assert np.array_equal(drawn[caption], right), caption
+        assert same(drawn[caption], right), caption
 
 
 @pytest.mark.parametrize("flags, sentence", [
