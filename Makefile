@@ -50,7 +50,7 @@ demo: $(RUN)/samples.npz
 $(TEXT)/codes/text.json: $(RUN)/vq/ckpt.pt
 	@echo "1/3  captioned pictures as codes, and the features of their words"
 	$(PYTHON) vq.py encode --ckpt $(RUN)/vq/ckpt.pt --data shapes-captions:12000 --out $(TEXT)/codes --workers 0
-	$(PYTHON) gpt.py captions --codes $(TEXT)/codes --t5 words
+	$(PYTHON) captions.py encode --codes $(TEXT)/codes --t5 words
 
 $(TEXT)/gpt/ckpt.pt: $(TEXT)/codes/text.json
 	@echo "2/3  the GPT over codes, from captions"

@@ -1,12 +1,15 @@
-"""What is on disk: images, their classes or captions, crops of them, folders of codes. NumPy and Pillow, no PyTorch.
+"""What is on disk: images, their classes or captions, crops of them, folders of codes, checkpoint files and downloads.
 
     images = data.open_images("imagenet/train")        # or "shapes", or captions.jsonl: see open_images
     crop = data.center_crop(images.load(0), 256)       # also random_crop and ten_crop
     images.classes[images.labels[0]]                   # or images.captions[0]
 
-The file in order: data sets, captions, crops and grids, folders of codes, the embedded data set `shapes`.
+The file in order: data sets, captioned ones, crops and grids, folders of codes, checkpoint files and downloads, the
+embedded data set `shapes`.
 """
+import argparse
 import cmath
+import hashlib
 import io
 import json
 import math
@@ -14,11 +17,14 @@ import os
 import random
 import sys
 import tarfile
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
 
 
 # ---- data sets ------------------------------------------------------------------------------------------------------
@@ -254,32 +260,85 @@ def load_codes(folder):
     return codes, labels, meta
 
 
-def load_text(folder):
-    """What the captions command wrote there, memory-mapped: features float16 (tokens, D), spans int64 (N, 2, 2), the
-    first token and the one after the last of each image's caption and short caption (equal where there is none), and
-    {"encoder", "dim", "hash"}. Raises ValueError with one sentence when they are missing or do not fit."""
-    folder = Path(folder)
-    if not (folder / "text.json").exists():
-        raise ValueError(f"{folder} has no features of its captions; make them with: "
-                         f"python gpt.py captions --codes {folder}")
-    about = json.loads((folder / "text.json").read_text())
-    text, spans = (np.load(folder / f, mmap_mode="r", allow_pickle=False) for f in ("text.npy", "text_spans.npy"))
-    if text.shape != (about["tokens"], about["dim"]) or spans.shape != (about["images"], 2, 2):
-        raise ValueError(f"{folder}: text.npy {text.shape}, text_spans.npy {spans.shape} and text.json do not belong "
-                         "together; delete text.json and run gpt.py captions again")
-    return text, spans, {k: about[k] for k in ("encoder", "dim", "hash")}
+# ---- checkpoint files and downloads ---------------------------------------------------------------------------------
+def read_checkpoint(path, mmap=False):
+    """A checkpoint as a dict of plain values and tensors on the CPU; nothing in the file is executed. With mmap,
+    tensors are read from disk when they are used.
+
+    Raises OSError for a missing file and ValueError for one that is damaged or holds other objects."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):   # released training files hold their flags so
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except OSError as error:
+        raise OSError(f"{path}: {error.strerror or error}") from None
+    except Exception as error:   # the bytes of a broken file can make the reader stumble in any way
+        code = any(f"Unsupported {kind}" in str(error) for kind in ("global", "class"))
+        raise ValueError(f"{path} holds Python objects beside tensors and is refused: it could run code" if code else
+                         f"{path} is truncated, or not a PyTorch checkpoint") from None
 
 
-def read_captions(path):
-    """Yield (caption, short caption or "") of every line. Raises ValueError with one sentence for a line without."""
-    with open(path, encoding="utf-8") as lines:
-        for i, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-                yield row["caption"] + "", (row.get("short_caption") or "") + ""
-            except (ValueError, LookupError, TypeError, AttributeError):
-                raise ValueError(f'{path}, line {i}: expected {{"caption": "..."}}, perhaps with a "short_caption"; '
-                                 f"it is {line.strip()[:80]}") from None
+def save_checkpoint(state, path):
+    """Write a dict to `path` by way of a temporary name, so that a full disk or a crash keeps the previous file.
+    Raises OSError with one sentence."""
+    tmp = Path(f"{path}.tmp")
+    try:
+        torch.save(state, tmp)
+        os.replace(tmp, path)
+    except (OSError, RuntimeError) as error:
+        tmp.unlink(missing_ok=True)
+        reason = str(error).splitlines()[0]
+        raise OSError(f"could not save {path} ({reason}); an earlier file there is untouched") from None
+
+
+def file_hash(path):
+    """SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def cache_dir():
+    """Where downloaded weights live: $NANOLLAMAGEN_CACHE, or ~/.cache/nanollamagen."""
+    return Path(os.environ.get("NANOLLAMAGEN_CACHE", Path.home() / ".cache" / "nanollamagen"))
+
+
+def download(url, path, sha256=""):
+    """Fetch `url` to `path` unless it is there, with a progress bar, by way of a temporary name; returns the path.
+    `sha256` is the start of the file's hexadecimal digest. Raises OSError with one sentence."""
+    path = Path(path)
+    if path.exists():
+        return path
+    tmp = path.with_name(path.name + ".part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with urllib.request.urlopen(url, timeout=30) as response, open(tmp, "wb") as f:
+            size = int(response.headers.get("Content-Length", 0))
+            with progress(size or None, path.name, unit="B") as bar:
+                while block := response.read(1 << 20):
+                    f.write(block)
+                    bar.update(len(block))
+        if size and tmp.stat().st_size != size:
+            raise OSError(f"{tmp.stat().st_size:,} of {size:,} bytes came")
+        if not file_hash(tmp).startswith(sha256):
+            raise OSError("its SHA-256 is not the expected one")
+    except OSError as error:
+        tmp.unlink(missing_ok=True)
+        reason = getattr(error, "reason", error)
+        raise OSError(f"could not download {url} ({reason}); fetch it elsewhere and put it at {path}") from None
+    os.replace(tmp, path)
+    return path
+
+
+def pretrained(name, repository="FoundationVision/LlamaGen"):
+    """Path of an officially released file such as "vq_ds16_c2i.pt", fetched once from Hugging Face ($HF_ENDPOINT
+    names a mirror)."""
+    host = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    return download(f"{host}/{repository}/resolve/main/{name}", cache_dir() / name)
+
+
+def progress(total, what, rank=0, unit=" images"):
+    """A tqdm bar on process 0; where standard error is not a terminal it writes a line every 15 seconds at most."""
+    return tqdm(total=total, desc=what, unit=unit, unit_scale=unit == "B", disable=rank > 0, smoothing=0.1,
+                mininterval=0.2 if sys.stderr.isatty() else 15)
 
 
 # ---- the embedded data set `shapes` ---------------------------------------------------------------------------------

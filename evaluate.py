@@ -5,7 +5,6 @@ $ python evaluate.py recon --vq runs/vq/ckpt.pt --data DIR --out recon.png      
 $ python evaluate.py stats DIR --size 256 --out ref.npz                         # a reference batch of one's own images
 $ python evaluate.py ref.npz SAMPLES        # SAMPLES: an NPZ, a folder of images, or a folder of codes (then add --vq)
 $ python evaluate.py VIRTUAL_imagenet256_labeled.npz samples.npz --pr-half --json scores.json    # the paper's Table 6
-$ python evaluate.py sweep --vq runs/vq/ckpt.pt --gpt runs/gpt/ckpt.pt --ref ref.npz --cfg-scale 1,1.5,1.75,2,3
 $ python evaluate.py clip --prompts prompts.txt --samples t2i.npz               # do images show what captions say?
 $ torchrun --nproc_per_node=8 evaluate.py ref.npz SAMPLES                       # any of them, on several GPUs
 
@@ -29,11 +28,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
+import captions
 import data
-import gpt
 import sample
 import vq
 
@@ -52,14 +51,14 @@ def load_inception(path=None, device="cpu"):
     """The network of the 2015-12-05 graph: its tensors by name, float32 on `device`, and the "sha256" of their file,
     which None downloads (96 MB) to the cache folder, once. torchvision's Inception has the same names but other weights
     and 1000 classes, and is refused. Raises OSError or ValueError with one sentence."""
-    path = path or vq.download(INCEPTION_URL, vq.cache_dir() / Path(INCEPTION_URL).name, INCEPTION_SHA256)
-    state = vq.read_checkpoint(path)
+    path = path or data.download(INCEPTION_URL, data.cache_dir() / Path(INCEPTION_URL).name, INCEPTION_SHA256)
+    state = data.read_checkpoint(path)
     items = state.items() if isinstance(state, dict) else ()
     state = {k: v for k, v in items if torch.is_tensor(v) and v.is_floating_point()}   # leaves out integer counters
     if len(state) != 472 or sum(v.numel() for v in state.values() if v.isfinite().all()) != 23_885_392:
         raise ValueError(f"{path} is damaged or not the Inception of 2015-12-05 with 1008 classes ({INCEPTION_URL})")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False   # float32 is part of the numbers
-    return {"sha256": vq.file_hash(path), **{k: v.to(device) for k, v in state.items()}}
+    return {"sha256": data.file_hash(path), **{k: v.to(device) for k, v in state.items()}}
 
 
 def resize_tf1(x):
@@ -258,7 +257,7 @@ def open_npz(path, expected=STATISTICS):
                     yield np.frombuffer(member.read(size), np.uint8).reshape(shape[1:])
         except Exception as error:
             raise ValueError(f"{path} is damaged: image {i} of {shape[0]:,} cannot be read ({error})") from None
-    return ImageSet(path, shape[0], shape[1:], read, vq.file_hash(path), stored, extra.get("labels"),
+    return ImageSet(path, shape[0], shape[1:], read, data.file_hash(path), stored, extra.get("labels"),
                     str(extra.get("of", "unknown images")))
 
 
@@ -280,7 +279,8 @@ def open_set(path, tokenizer=None, size=None, device="cpu"):
         def read(indices):
             for part in chunks(indices, 16):
                 yield from sample.to_pixels(model, torch.from_numpy(codes[part, 0].astype(np.int64)).to(device), size)
-        return ImageSet(path, len(codes), next(read([0])).shape, read, vq.file_hash(path / "codes.npy"), labels=labels)
+        sha256 = data.file_hash(path / "codes.npy")
+        return ImageSet(path, len(codes), next(read([0])).shape, read, sha256, labels=labels)
     files = data.list_images(path)
     if not files:
         raise ValueError(f"{path} holds no images")
@@ -442,14 +442,14 @@ def recon(args):
                    [f"{word} {quality[i, 0]:.1f} dB, SSIM {quality[i, 1]:.3f}" for word, i in shown])
     few = [f"only {N:,} images: the paper has ImageNet's 50,000 of validation"] if N < 50_000 else []
     report(args.json, metrics, few, images=N, data=args.data, image_size=size, eval_size=final, inception=net["sha256"],
-           tokenizer=vq.file_hash(args.vq))
+           tokenizer=data.file_hash(args.vq))
     print(f"{args.out}: originals, each with its reconstruction on the right")
 
 
 def clip(args):
     """100 x the mean cosine between captions and their images by CLIP (arXiv:2104.08718). A sample's label is the line
     of its caption; images without labels are in the order of the lines."""
-    model, tokenizer = gpt.load_pretrained("--clip", args.clip, "CLIPModel", "AutoTokenizer")
+    model, tokenizer = captions.load_pretrained("--clip", args.clip, "CLIPModel", "AutoTokenizer")
     images, prompts = open_set(args.samples, size=args.size), sample.read_prompts(args.prompts)
     lines = range(images.count) if images.labels is None else images.labels
     if max(lines) >= len(prompts):
@@ -471,92 +471,22 @@ def clip(args):
                   args.batch_size)
     if RANK == 0:
         report(args.json, {"CLIP score": scores[0].mean().item()}, [], clip=args.clip, samples=images.sha256,
-               prompts=vq.file_hash(args.prompts))
-
-
-def plot(rows, path):
-    """FID and IS over the guidance scale, a line for each top-k; over top-k, where there is but one scale."""
-    x, line = ("cfg_scale", "top_k") if len({r["cfg_scale"] for r in rows}) > 1 else ("top_k", "cfg_scale")
-    ticks, lines = (list(dict.fromkeys(r[key] for r in rows)) for key in (x, line))
-    sheet, font = Image.new("RGB", (2400, 1000), "white"), ImageFont.load_default(34)   # halved at the end
-    draw, colours = ImageDraw.Draw(sheet), ["#1b6ca8", "#d1495b", "#3a7d44", "#edae49", "#6f4c9b", "#5c5c5c"]
-    for left, metric in ((140, "FID"), (1330, "IS")):                  # each panel is 1000 wide and 700 high
-        low, high = (f(r[metric] for r in rows) for f in (min, max))
-        draw.text((left, 50), f"{metric} over {x}, by {line}:", "black", font)
-        for n in range(5):
-            draw.line((left, 840 - 175 * n, left + 1000, 840 - 175 * n), "#ddd", 3)
-            draw.text((left - 16, 840 - 175 * n), f"{low + n / 4 * (high - low):.3g}", "#555", font, "rm")
-        for n, tick in enumerate(ticks):
-            draw.text((left + 1000 * (n + 0.5) / len(ticks), 910), f"{tick:g}", "#555", font, "mm")
-        for n, value in enumerate(lines):
-            colour = colours[n % len(colours)]
-            points = [(left + 1000 * (ticks.index(r[x]) + 0.5) / len(ticks),
-                       840 - 700 * (r[metric] - low) / (high - low or 1)) for r in rows if r[line] == value]
-            draw.line(points, colour, 6)
-            for px, py in points:
-                draw.ellipse((px - 12, py - 12, px + 12, py + 12), colour)
-            draw.text((left + 520 + 110 * n, 50), f"{value:g}", colour, font)
-    sheet.resize((1200, 500), Image.LANCZOS).save(path)
-
-
-def sweep(args):
-    """Samples and scores for every guidance scale with every top-k; a table and a picture, as the paper's Figure 3."""
-    def tag(*settings):                                                # other settings, other names
-        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-    net, tokenizer = load_inception(args.inception, args.device), vq.load_vq(args.vq, args.device)
-    ref, side = open_set(args.ref, args.vq, args.size, args.device), args.image_size or tokenizer.image_size
-    drawn = {"vq": vq.file_hash(args.vq), "gpt": vq.file_hash(args.gpt), "image_size": side, "size": args.size,
-             "seed": args.seed, "num_samples": args.num_samples}
-    scored = {"reference": ref.sha256, "inception": net["sha256"], "pr_half": args.pr_half}
-    names = {cell: f"{args.out}/cfg{cell[0]:g}-top{cell[1]}-{tag(drawn, cell)}"
-             for cell in itertools.product(args.cfg_scale, args.top_k)}
-    results = {cell: Path(f"{name}-{tag(scored)}.json") for cell, name in names.items()}
-    if todo := [cell for cell in names if not results[cell].exists()]:
-        model = gpt.load_gpt(args.gpt, args.device, grid=side // tokenizer.config.downsample)
-        sample.check_pair(model, tokenizer, args.gpt, args.vq)
-        model = model.bfloat16() if "cuda" in args.device else model
-        reference = measure(ref, net, args.batch_size)
-    for scale, top_k in todo:
-        npz = Path(f"{names[scale, top_k]}.npz")
-        if not npz.exists():
-            sample.write_npz(npz, model, tokenizer, args.num_samples, seed=args.seed, size=args.size, cfg_scale=scale,
-                             top_k=top_k)
-        gen = open_npz(npz)
-        samples = measure(gen, net, args.batch_size)
-        if RANK == 0:
-            row = {"cfg_scale": scale, "top_k": top_k, **score(reference, samples, net, args.pr_half)}
-            report(results[scale, top_k], row, cautions(ref, gen, net), samples=gen.sha256, **drawn, **scored)
-    if RANK:
-        return
-    rows = [json.loads(path.read_text())["metrics"] for path in results.values()]
-    table = [list(rows[0]), *([f"{v:.4g}" for v in row.values()] for row in rows)]
-    Path(f"{args.out}/sweep.csv").write_text("".join(",".join(line) + "\n" for line in table))
-    markdown = "".join(f"| {' | '.join(line)} |\n" for line in [table[0], ["---:"] * len(rows[0]), *table[1:]])
-    Path(f"{args.out}/sweep.md").write_text(markdown)
-    plot(rows, f"{args.out}/sweep.png")
-    print(f"{markdown}{len(todo)} of {len(names)} cells were new; {args.out} has sweep.md, sweep.csv and sweep.png")
+               prompts=data.file_hash(args.prompts))
 
 
 def main():
     """The command line; without a command, it is `compare`."""
-    def numbers(text):
-        return [float(word) if "." in word else int(word) for word in text.split(",")]
-
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     images = dict(help="NPZ, folder of images, or codes folder (with --vq)")
     flags = {
-        "REF": images, "SAMPLES": images, "IMAGES": images, "--ref": images,
-        "--vq": dict(metavar="CKPT", help="tokenizer checkpoint"), "--gpt": dict(metavar="CKPT", help="GPT checkpoint"),
+        "REF": images, "SAMPLES": images, "IMAGES": images,
+        "--vq": dict(metavar="CKPT", help="tokenizer checkpoint"),
         "--data": dict(metavar="DIR", help="folder of class folders, or shapes:N"),
         "--out": dict(help="what to write (default: %(default)s)"),
         "--size": dict(type=int, help="crop images of folders, resize decoded or sampled ones: pixels a side"),
         "--image-size": dict(type=int, help="pixels a side that the model works at (default: as it was trained)"),
         "--eval-size": dict(type=int, help="pixels a side to measure at (default: --image-size)"),
         "--keep": dict(type=int, default=10_000, help="images to store for precision and recall (default: 10000)"),
-        "--cfg-scale": dict(type=numbers, default=[1, 1.5, 1.75, 2, 3], help="guidance (default: 1,1.5,1.75,2,3)"),
-        "--top-k": dict(type=numbers, default=[0], help="numbers of likeliest codes, 0 is all (default: 0)"),
-        "--num-samples": dict(type=int, default=50_000, help="samples for each cell (default: 50000)"),
-        "--seed": dict(type=int, default=0, help="sample i is drawn from seed + i"),
         "--pr-half": dict(action="store_true", help="precision and recall in float16, as in published tables"),
         "--prompts": dict(metavar="FILE", help="captions, one a line"),
         "--samples": dict(help="NPZ of sample.py --prompts, or a folder of images sorted as the captions"),
@@ -572,9 +502,7 @@ def main():
             (compare, None, "REF SAMPLES --vq --size --pr-half --json"),
             (stats, "ref.npz", "IMAGES --out --size --keep --vq"),
             (recon, "recon.png", "--vq! --data! --out --image-size --eval-size --json"),
-            (clip, None, "--prompts! --samples! --clip --size --json"),
-            (sweep, "runs/sweep", "--vq! --gpt! --ref! --cfg-scale --top-k --num-samples --seed --image-size --size "
-                                  "--out --pr-half")):
+            (clip, None, "--prompts! --samples! --clip --size --json")):
         command = commands.add_parser(run.__name__, help=run.__doc__.splitlines()[0])
         command.set_defaults(run=run, out=out)
         for name in f"{names} {'--inception' * (run is not clip)} --batch-size --device".split():
@@ -582,7 +510,7 @@ def main():
             command.add_argument(name.rstrip("!"), **flags[name.rstrip("!")], **must)
     words = sys.argv[1:]
     args = p.parse_args(words if words and words[0] in (*commands.choices, "-h", "--help") else ["compare", *words])
-    p.usage = "python evaluate.py [stats|recon|clip|sweep] ... (--help lists the flags)"
+    p.usage = "python evaluate.py [stats|recon|clip] ... (--help lists the flags)"
     try:
         if WORLD > 1:
             dist.init_process_group("gloo")

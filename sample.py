@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+import captions
 import data
 import gpt
 import vq
@@ -84,7 +85,7 @@ def generate(model, cond, mask=None, *, cfg_scale=1.0, cfg_interval=-1, temperat
     cache = model.new_cache(len(cond))
     codes = torch.empty(B, T, dtype=torch.int64, device=cond.device)
     x, start = model.cls_embedding(cond), 0
-    bar = vq.progress(T, "codes", unit=" codes") if progress else None
+    bar = data.progress(T, "codes", unit=" codes") if progress else None
     for i in range(T):
         if guided and 0 <= cfg_interval and i > cfg_interval + 1:   # the unconditional rows are not needed any more
             x, cache, guided, mask = x[:B], cache[:, :, :B], False, mask if mask is None else mask[:B]
@@ -119,7 +120,7 @@ CHUNK = 256   # images in one part file, whatever the batch size and the number 
 def write_npz(path, model, vq_model, num_samples, *, given=None, seed=0, batch_size=32, size=None, **settings):
     """Write ADM's NPZ: arr_0 uint8 (N, H, W, 3) and labels int64 (N,), image i of class i % num_classes from seed + i.
 
-    given: [features, mask] of n captions (gpt.encode_captions); the label is then a caption's number, i % n.
+    given: [features, mask] of n captions (captions.encode_captions); the label is then a caption's number, i % n.
     Under torchrun the processes share the work and the file is the same whatever their number. Parts stand in
     PATH.parts until all are done, so that a second start goes on where the first ended. `settings` go to `generate`.
     Raises ValueError when PATH.parts was begun with other settings, and where a caption model has no captions."""
@@ -127,9 +128,9 @@ def write_npz(path, model, vq_model, num_samples, *, given=None, seed=0, batch_s
         raise ValueError("the model draws captions, not classes; sample.py takes them from --prompts FILE")
     rank, world, device = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), model.norm.weight.device
     path, parts = Path(path), Path(f"{path}.parts")
-    captions = given and hashlib.sha256(given[0].float().numpy().tobytes()).hexdigest()
+    words = given and hashlib.sha256(given[0].float().numpy().tobytes()).hexdigest()
     given = given or [torch.arange(model.config.num_classes)]
-    made_with = json.dumps({"gpt": vq.weights_hash(model), "vq": vq.weights_hash(vq_model), "captions": captions,
+    made_with = json.dumps({"gpt": vq.weights_hash(model), "vq": vq.weights_hash(vq_model), "captions": words,
                             "seed": seed, "n": num_samples, "size": size, "batch_size": batch_size, **settings})
     parts.mkdir(parents=True, exist_ok=True)
     if world > 1 and not dist.is_initialized():
@@ -145,7 +146,7 @@ def write_npz(path, model, vq_model, num_samples, *, given=None, seed=0, batch_s
     todo = [s for s in starts if not (parts / f"{s:07d}.npy").exists()]
     total = sum(min(CHUNK, num_samples - s) for s in todo)
     began = time.time()
-    with vq.progress(total, "sample" + f" (process 1 of {world})" * (world > 1), rank) as bar:
+    with data.progress(total, "sample" + f" (process 1 of {world})" * (world > 1), rank) as bar:
         for s in todo:
             pixels = []
             for first in range(s, min(s + CHUNK, num_samples), batch_size):
@@ -229,7 +230,7 @@ def fetch_pretrained(name):
     files, where = ("vq_ds16_c2i.pt", f"c2i_{name.replace('-', '_')}.pt"), "FoundationVision/LlamaGen"
     if name in TEXT_FILES:
         files, where = ("vq_ds16_t2i.pt", TEXT_FILES[name]), "peizesun/llamagen_t2i"
-    return *(vq.pretrained(file, where) for file in files), int(name.split("-")[1])
+    return *(data.pretrained(file, where) for file in files), int(name.split("-")[1])
 
 
 def main():
@@ -295,7 +296,7 @@ def main():
                            ("--top-k", (args.top_k or 0) >= 0), ("--per-class", args.per_class > 0)):
             if not good:
                 raise ValueError(f"{flag} is out of range")
-        given = gpt.encode_captions(prompts, args.t5, device, model) if text else [torch.tensor(labels)]
+        given = captions.encode_captions(prompts, args.t5, device, model) if text else [torch.tensor(labels)]
     except (OSError, ValueError) as error:
         p.error(str(error))
     if (args.dtype or ("bfloat16" if device.type == "cuda" else "float32")) == "bfloat16":

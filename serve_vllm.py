@@ -49,6 +49,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
+import captions
 import data
 import gpt
 import sample
@@ -344,7 +345,7 @@ def generate(args):
     vq_model = vq.load_vq(Path(args.folder) / "vq.pt", device)
     model = read_model(args.folder, info) if info["captions"] or args.compare else None
     if info["captions"]:
-        titles, given = args.prompt, gpt.encode_captions(args.prompt, args.t5, device, model)
+        titles, given = args.prompt, captions.encode_captions(args.prompt, args.t5, device, model)
         prompts = [caption_prompt(row[seen], model.cls_embedding) for row, seen in zip(*given)]
     else:
         given = [torch.tensor([sample.find_class(c, info["classes"]) for c in args.classes.split(",")])]
@@ -365,7 +366,7 @@ def generate(args):
     codes, began = [[] for _ in rows], time.time()
     for i, row in enumerate(rows):
         engine.add_request(str(i), prompts[row], sampling_params(info, seed=seeds[i], stream=True, **settings))
-    with vq.progress(len(rows) * info["grid"] ** 2, "codes", unit=" codes") as bar:
+    with data.progress(len(rows) * info["grid"] ** 2, "codes", unit=" codes") as bar:
         while engine.has_unfinished_requests():
             for output in engine.step():
                 codes[int(output.request_id)] += output.outputs[0].token_ids
@@ -621,7 +622,7 @@ def make_app(engine, info, vq_model, name, api_keys=(), max_queue=256, encode=No
 def caption_encoding(folder, info, t5, device):
     """A function from a caption to its prompt, or None where it has no words; the encoder stays in memory."""
     model = read_model(folder, info)
-    encoder, embedding = gpt.caption_encoder(t5, device, model), model.cls_embedding
+    encoder, embedding = captions.caption_encoder(t5, device, model), model.cls_embedding
 
     def encode(text):
         features, = encoder([text])

@@ -6,7 +6,7 @@ The paper's 343M model, one node with 8 GPUs (the defaults are its recipe; --res
 $ torchrun --nproc_per_node=8 train_gpt.py --model L
 The 3.1B model on two nodes, which both run this line; its weights, gradients and averages are sharded (FSDP):
 $ torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 train_gpt.py --model 3B
-The paper's text model in its two stages, after gpt.py captions; the second starts from the weights of the first:
+The paper's text model in its two stages, after captions.py encode; the second starts from the weights of the first:
 $ torchrun --nproc_per_node=8 train_gpt.py --cond text --codes codes256 --model XL --out runs/t2i-256
 $ torchrun --nproc_per_node=8 train_gpt.py --cond text --codes codes512 --model XL --init runs/t2i-256/ckpt.pt \
       --image-size 512 --out runs/t2i-512
@@ -40,6 +40,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+import captions
 import data
 import gpt
 import sample
@@ -162,9 +163,9 @@ def main():
         usable, cond = np.arange(len(codes)), {"num_classes": len(meta["classes"])}
         text = spans = encoder = None
         if has == "text":
-            text, spans, encoder = data.load_text(args.codes)
+            text, spans, encoder = captions.load_text(args.codes)
             usable = np.flatnonzero(spans[:, 0, 1] > spans[:, 0, 0])   # no loss on images without a caption
-            cond = {"num_classes": 0, "cond_tokens": gpt.CAPTION_TOKENS, "caption_dim": encoder["dim"]}
+            cond = {"num_classes": 0, "cond_tokens": captions.CAPTION_TOKENS, "caption_dim": encoder["dim"]}
         if not 0 <= args.val_images < len(usable):
             raise ValueError(f"--val-images {args.val_images}: the folder has {len(usable)} images")
         config = replace(gpt.GPT_CONFIGS[args.model], vocab_size=meta["codebook_size"], grid=meta["h"],
@@ -232,7 +233,7 @@ def main():
             which = (short & (ends[:, 1, 1] > ends[:, 1, 0])).astype(int)
             tokens = [torch.tensor(text[a:b]) for a, b in ends[np.arange(len(ids)), which]]
             c = c or (config.cond_tokens if compiled else max(map(len, tokens)))   # compiled code wants one shape
-            given = gpt.pad_left(tokens, c)
+            given = captions.pad_left(tokens, c)
         return [x.to(device, non_blocking=True) for x in (rows, *given)]
 
     # ---- model and optimizer ----------------------------------------------------------------------------------------
@@ -299,7 +300,7 @@ def main():
     shown = [torch.arange(min(10, len(meta["classes"])), device=device)], meta["classes"][:10]
     if has == "text" and vq_model:   # ten captions from among the first ten thousand
         few = np.unique(usable[np.linspace(0, min(len(usable), 10_000) - 1, 10).astype(int)])
-        texts = enumerate(data.read_captions(Path(args.codes) / "captions.jsonl"))
+        texts = enumerate(captions.read_captions(Path(args.codes) / "captions.jsonl"))
         titles = [caption for i, (caption, _) in itertools.islice(texts, int(few[-1]) + 1) if i in few]
         shown = to_device(few, np.zeros_like(few), c=config.cond_tokens)[1:], titles
 
@@ -396,7 +397,7 @@ def main():
                 if not sharded or args.consolidate or step == max_steps:
                     state = whole(state)
                     if rank == 0:
-                        vq.save_checkpoint({"ema": None, **state, **plain}, out / "ckpt.pt")
+                        data.save_checkpoint({"ema": None, **state, **plain}, out / "ckpt.pt")
                 if rank == 0:
                     keep_some(out, args.keep, step, sharded)
             except OSError as error:
@@ -440,7 +441,7 @@ def find_checkpoint(out):
     """The newest checkpoint of a run folder: its path, and a dict of step, config and so on, to which a file adds its
     tensors (not yet read from disk). (None, None) if there is none.
     Raises ValueError with one sentence for a damaged one."""
-    found = [(out / "ckpt.pt", gpt.read_checkpoint(out / "ckpt.pt", mmap=True))] if (out / "ckpt.pt").exists() else []
+    found = [(out / "ckpt.pt", data.read_checkpoint(out / "ckpt.pt", mmap=True))] if (out / "ckpt.pt").exists() else []
     for folder in sorted(out.glob("ckpt_[0-9]*/"))[-1:]:
         try:
             files = {i.relative_path for i in dcp.FileSystemReader(folder).read_metadata().storage_data.values()}

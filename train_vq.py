@@ -79,11 +79,11 @@ def load_lpips():
              "lpips_vgg_lin.pth": (f"{github}/vgg.pth",
                                    "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868")}
     try:
-        paths = [vq.download(url, vq.cache_dir() / name, sha256) for name, (url, sha256) in files.items()]
+        paths = [data.download(url, data.cache_dir() / name, sha256) for name, (url, sha256) in files.items()]
     except OSError as error:
-        raise OSError(f"LPIPS needs {' and '.join(files)} in {vq.cache_dir()}: {error}. Or train without it: "
+        raise OSError(f"LPIPS needs {' and '.join(files)} in {data.cache_dir()}: {error}. Or train without it: "
                       "--lpips-weight 0") from None
-    return LPIPS().load(*(vq.read_checkpoint(path) for path in paths))
+    return LPIPS().load(*(data.read_checkpoint(path) for path in paths))
 
 
 class PatchGAN(nn.Module):
@@ -211,7 +211,7 @@ def main():
             raise ValueError(f"--out {out} holds a run; add --resume to go on with it, or choose another folder")
         images = data.open_images(args.data)
         lpips = load_lpips() if args.lpips_weight else None
-        resumed = vq.read_checkpoint(out / "ckpt.pt") if args.resume else None
+        resumed = data.read_checkpoint(out / "ckpt.pt") if args.resume else None
         if resumed and resumed["config"] != asdict(config):
             raise ValueError(f"--model {args.model} is not what {out}/ckpt.pt holds: {resumed['config']}")
         init = vq.load_vq(args.init) if args.init and not resumed else None
@@ -225,7 +225,7 @@ def main():
     model, disc = vq.VQModel(config).to(device), PatchGAN().to(device)
     if init:
         model.load_state_dict(init.state_dict())
-        saved = vq.read_checkpoint(args.init)   # own and official files name the discriminator differently
+        saved = data.read_checkpoint(args.init)   # own and official files name the discriminator differently
         disc.load_state_dict(saved.get("disc") or saved.get("discriminator") or disc.state_dict())
     lpips = lpips.to(device) if lpips else None
     adamw = dict(lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
@@ -270,7 +270,7 @@ def main():
         state = {"model": model.state_dict(), "ema": ema, "disc": disc.state_dict(),
                  "optimizer": optimizer.state_dict(), "disc_optimizer": disc_optimizer.state_dict(), "step": step,
                  "images_seen": seen, "config": asdict(config), "image_size": args.image_size, "args": vars(args)}
-        vq.save_checkpoint(state, out / "ckpt.pt")
+        data.save_checkpoint(state, out / "ckpt.pt")
 
     # ---- loop -------------------------------------------------------------------------------------------------------
     model.train()

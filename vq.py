@@ -5,7 +5,7 @@ $ python vq.py encode --ckpt runs/vq/ckpt.pt --data DIR --out codes --ten-crop -
 $ torchrun --nproc_per_node=8 vq.py encode --pretrained VQ-16 --data imagenet/train --out codes --ten-crop
 $ python vq.py reconstruct --ckpt runs/vq/ckpt.pt --out recon.png a.jpg b.jpg    # originals above reconstructions
 
-The file in order: model, checkpoints and downloads, pixels, codes on disk, commands.
+The file in order: model, checkpoints, pixels, codes on disk, commands.
 """
 # Shapes:  B images   H, W pixels   h, w latent grid   T codes = h * w   V codebook entries   D code dimension
 #          C channels   A crops per image   N images in a data set
@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import sys
-import urllib.request
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 import data
 
@@ -252,41 +250,13 @@ class VQModel(nn.Module):
         return self.decoder(self.post_quant_conv(z))
 
 
-# ---- checkpoints and downloads --------------------------------------------------------------------------------------
-def read_checkpoint(path):
-    """A checkpoint as a dict of plain values and tensors on the CPU; nothing in the file is executed.
-
-    Raises OSError for a missing file and ValueError for one that is damaged or holds other objects."""
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):   # released training files hold their flags so
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise OSError(f"{path}: {error.strerror or error}") from None
-    except Exception as error:   # the bytes of a broken file can make the reader stumble in any way
-        code = any(f"Unsupported {kind}" in str(error) for kind in ("global", "class"))
-        raise ValueError(f"{path} holds Python objects beside tensors and is refused: it could run code" if code else
-                         f"{path} is truncated, or not a PyTorch checkpoint") from None
-
-
-def save_checkpoint(state, path):
-    """Write a dict to `path` by way of a temporary name, so that a full disk or a crash keeps the previous file.
-    Raises OSError with one sentence."""
-    tmp = Path(f"{path}.tmp")
-    try:
-        torch.save(state, tmp)
-        os.replace(tmp, path)
-    except (OSError, RuntimeError) as error:
-        tmp.unlink(missing_ok=True)
-        reason = str(error).splitlines()[0]
-        raise OSError(f"could not save {path} ({reason}); an earlier file there is untouched") from None
-
-
+# ---- checkpoints ---------------------------------------------------------------------------------------------------
 def load_vq(path, device="cpu"):
     """A tokenizer in eval mode, float32, from a released file or one of train_vq.py's (its averaged weights if it has
     them); `image_size` of the result is the side it was trained at, in pixels.
 
     Raises OSError or ValueError with one sentence for a file that is missing, damaged or not a tokenizer."""
-    checkpoint = read_checkpoint(path)
+    checkpoint = data.read_checkpoint(path)
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} holds a {type(checkpoint).__name__}, not the weights of a tokenizer")
     state = next((checkpoint[k] for k in ("ema", "model", "module", "state_dict") if checkpoint.get(k)), checkpoint)
@@ -313,57 +283,6 @@ def weights_hash(model):
     for name, parameter in sorted(model.named_parameters()):
         digest.update(name.encode() + parameter.detach().cpu().float().numpy().tobytes())
     return digest.hexdigest()
-
-
-def file_hash(path):
-    """SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def cache_dir():
-    """Where downloaded weights live: $NANOLLAMAGEN_CACHE, or ~/.cache/nanollamagen."""
-    return Path(os.environ.get("NANOLLAMAGEN_CACHE", Path.home() / ".cache" / "nanollamagen"))
-
-
-def download(url, path, sha256=""):
-    """Fetch `url` to `path` unless it is there, with a progress bar, by way of a temporary name; returns the path.
-    `sha256` is the start of the file's hexadecimal digest. Raises OSError with one sentence."""
-    path = Path(path)
-    if path.exists():
-        return path
-    tmp = path.with_name(path.name + ".part")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with urllib.request.urlopen(url, timeout=30) as response, open(tmp, "wb") as f:
-            size = int(response.headers.get("Content-Length", 0))
-            with progress(size or None, path.name, unit="B") as bar:
-                while block := response.read(1 << 20):
-                    f.write(block)
-                    bar.update(len(block))
-        if size and tmp.stat().st_size != size:
-            raise OSError(f"{tmp.stat().st_size:,} of {size:,} bytes came")
-        if not file_hash(tmp).startswith(sha256):
-            raise OSError("its SHA-256 is not the expected one")
-    except OSError as error:
-        tmp.unlink(missing_ok=True)
-        reason = getattr(error, "reason", error)
-        raise OSError(f"could not download {url} ({reason}); fetch it elsewhere and put it at {path}") from None
-    os.replace(tmp, path)
-    return path
-
-
-def progress(total, what, rank=0, unit=" images"):
-    """A tqdm bar on process 0; where standard error is not a terminal it writes a line every 15 seconds at most."""
-    return tqdm(total=total, desc=what, unit=unit, unit_scale=unit == "B", disable=rank > 0, smoothing=0.1,
-                mininterval=0.2 if sys.stderr.isatty() else 15)
-
-
-def pretrained(name, repository="FoundationVision/LlamaGen"):
-    """Path of an officially released file such as "vq_ds16_c2i.pt", fetched once from Hugging Face ($HF_ENDPOINT
-    names a mirror)."""
-    host = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    return download(f"{host}/{repository}/resolve/main/{name}", cache_dir() / name)
 
 
 # ---- pixels ---------------------------------------------------------------------------------------------------------
@@ -435,7 +354,7 @@ def encode(args):
     per_batch = max(1, args.batch_size // shape[1])   # images; their crops go through the encoder together
     loader = torch.utils.data.DataLoader(data.Crops(images, size, ranges), sampler=todo, batch_size=per_batch,
                                          collate_fn=list, num_workers=args.workers)
-    with progress(len(todo), "encode" + f" (process 1 of {world})" * (world > 1), rank) as bar:
+    with data.progress(len(todo), "encode" + f" (process 1 of {world})" * (world > 1), rank) as bar:
         for batch in loader:
             good = [(i, crops) for i, crops in batch if isinstance(crops, np.ndarray)]
             if good:
@@ -517,7 +436,7 @@ def main():
     p.usage = "python vq.py encode|reconstruct ... (--help lists the flags)"
     try:
         if args.pretrained:
-            args.ckpt = pretrained({"VQ-16": "vq_ds16_c2i.pt", "VQ-8": "vq_ds8_c2i.pt"}[args.pretrained])
+            args.ckpt = data.pretrained({"VQ-16": "vq_ds16_c2i.pt", "VQ-8": "vq_ds8_c2i.pt"}[args.pretrained])
         {"encode": encode, "reconstruct": reconstruct}[args.command](args)
     except (OSError, ValueError) as error:
         p.error(str(error))

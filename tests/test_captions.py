@@ -17,6 +17,7 @@ from conftest import ROOT, difference, fill, golden, released_keys
 from PIL import Image
 
 import evaluate
+import captions
 import data
 import gpt
 import sample
@@ -58,7 +59,7 @@ def random_model(config=TINY):
 def some_captions(*lengths, seed=0):
     """Features and mask of captions with so many tokens."""
     generator = torch.Generator().manual_seed(seed)
-    return gpt.pad_left([torch.randn(n, TINY.caption_dim, generator=generator) for n in lengths])
+    return captions.pad_left([torch.randn(n, TINY.caption_dim, generator=generator) for n in lengths])
 
 
 @torch.no_grad()
@@ -212,18 +213,18 @@ def t5(tmp_path_factory):
     ("***", ""),
 ])
 def test_captions_are_cleaned(text, clean):
-    assert gpt.clean_caption(text) == clean == gpt.clean_caption(clean)
+    assert captions.clean_caption(text) == clean == captions.clean_caption(clean)
 
 
 @torch.no_grad()
 def test_features_are_those_of_t5_padded_on_the_left(t5):
     from transformers import AutoTokenizer, T5EncoderModel
-    features, mask = gpt.encode_captions(TEXTS, t5, batch_size=3)
+    features, mask = captions.encode_captions(TEXTS, t5, batch_size=3)
     assert features.shape == (4, 120, 40) and mask.shape == (4, 120) and mask.dtype == torch.bool
     assert not features[~mask].any()
     encoder, tokenizer = T5EncoderModel.from_pretrained(t5), AutoTokenizer.from_pretrained(t5)
     for i, text in enumerate(TEXTS):
-        ids = tokenizer(gpt.clean_caption(text), return_tensors="pt").input_ids
+        ids = tokenizer(captions.clean_caption(text), return_tensors="pt").input_ids
         n = ids.shape[1]
         assert mask[i].tolist() == [False] * (120 - n) + [True] * n
         assert torch.allclose(features[i, 120 - n:], encoder(ids).last_hidden_state[0], atol=1e-5)
@@ -232,7 +233,7 @@ def test_features_are_those_of_t5_padded_on_the_left(t5):
 def test_a_caption_of_more_than_120_tokens_is_cut_as_t5_cuts_it_and_counted(t5, capsys):
     from transformers import AutoTokenizer, T5EncoderModel
     long = "small red star " * 60
-    features, mask = gpt.encode_captions([TEXTS[0], long], t5)
+    features, mask = captions.encode_captions([TEXTS[0], long], t5)
     assert mask[1].all() and "warning: 1 of 2 captions have more than 120 tokens" in capsys.readouterr().err
     ids = AutoTokenizer.from_pretrained(t5)(long, truncation=True, max_length=120, return_tensors="pt").input_ids
     with torch.no_grad():
@@ -240,7 +241,7 @@ def test_a_caption_of_more_than_120_tokens_is_cut_as_t5_cuts_it_and_counted(t5, 
 
 
 def test_the_stand_in_tells_words_apart_and_nothing_else():
-    (features, mask), rows = gpt.encode_captions(["a red star", "a star, RED"], "words"), slice(117, 120)
+    (features, mask), rows = captions.encode_captions(["a red star", "a star, RED"], "words"), slice(117, 120)
     assert mask.sum(1).tolist() == [3, 3] and features.shape == (2, 120, 64)
     assert torch.equal(features[0, rows][[0, 2, 1]], features[1, rows])
     assert (features[0, rows] @ features[0, rows].T / 64 - torch.eye(3)).abs().max() < 0.6
@@ -249,12 +250,12 @@ def test_the_stand_in_tells_words_apart_and_nothing_else():
 def test_missing_weights_or_package_get_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ValueError, match="--t5 anything needs the package transformers: pip install"):
-        gpt.encode_captions(["a"], "anything")
+        captions.encode_captions(["a"], "anything")
     monkeypatch.undo()
     pytest.importorskip("transformers", reason="needs transformers: pip install transformers")
     for name in ("no/such-t5", tmp_path):
         with pytest.raises(OSError, match="cannot be loaded") as error:
-            gpt.encode_captions(["a"], str(name))
+            captions.encode_captions(["a"], str(name))
         assert "\n" not in str(error.value)
 
 
@@ -298,7 +299,7 @@ def tokenizer(tmp_path_factory):
 def codes(tmp_path_factory):
     """Sixty images with captions, read by the stand-in."""
     folder = caption_folder(tmp_path_factory.mktemp("data") / "codes")
-    assert run("gpt.py", "captions", "--codes", folder, "--t5", "words").returncode == 0
+    assert run("captions.py", "encode", "--codes", folder, "--t5", "words").returncode == 0
     return folder
 
 
@@ -310,25 +311,25 @@ def run(*args, procs=0):
 
 def test_features_on_disk_are_those_of_each_caption_without_padding(t5, tmp_path):
     folder = caption_folder(tmp_path / "codes", count=30, long=[7, 9])
-    result = run("gpt.py", "captions", "--codes", folder, "--t5", t5)
+    result = run("captions.py", "encode", "--codes", folder, "--t5", t5)
     assert result.returncode == 0, result.stderr
     assert "29 captions and 15 short ones; 1 captions are empty, 2 were cut to 120 tokens" in result.stdout
-    text, spans, about = data.load_text(folder)
+    text, spans, about = captions.load_text(folder)
     assert text.dtype == np.float16 and isinstance(text, np.memmap) and isinstance(spans, np.memmap)
     assert about["encoder"] == str(t5) and about["dim"] == 40
     assert (np.diff(spans[5, 0]), np.diff(spans[7, 0]), np.diff(spans[4, 1])) == (0, 120, 0)
-    features, mask = gpt.encode_captions(["a red thing", "green"], t5)
+    features, mask = captions.encode_captions(["a red thing", "green"], t5)
     for i, (row, keep, which) in enumerate(zip(features, mask, (0, 1))):
         a, b = spans[(6, 7)[i], which]
         assert np.allclose(text[a:b], row[keep], atol=2e-3)
-    assert "Nothing to do" in run("gpt.py", "captions", "--codes", folder, "--t5", t5).stdout
+    assert "Nothing to do" in run("captions.py", "encode", "--codes", folder, "--t5", t5).stdout
 
 
 def test_an_interrupted_run_goes_on_and_two_processes_write_what_one_writes(tmp_path, monkeypatch, capsys):
     folders = [caption_folder(tmp_path / name, count=2500, long=[1500]) for name in ("one", "cut", "two")]
-    args = [gpt.argparse.Namespace(codes=str(f), t5="words", batch_size=64, device="cpu") for f in folders]
-    gpt.captions(args[0])
-    calls, encode = [], gpt.CaptionEncoder.__call__
+    args = [captions.argparse.Namespace(codes=str(f), t5="words", batch_size=64, device="cpu") for f in folders]
+    captions.encode(args[0])
+    calls, encode = [], captions.CaptionEncoder.__call__
 
     def stops_at_the_second_part(self, *rest):
         calls.append(1)
@@ -336,14 +337,14 @@ def test_an_interrupted_run_goes_on_and_two_processes_write_what_one_writes(tmp_
             raise KeyboardInterrupt
         return encode(self, *rest)
 
-    monkeypatch.setattr(gpt.CaptionEncoder, "__call__", stops_at_the_second_part)
+    monkeypatch.setattr(captions.CaptionEncoder, "__call__", stops_at_the_second_part)
     with pytest.raises(KeyboardInterrupt):
-        gpt.captions(args[1])
-    with pytest.raises(ValueError, match="make them with: python gpt.py captions --codes"):
-        data.load_text(folders[1])
-    gpt.captions(args[1])
+        captions.encode(args[1])
+    with pytest.raises(ValueError, match="make them with: python captions.py encode --codes"):
+        captions.load_text(folders[1])
+    captions.encode(args[1])
     assert len(calls) == 1 + 1 + 2                            # the first part was kept
-    result = run("gpt.py", "captions", "--codes", folders[2], "--t5", "words", procs=2)
+    result = run("captions.py", "encode", "--codes", folders[2], "--t5", "words", procs=2)
     assert result.returncode == 0, result.stderr
     assert "1 were cut to 120 tokens" in capsys.readouterr().out and "1 were cut to 120 tokens" in result.stdout
     names = sorted(p.name for p in folders[0].iterdir())
@@ -363,12 +364,12 @@ def test_a_line_without_a_caption_gets_one_sentence(tmp_path, line, sentence):
     folder = caption_folder(tmp_path / "codes")
     lines = (folder / "captions.jsonl").read_text().splitlines()
     (folder / "captions.jsonl").write_text("\n".join(lines[:7] + ([line] + lines[8:] if line else [])) + "\n")
-    result = run("gpt.py", "captions", "--codes", folder, "--t5", "words")
+    result = run("captions.py", "encode", "--codes", folder, "--t5", "words")
     assert result.returncode == 2 and sentence in result.stderr and "Traceback" not in result.stderr
 
 
 def test_features_of_another_encoder_are_not_mixed(codes, t5):
-    result = run("gpt.py", "captions", "--codes", codes, "--t5", t5)
+    result = run("captions.py", "encode", "--codes", codes, "--t5", t5)
     assert result.returncode == 2 and "tells of another encoder or other captions (words, 64 features" in result.stderr
 
 
@@ -409,13 +410,13 @@ def test_training_learns_what_the_caption_tells_and_remembers_the_encoder(codes,
 
 def test_short_captions_come_in_three_of_ten_and_images_without_a_caption_never(codes, tmp_path, monkeypatch):
     """Counted by the lengths of what is taken: two words too long or one, of those that have both."""
-    taken, pad = [], gpt.pad_left
+    taken, pad = [], captions.pad_left
 
     def recorder(rows, c):
         taken.extend(len(row) for row in rows)
         return pad(rows, c)
 
-    monkeypatch.setattr(gpt, "pad_left", recorder)
+    monkeypatch.setattr(captions, "pad_left", recorder)
     monkeypatch.setitem(gpt.GPT_CONFIGS, "demo", gpt.GPTConfig(dim=32, n_layer=1, n_head=2))
     train(monkeypatch, codes, tmp_path / "run", "--epochs", 20)
     assert len(taken) == 8 * -(-20 * 59 // 8) and set(taken) == {1, 3}
@@ -428,7 +429,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(codes, tmp_path, monkeypatch)
     train(monkeypatch, codes, tmp_path / "whole", *flags, "--max-steps", 8)
     train(monkeypatch, codes, tmp_path / "cut", *flags, "--max-steps", 5)
     train(monkeypatch, codes, tmp_path / "cut", *flags, "--max-steps", 8, "--resume")
-    one, two = (gpt.read_checkpoint(tmp_path / name / "ckpt.pt") for name in ("whole", "cut"))
+    one, two = (data.read_checkpoint(tmp_path / name / "ckpt.pt") for name in ("whole", "cut"))
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     assert all(torch.equal(one[part][k], two[part][k]) for part in ("model", "ema") for k in one[part])
     assert torch.equal(one["ema"]["cls_embedding.uncond_embedding"], one["model"]["cls_embedding.uncond_embedding"])
@@ -444,7 +445,7 @@ def test_two_processes_give_the_losses_of_one(codes, tmp_path, monkeypatch, flag
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
     assert log(tmp_path / "two")[-1]["val_loss"] == pytest.approx(log(tmp_path / "one")[-1]["val_loss"], abs=1e-4)
     assert losses(tmp_path / "one")[-1] < 2.8                # so that there was something to differ
-    one, two = (gpt.read_checkpoint(tmp_path / name / "ckpt.pt") for name in ("one", "two"))
+    one, two = (data.read_checkpoint(tmp_path / name / "ckpt.pt") for name in ("one", "two"))
     for part in ("model", "ema"):
         assert max(float((v - one[part][k]).abs().max()) for k, v in two[part].items()) < 1e-3
 
@@ -459,7 +460,7 @@ def test_from_captions_to_pictures_in_two_stages_through_t5(t5, tokenizer, tmp_p
 
     for stage, grid, more in ((1, 4, ["--max-steps", 60]),
                               (2, 8, ["--max-steps", 1, "--init", tmp_path / "1" / "ckpt.pt", "--image-size", 32])):
-        go("gpt.py", "captions", "--codes", caption_folder(tmp_path / f"codes{stage}", grid), "--t5", t5)
+        go("captions.py", "encode", "--codes", caption_folder(tmp_path / f"codes{stage}", grid), "--t5", t5)
         out = go("train_gpt.py", *flags_for(tmp_path / f"codes{stage}", tmp_path / str(stage), "--cond", "text",
                                             "--dropout", 0, *more))
         assert ("the first weights are those of" in out) == (stage == 2)
@@ -479,7 +480,7 @@ def models(tmp_path_factory):
     """Checkpoints of two untrained models for that tokenizer: text.pt for captions read by the stand-in, class.pt."""
     folder = tmp_path_factory.mktemp("models")
     for name, config, more in (
-            ("text", replace(TINY, vocab_size=20, caption_dim=64), {"text": gpt.CaptionEncoder("words").about}),
+            ("text", replace(TINY, vocab_size=20, caption_dim=64), {"text": captions.CaptionEncoder("words").about}),
             ("class", gpt.GPTConfig(dim=64, n_layer=2, n_head=4, vocab_size=20, grid=4, num_classes=3), {})):
         torch.manual_seed(0)
         model = gpt.GPT(config)
@@ -536,7 +537,7 @@ def test_weights_or_codes_that_do_not_fit_get_one_sentence(models, codes, tmp_pa
 def test_training_without_features_says_how_to_make_them(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         train(monkeypatch, caption_folder(tmp_path / "codes"), tmp_path / "run", "--max-steps", 1)
-    assert stop.value.code == 2 and "make them with: python gpt.py captions --codes" in capsys.readouterr().err
+    assert stop.value.code == 2 and "make them with: python captions.py encode --codes" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="session")

@@ -277,21 +277,21 @@ def test_codes_folders_that_do_not_fit_are_refused(tokenizer, tmp_path):
 def test_downloads_are_checked_and_named_when_they_fail(tmp_path):
     source = tmp_path / "source.bin"
     source.write_bytes(b"weights")
-    digest = vq.file_hash(source)
-    path = vq.download(source.as_uri(), tmp_path / "cache" / "w.bin", digest[:8])
+    digest = data.file_hash(source)
+    path = data.download(source.as_uri(), tmp_path / "cache" / "w.bin", digest[:8])
     assert path.read_bytes() == b"weights"
     shutil.move(source, tmp_path / "gone")
-    assert vq.download(source.as_uri(), path) == path      # there already: nothing is fetched
+    assert data.download(source.as_uri(), path) == path      # there already: nothing is fetched
     with pytest.raises(OSError, match="fetch it elsewhere and put it at .*other.bin"):
-        vq.download(source.as_uri(), tmp_path / "other.bin")
+        data.download(source.as_uri(), tmp_path / "other.bin")
     with pytest.raises(OSError, match="SHA-256"):
-        vq.download((tmp_path / "gone").as_uri(), tmp_path / "other.bin", "0000")
+        data.download((tmp_path / "gone").as_uri(), tmp_path / "other.bin", "0000")
     assert sorted(p.name for p in tmp_path.rglob("*.bin*")) == ["w.bin"]
 
 
 def test_saving_to_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "ckpt.pt"
-    vq.save_checkpoint({"step": 1}, path)
+    data.save_checkpoint({"step": 1}, path)
 
     def full(state, file):
         file.write_bytes(b"half")
@@ -299,9 +299,9 @@ def test_saving_to_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError, match="No space left on device.*untouched"):
-        vq.save_checkpoint({"step": 2}, path)
-    assert vq.read_checkpoint(path) == {"step": 1} and [p.name for p in tmp_path.iterdir()] == ["ckpt.pt"]
-    assert json.dumps(vq.read_checkpoint(path)) == '{"step": 1}'
+        data.save_checkpoint({"step": 2}, path)
+    assert data.read_checkpoint(path) == {"step": 1} and [p.name for p in tmp_path.iterdir()] == ["ckpt.pt"]
+    assert json.dumps(data.read_checkpoint(path)) == '{"step": 1}'
 
 
 # ---- captions -------------------------------------------------------------------------------------------------------

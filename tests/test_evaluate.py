@@ -5,7 +5,6 @@ import sys
 import tracemalloc
 import urllib.error
 import zlib
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +14,6 @@ from PIL import Image
 
 import data
 import evaluate
-import gpt
 import vq
 
 METRICS = GOLDEN / "metrics"
@@ -349,7 +347,7 @@ def tokenizer(tmp_path_factory):
     torch.manual_seed(0)
     config = vq.VQConfig(ch=32, ch_mult=(1, 1, 1), res_blocks=1, z_channels=32, codebook_size=64)
     model, path = vq.VQModel(config).eval(), tmp_path_factory.mktemp("vq") / "vq.pt"
-    vq.save_checkpoint({"model": model.state_dict(), "config": vars(config), "image_size": 16}, path)
+    data.save_checkpoint({"model": model.state_dict(), "config": vars(config), "image_size": 16}, path)
     return model, path
 
 
@@ -364,7 +362,7 @@ def test_codes_are_decoded_on_the_fly(tokenizer, tmp_path):
     assert opened.shape == (16, 16, 3) and np.array_equal(np.stack(list(opened.read(range(5)))), want)
     assert evaluate.open_set(tmp_path, path, size=8).shape == (8, 8, 3)
     another = vq.VQModel(model.config).state_dict()
-    vq.save_checkpoint({"model": another, "config": vars(model.config)}, tmp_path / "b.pt")
+    data.save_checkpoint({"model": another, "config": vars(model.config)}, tmp_path / "b.pt")
     for other in (None, tmp_path / "b.pt"):
         with pytest.raises(ValueError, match="--vq CKPT must name the tokenizer that made them"):
             evaluate.open_set(tmp_path, other)
@@ -423,7 +421,7 @@ def test_nan_statistics_and_missing_arguments_are_named(weights, tmp_path, run):
     ref = save_npz(tmp_path / "ref.npz", arr_0=pictures(4), **stored)
     code, text = run(ref, save_npz(tmp_path / "gen.npz", arr_0=pictures(4)), "--inception", weights)
     assert code == 2 and "NaN" in text.splitlines()[-1]
-    for words in ([], [ref], ["recon"], ["sweep", "--ref", ref], ["recon", "--vq", ref, "--data", tmp_path / "gone"]):
+    for words in ([], [ref], ["recon"], ["recon", "--vq", ref, "--data", tmp_path / "gone"]):
         code, text = run(*words, *(["--inception", weights] if words else []))
         assert code == 2 and "error:" in text.splitlines()[-1] and "Traceback" not in text
 
@@ -481,7 +479,7 @@ def test_a_reference_of_ones_own_images_scores_them_perfectly(weights, tmp_path,
     assert code == 0 and said["metrics"]["FID"] < 1e-3 and said["metrics"]["sFID"] < 1e-3
     assert said["metrics"]["precision"] > 0 and said["metrics"]["recall"] == 1
     assert "with stored statistics of 8 images of 16x16 pixels" in text and "only 8 samples: papers use 50,000" in text
-    assert said["inception"] == vq.file_hash(weights) and said["reference"][1] == vq.file_hash(tmp_path / "own.npz")
+    assert said["inception"] == data.file_hash(weights) and said["reference"][1] == data.file_hash(tmp_path / "own.npz")
     assert said["torch"] == torch.__version__ and len(said["warnings"]) == 3
 
 
@@ -510,48 +508,6 @@ def test_recon_can_measure_at_another_size(tokenizer, weights, tmp_path, run):
                      "--out", tmp_path / "recon.png", "--inception", weights, "--json", tmp_path / "recon.json")
     said = json.loads((tmp_path / "recon.json").read_text())
     assert code == 0 and (said["image_size"], said["eval_size"]) == (48, 32), text
-
-
-@pytest.fixture
-def swept(tokenizer, weights, tmp_path, run, monkeypatch):
-    """A sweep of four cells with an untrained GPT; `calls` lists the samplings that it asked for."""
-    config = gpt.GPTConfig(dim=32, n_layer=1, n_head=2, vocab_size=64, grid=4, num_classes=3)
-    torch.manual_seed(0)
-    torch.save({"model": gpt.GPT(config).state_dict(), "config": vars(config)}, tmp_path / "gpt.pt")
-    ref, calls, write_npz = save_npz(tmp_path / "ref.npz", arr_0=pictures(4)), [], evaluate.sample.write_npz
-    monkeypatch.setattr(evaluate, "frechet_distance", lambda *a: float(np.square(a[0] - a[2]).sum()))   # in no time
-    monkeypatch.setattr(evaluate.sample, "write_npz", lambda *a, **k: calls.append(k) or write_npz(*a, **k))
-
-    def sweep(*words):
-        return run("sweep", "--vq", tokenizer[1], "--gpt", tmp_path / "gpt.pt", "--ref", ref, "--cfg-scale", "1,2.5",
-                   "--top-k", "0,8", "--num-samples", 4, "--out", tmp_path / "sweep", "--inception", weights, *words)
-    return SimpleNamespace(run=sweep, calls=calls, out=tmp_path / "sweep")
-
-
-def test_a_sweep_writes_a_table_and_a_picture_and_never_repeats_a_cell(swept):
-    code, text = swept.run()
-    assert code == 0 and "4 of 4 cells were new" in text, text
-    assert [(c["cfg_scale"], c["top_k"]) for c in swept.calls] == [(1, 0), (1, 8), (2.5, 0), (2.5, 8)]
-    table = (swept.out / "sweep.md").read_text().splitlines()
-    assert table[0] == "| cfg_scale | top_k | IS | FID | sFID | precision | recall |" and len(table) == 6
-    assert len((swept.out / "sweep.csv").read_text().splitlines()) == 5
-    assert Image.open(swept.out / "sweep.png").size == (1200, 500)
-    code, text = swept.run()
-    assert code == 0 and "0 of 4 cells were new" in text and len(swept.calls) == 4
-    next(swept.out.glob("cfg2.5-top8-*.json")).unlink()                           # scores lost, samples still there
-    code, text = swept.run()
-    assert code == 0 and "1 of 4 cells were new" in text and len(swept.calls) == 4
-    code, text = swept.run("--pr-half", "--top-k", 0)                             # other scores of the same samples
-    assert code == 0 and "2 of 2 cells were new" in text and len(swept.calls) == 4
-    code, text = swept.run("--seed", 1, "--top-k", 0, "--cfg-scale", 1)
-    assert code == 0 and len(swept.calls) == 5
-
-
-def test_a_sweep_refuses_models_that_do_not_belong_together(swept, tokenizer, tmp_path):
-    config = gpt.GPTConfig(dim=32, n_layer=1, n_head=2, vocab_size=65, grid=4, num_classes=3)
-    torch.save({"model": gpt.GPT(config).state_dict(), "config": vars(config)}, tmp_path / "gpt.pt")
-    code, text = swept.run()
-    assert code == 2 and "do not belong together" in text.splitlines()[-1]
 
 
 @pytest.mark.parametrize("command", ["compare", "recon"])

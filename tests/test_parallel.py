@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT
 from test_train_gpt import codes, flags_for, log, losses, torchrun, train  # noqa: F401 (codes is a fixture)
 
+import data
 import gpt
 import train_gpt
 
@@ -57,7 +58,7 @@ def test_one_process_two_and_two_with_shards_agree(runs):
         assert losses(runs / name) == pytest.approx(losses(runs / "one"), abs=1e-4)
         assert [r["norm"] for r in log(runs / name)] == pytest.approx([r["norm"] for r in one], rel=1e-3)
         assert log(runs / name)[-1]["val_loss"] == pytest.approx(one[-1]["val_loss"], abs=1e-4)
-    saved = {name: gpt.read_checkpoint(runs / name / "ckpt.pt") for name in ("one", "ddp", "fsdp")}
+    saved = {name: data.read_checkpoint(runs / name / "ckpt.pt") for name in ("one", "ddp", "fsdp")}
     for name in ("ddp", "fsdp"):
         assert saved[name].keys() == saved["one"].keys()
         for part in ("model", "ema"):
@@ -82,7 +83,7 @@ def test_a_sharded_run_killed_goes_on_in_one_process(runs, codes, tmp_path, monk
     (out / "ckpt.tmp").mkdir(exist_ok=True)                      # as a save leaves it that is killed half-way
     train(monkeypatch, codes, out, *flags, "--resume")
     assert losses(out) == pytest.approx(losses(runs / "one"), abs=1e-4)
-    ema, expected = (gpt.read_checkpoint(folder / "ckpt.pt")["ema"] for folder in (out, runs / "one"))
+    ema, expected = (data.read_checkpoint(folder / "ckpt.pt")["ema"] for folder in (out, runs / "one"))
     assert max(float((v - expected[k]).abs().max()) for k, v in ema.items()) < 1e-3
 
 
@@ -113,7 +114,7 @@ def test_a_run_killed_at_twenty_random_moments_equals_one_never_killed(codes, tm
         assert p.wait() == 0, p.communicate()
     killed_often(20, 1, codes, tmp_path / "cut", *flags)
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
-    one, two = (gpt.read_checkpoint(tmp_path / name / "ckpt.pt") for name in ("whole", "cut"))
+    one, two = (data.read_checkpoint(tmp_path / name / "ckpt.pt") for name in ("whole", "cut"))
     assert all(torch.equal(one[part][k], two[part][k]) for part in ("model", "ema") for k in one[part])
     assert sorted(p.name for p in (tmp_path / "cut").iterdir()) == [
         "ckpt.pt", "ckpt_00000058.pt", "ckpt_00000059.pt", "ckpt_00000060.pt", "log.jsonl"]
@@ -145,7 +146,7 @@ def test_a_signal_to_any_process_saves_and_exits_0(codes, tmp_path, parallel, nu
     for p in processes:
         _, err = p.communicate(timeout=60)
         assert p.returncode == 0, err
-    file = gpt.read_checkpoint(tmp_path / "run" / "ckpt.pt")
+    file = data.read_checkpoint(tmp_path / "run" / "ckpt.pt")
     assert file["step"] == log(tmp_path / "run")[-1]["step"]
     if parallel == "fsdp":                                       # --consolidate: the file holds what the shards hold
         shards, = (tmp_path / "run").glob("ckpt_[0-9]*")

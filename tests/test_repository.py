@@ -7,8 +7,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-SCRIPTS = [p.name for p in sorted(ROOT.glob("*.py"))]
-SUBCOMMANDS = ("encode", "reconstruct", "captions", "stats", "recon", "clip", "sweep", "export", "generate", "serve")
+SCRIPTS = [str(p.relative_to(ROOT)) for folder in ("", "ablations", "extras") for p in sorted((ROOT / folder).glob("*.py"))]
+SUBCOMMANDS = ("encode", "reconstruct", "stats", "recon", "clip", "export", "generate", "serve")
 
 
 def commands():
@@ -17,7 +17,7 @@ def commands():
     texts.update({name: ast.get_docstring(ast.parse((ROOT / name).read_text())) for name in SCRIPTS})
     for where, text in texts.items():
         for line in text.replace("\\\n", " ").splitlines():
-            match = re.match(r"\s*\$?\s*(?:python|\$\(PYTHON\)|torchrun)\b[^#]*?\b(\w+\.py)\b([^#`]*)", line)
+            match = re.match(r"\s*\$?\s*(?:python|\$\(PYTHON\)|torchrun)\b[^#]*?\b((?:\w+/)?\w+\.py)\b([^#`]*)", line)
             if match and match[1] in SCRIPTS:
                 yield where, match[1], match[2].split()
 

@@ -13,6 +13,8 @@ import pytest
 import torch
 from conftest import ROOT, fill
 
+import captions
+import data
 import gpt
 import sample
 import vq
@@ -39,7 +41,7 @@ def exported(folder, config=TINY):
     codebook = replace(CODEBOOK, codebook_size=config.vocab_size)
     model, tokenizer = fill(gpt.GPT(config), "b").eval(), fill(vq.VQModel(codebook))
     torch.save({"model": model.state_dict(), "config": asdict(config), "classes": [f"thing {i}, object {i}" for i in
-                range(config.num_classes)], "text": config.caption_dim and gpt.CaptionEncoder("words").about},
+                range(config.num_classes)], "text": config.caption_dim and captions.CaptionEncoder("words").about},
                folder / "gpt.pt")
     torch.save({"model": tokenizer.state_dict(), "config": asdict(codebook), "image_size": 24}, folder / "vq.pt")
     run("export", "--gpt", folder / "gpt.pt", "--vq", folder / "vq.pt", "--out", folder / "x")
@@ -308,7 +310,7 @@ def test_greedy_codes_of_captions_are_the_plain_sampler_s(captioned):
     scheduler cuts into chunks of 40 tokens."""
     folder, model = captioned
     rows = [torch.randn(n, 64, generator=torch.Generator().manual_seed(n)) for n in (7, 33, 120)]
-    (features, mask), settings = gpt.pad_left(rows), [(7.5, -1), (1.0, -1), (7.5, 5)]
+    (features, mask), settings = captions.pad_left(rows), [(7.5, -1), (1.0, -1), (7.5, 5)]
     right = [sample.generate(model, features, mask, cfg_scale=s, cfg_interval=k, temperature=0) for s, k in settings]
     assert len(torch.cat(right).unique(dim=0)) == 9
     prompts = [serve_vllm.caption_prompt(row, model.cls_embedding) for row in rows]
@@ -335,7 +337,7 @@ def test_the_released_models_are_exported_by_name(tmp_path, monkeypatch):
     def pretrained(name, where):
         wanted.append((where, name))
         return tmp_path / ("vq.pt" if name.startswith("vq") else "gpt.pt")
-    monkeypatch.setattr(vq, "pretrained", pretrained)
+    monkeypatch.setattr(data, "pretrained", pretrained)
     run("export", "--pretrained", "t2i-512", "--out", tmp_path / "y")
     assert serve_vllm.read_export(tmp_path / "y")["captions"]
     assert wanted == [("peizesun/llamagen_t2i", "vq_ds16_t2i.pt"), ("peizesun/llamagen_t2i", "t2i_XL_stage2_512.pt")]

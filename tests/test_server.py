@@ -26,6 +26,7 @@ import torch
 from conftest import ROOT, fill
 from PIL import Image
 
+import captions
 import gpt
 import sample
 import vq
@@ -135,7 +136,7 @@ def engine():
 
 def encode(caption):
     """A caption's prompt has an embedding a word, whose number the fake engine takes for the class."""
-    features, = gpt.CaptionEncoder("words")([caption])
+    features, = captions.CaptionEncoder("words")([caption])
     return {"prompt_embeds": features} if len(features) else None
 
 
@@ -788,21 +789,21 @@ def test_when_the_engine_is_killed_the_server_says_so_and_still_stops_in_order(e
 @pytest.mark.slow
 def test_the_command_serves_captions(tmp_path):
     """Captions of 1 and 5 words at once: the pixels that the plain sampler's greedy codes have."""
-    folder = small_export(tmp_path, text=gpt.CaptionEncoder("words").about, num_classes=0, cond_tokens=120,
+    folder = small_export(tmp_path, text=captions.CaptionEncoder("words").about, num_classes=0, cond_tokens=120,
                           caption_dim=64)
-    captions, model = ["fox", "a small red star, 'glowing'"], gpt.load_gpt(tmp_path / "gpt.pt")
-    codes = sample.generate(model, *gpt.encode_captions(captions, model=model), cfg_scale=7.5, top_k=1)
+    prompts, model = ["fox", "a small red star, 'glowing'"], gpt.load_gpt(tmp_path / "gpt.pt")
+    codes = sample.generate(model, *captions.encode_captions(prompts, model=model), cfg_scale=7.5, top_k=1)
     with started(folder, tmp_path / "serve.log") as server:
         answers = []
         threads = [threading.Thread(target=lambda c=c: answers.append(post(server, {"prompt": c, "temperature": 0})))
-                   for c in captions]
+                   for c in prompts]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join(30)
         assert error_of(post(server, {"prompt": "<br>"}), 400)["param"] == "prompt"
     drawn = {a.json()["data"][0]["revised_prompt"]: pixels(a.json()["data"][0]["b64_json"]) for a in answers}
-    for caption, right in zip(captions, sample.to_pixels(small_tokenizer(), codes)):
+    for caption, right in zip(prompts, sample.to_pixels(small_tokenizer(), codes)):
         assert same(drawn[caption], right), caption
 
 

@@ -73,20 +73,20 @@ def test_a_resumed_run_equals_an_uninterrupted_one(codes, tmp_path, monkeypatch)
     """With dropout, averaged weights and a schedule: the same losses and weights to the last bit."""
     flags = ["--ema-decay", 0.99, "--schedule", "cosine", "--save-every", 7, "--max-steps", 12, "--micro-batch", 4]
     train(monkeypatch, codes, tmp_path / "whole", *flags)
-    save = vq.save_checkpoint
+    save = data.save_checkpoint
 
     def killed_after_saving(state, path):
         save(state, path)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(vq, "save_checkpoint", killed_after_saving)
+        patch.setattr(data, "save_checkpoint", killed_after_saving)
         with pytest.raises(KeyboardInterrupt):
             train(patch, codes, tmp_path / "cut", *flags)
-    assert gpt.read_checkpoint(tmp_path / "cut" / "ckpt.pt")["step"] == 7
+    assert data.read_checkpoint(tmp_path / "cut" / "ckpt.pt")["step"] == 7
     train(monkeypatch, codes, tmp_path / "cut", *flags, "--resume")
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
-    one, two = (gpt.read_checkpoint(tmp_path / name / "ckpt.pt") for name in ("whole", "cut"))
+    one, two = (data.read_checkpoint(tmp_path / name / "ckpt.pt") for name in ("whole", "cut"))
     for part in ("model", "ema"):
         assert all(torch.equal(one[part][k], two[part][k]) for k in one[part])
     assert not all(torch.equal(one["model"][k], one["ema"][k]) for k in one["ema"])

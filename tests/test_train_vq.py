@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import GOLDEN, ROOT, difference, fill, golden, released_keys
 
+import data
 import train_vq
 import vq
 
@@ -19,7 +20,7 @@ def test_lpips_gives_the_reference_distance_and_gradient():
     for key, value in lpips.features.state_dict().items():
         x = np.random.RandomState(zlib.crc32(f"features.{key}".encode())).standard_normal(value.shape).astype(np.float32)
         vgg[f"features.{key}"] = torch.from_numpy(x * (0.02 if key.endswith("bias") else 1.4 / value[0].numel() ** 0.5))
-    lpips.load(vgg, vq.read_checkpoint(GOLDEN / "lpips" / "vgg_lin.pth"))
+    lpips.load(vgg, data.read_checkpoint(GOLDEN / "lpips" / "vgg_lin.pth"))
     image1 = expected["image1"].requires_grad_()
     distance = lpips(expected["image0"], image1)
     assert difference(distance.detach(), expected["distance"]) < 1e-4
@@ -76,18 +77,18 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch):
     """Tokenizer, discriminator, both optimizers and the average: equal to the last bit."""
     flags = ["--disc-start", 3, "--schedule", "cosine", "--max-steps", 7, "--save-every", 4, "--entropy-weight", 0.1]
     train(monkeypatch, "shapes:30", tmp_path / "whole", *flags)
-    save = vq.save_checkpoint
+    save = data.save_checkpoint
 
     def killed_after_saving(state, path):
         save(state, path)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(vq, "save_checkpoint", killed_after_saving)
+        patch.setattr(data, "save_checkpoint", killed_after_saving)
         with pytest.raises(KeyboardInterrupt):
             train(patch, "shapes:30", tmp_path / "cut", *flags)
     train(monkeypatch, "shapes:30", tmp_path / "cut", *flags, "--resume")
-    one, two = (vq.read_checkpoint(tmp_path / name / "ckpt.pt") for name in ("whole", "cut"))
+    one, two = (data.read_checkpoint(tmp_path / name / "ckpt.pt") for name in ("whole", "cut"))
     assert one["step"] == 7 and not same(one["model"], one["ema"])
     for part in ("model", "ema", "disc", "optimizer", "disc_optimizer", "step", "images_seen", "config"):
         assert same(one[part], two[part]), part
@@ -102,7 +103,7 @@ def test_fine_tuning_starts_from_the_weights_of_another_run_and_its_discriminato
     train(monkeypatch, "shapes:8", tmp_path / "tuned", "--init", tmp_path / "first" / "ckpt.pt", "--disc-start", 0, "--lr", 0,
           "--max-steps", 1, "--sample-every", 0)
     assert "ckpt.pt and its discriminator" in capsys.readouterr().out
-    first, tuned = (vq.read_checkpoint(tmp_path / name / "ckpt.pt") for name in ("first", "tuned"))
+    first, tuned = (data.read_checkpoint(tmp_path / name / "ckpt.pt") for name in ("first", "tuned"))
     names = [k for k in first["ema"] if not k.endswith("codebook_used")]
     assert all(torch.equal(tuned["model"][k], first["ema"][k]) for k in names)     # averaged weights, as for sampling
     assert all(torch.equal(v, tuned["disc"][k]) for k, v in first["disc"].items() if k.endswith(("weight", "bias")))
@@ -148,7 +149,7 @@ def test_a_mistake_gets_one_sentence(tmp_path, monkeypatch, capsys, flags, sente
     def offline(url, **kwargs):
         raise OSError("no route to host")
 
-    monkeypatch.setattr(vq.urllib.request, "urlopen", offline)
+    monkeypatch.setattr(data.urllib.request, "urlopen", offline)
     with pytest.raises(SystemExit) as stop:
         train(monkeypatch, "shapes:8", tmp_path / "run", "--max-steps", 1, *flags)
     assert stop.value.code == 2 and sentence in capsys.readouterr().err
@@ -156,7 +157,7 @@ def test_a_mistake_gets_one_sentence(tmp_path, monkeypatch, capsys, flags, sente
 
 def test_missing_lpips_files_are_named(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOLLAMAGEN_CACHE", str(tmp_path))
-    monkeypatch.setattr(vq.urllib.request, "urlopen", lambda *a, **k: (_ for _ in ()).throw(OSError("no network")))
+    monkeypatch.setattr(data.urllib.request, "urlopen", lambda *a, **k: (_ for _ in ()).throw(OSError("no network")))
     with pytest.raises(OSError, match="vgg16-397923af.pth and lpips_vgg_lin.pth in " + str(tmp_path)):
         train_vq.load_lpips()
 
