@@ -188,6 +188,15 @@ def ten_crop(image, size, crop_range):
             for picture in (image, image.transpose(Image.FLIP_LEFT_RIGHT)) for x, y in windows]
 
 
+def kept_cells(mask, grid):
+    """Which codes a mask keeps: bool (H, W) of kept pixels -> bool (grid, grid), True where all pixels of a code's cell
+    are kept. Raises ValueError when the pixels do not split into grid x grid cells."""
+    H, W = mask.shape
+    if H % grid or W % grid:
+        raise ValueError(f"a mask of {W} x {H} pixels does not split into {grid} x {grid} cells")
+    return mask.reshape(grid, H // grid, grid, W // grid).all((1, 3))
+
+
 TO_DO, DONE, UNREADABLE, SMALL, NO_CAPTION = range(5)   # what `vq.py encode` notes for each image
 SKIPPED = {UNREADABLE: "unreadable", SMALL: "smaller than the crop", NO_CAPTION: "without a caption"}
 
