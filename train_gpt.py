@@ -16,6 +16,7 @@ The loss is plain cross-entropy: every code is predicted from its class or capti
 # Shapes:  B images in this process's share of a batch   T codes per image   V codebook entries   N images   A crops
 #          c condition tokens   D features of a caption's token
 import argparse
+import importlib
 import itertools
 import json
 import math
@@ -24,6 +25,8 @@ import os
 import shutil
 import signal
 import sys
+import sysconfig
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
@@ -48,6 +51,9 @@ import gpt
 import sample
 import vq
 
+# Batch size and learning rate (for 256 images) of the authors' runs, by their table (official repository, issue 8).
+# Other sizes, and captions: 256 and 1e-4
+RECIPES = {"XL": (256, 2e-4), "XXL": (512, 1e-4), "3B": (512, 1e-4)}
 SHORT_CAPTIONS = 0.3   # how often an image's short caption takes the place of its caption, where it has one
 
 
@@ -63,11 +69,13 @@ def parse():
     p.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     # the model and its recipe
     p.add_argument("--model", choices=gpt.GPT_CONFIGS, default="B", help="named size, see GPT_CONFIGS in gpt.py")
-    p.add_argument("--batch-size", type=int, default=256, help="images per step, summed over processes")
+    p.add_argument("--batch-size", type=int, help="images per step, summed over processes (default: the paper's for "
+                   "the --model, 256 or 512)")
     p.add_argument("--micro-batch", type=int, help="images that one process takes at once, if its share is too many")
     p.add_argument("--epochs", type=float, default=300, help="passes over the images, one random crop of each")
     p.add_argument("--max-steps", type=int, help="steps, instead of --epochs")
-    p.add_argument("--lr", type=float, default=1e-4, help="AdamW's rate for 256 images; scaled with --batch-size")
+    p.add_argument("--lr", type=float, help="AdamW's rate for 256 images, scaled with --batch-size (default: the "
+                   "paper's for the --model, 1e-4 or 2e-4)")
     p.add_argument("--schedule", choices=["constant", "cosine"], default="constant", help="cosine ends at 0")
     p.add_argument("--warmup-steps", type=int, default=0, help="steps of linear warm-up")
     p.add_argument("--weight-decay", type=float, default=0.05)
@@ -87,9 +95,9 @@ def parse():
     p.add_argument("--consolidate", action="store_true", help="FSDP: write ckpt.pt at every save, not only at the end")
     # the machine
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
+    p.add_argument("--device", choices=["cuda", "cpu"], help="(default: cuda where there is one)")
     p.add_argument("--dtype", choices=["float32", "bfloat16"], help="arithmetic (default: bfloat16 on GPU)")
-    p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the blocks (default: on GPU)")
+    p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile blocks (default: on GPU)")
     p.add_argument("--parallel", choices=["auto", "ddp", "fsdp"], default="auto", help="ddp: every process holds the "
                    "model; fsdp: a shard of it; auto: fsdp above 1B parameters, on several processes")
     p.add_argument("--shard-size", type=int, help="FSDP: processes that share one copy of the model, those of a node "
@@ -129,13 +137,14 @@ def main():
     # torchrun starts this script once for each GPU, and tells each process its number in these variables
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
-    check_flags(parser, args, world)
+    check_flags(parser, args)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     bf16 = args.dtype == "bfloat16" if args.dtype else device.type == "cuda"
-    compiled = args.compile if args.compile is not None else device.type == "cuda"
+    compile_asked = args.compile if args.compile is not None else device.type == "cuda"
+    compiled = compile_asked and can_compile(device)
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)   # weights stay float32
     out = Path(args.out)
     signals = catch_signals() if __name__ == "__main__" else []   # a test that imports this file can be ended
@@ -156,6 +165,9 @@ def main():
             given = {"num_classes": 0, "cond_tokens": captions.CAPTION_TOKENS, "caption_dim": encoder["dim"]}
         config = replace(gpt.GPT_CONFIGS[args.model], vocab_size=meta["codebook_size"], grid=meta["h"],
                          dropout=args.dropout, class_dropout=args.class_dropout, **given)
+        recipe = (256, 1e-4) if encoder else RECIPES.get(args.model, (256, 1e-4))
+        args.batch_size = recipe[0] if args.batch_size is None else args.batch_size
+        args.lr = recipe[1] if args.lr is None else args.lr
         with torch.device("meta"):
             model = gpt.GPT(config)   # shapes only; memory comes when it is known what this process holds
         parameters = sum(weight.numel() for weight in model.parameters())
@@ -237,10 +249,12 @@ def main():
             f"{len(codes) - len(usable):,} images do not have" if encoder else f"{config.num_classes} classes"
     print0(f"torch {torch.__version__}, {world} process(es) on {device.type}{' with FSDP' * sharded}, "
            f"{'bfloat16' if bf16 else 'float32'}{', compiled' * compiled}")
+    if compile_asked and not compiled:
+        print0("not compiled, since there is no C compiler (on a CPU: C++), or no header files of Python")
     print0(f"{args.model}: {parameters / 1e6:.1f}M parameters; {T} codes of {config.vocab_size:,} an image, {about}")
     print0(f"{args.codes}: {len(train_ids):,} images x {codes.shape[1]} crops, {len(val_ids)} held out; {max_steps:,} "
            f"steps of {args.batch_size} images ({args.batch_size * T:,} codes) = "
-           f"{max_steps * args.batch_size / len(train_ids):.1f} epochs -> {out}")
+           f"{max_steps * args.batch_size / len(train_ids):.1f} epochs, learning rate {lr:.1e} -> {out}")
     if first:
         print0(f"resumed at step {first} from {path}")
     elif args.init:
@@ -273,11 +287,12 @@ def main():
         # 2. This process's share of the batch, which was read while the step before ran.
         batch = [x.to(device, non_blocking=True) for x in next(coming)]
 
-        # 3. Forward and backward over the micro-batches; gradients sync on the last one. The loss has put its gradient
-        #    where the logits were, so there the backward pass starts.
+        # 3. Forward and backward over the micro-batches. DDP averages gradients over the processes after the last one;
+        #    FSDP after each, so that no process holds more than its shard of them, and over copies of the model after
+        #    the last. The loss has put its gradient where the logits were: there the backward pass starts.
         for i in range(0, per_rank, micro):
             if sharded:
-                model.set_requires_gradient_sync(i + micro == per_rank)
+                model.set_requires_all_reduce(i + micro == per_rank)
             elif world > 1:
                 forward.require_backward_grad_sync = i + micro == per_rank
             tokens, *given = [x[i:i + micro] for x in batch]
@@ -294,13 +309,13 @@ def main():
         optimizer.zero_grad(set_to_none=True)
         if ema:
             decay = min(args.ema_decay, (1 + step) / (10 + step))
+            averages = [ema[name] for name, _ in model.named_parameters()]
             with torch.no_grad():
-                for name, weight in model.named_parameters():
-                    ema[name].mul_(decay).add_(weight, alpha=1 - decay)
+                torch._foreach_lerp_(averages, list(model.parameters()), 1 - decay)   # a few launches for all tensors
         step, seen = step + 1, seen + args.batch_size
 
-        # 5. One line, validation, a picture, a checkpoint; but first, is all well? To learn it the CPU waits until a GPU
-        #    has done all its work, so it asks rarely, though always before it shows or saves something.
+        # 5. One line, validation, a picture, a checkpoint; but first: is all well? To learn it, the CPU waits until
+        #    a GPU has done all its work. So it asks rarely, though always before it shows or saves something.
         showing = any(map(due, (args.log_every, args.val_every, args.sample_every, args.save_every)))
         if showing or step % 10 == 0 or step == first + 1 or device.type == "cpu":
             finite, stop = status(norm, bool(signals), world)
@@ -341,23 +356,37 @@ def main():
 
 
 # ---- what cannot be -------------------------------------------------------------------------------------------------
-def check_flags(parser, args, world):
+RANGES = [(1, 1e9, "image-size batch-size micro-batch max-steps val-every log-every save-every shard-size"),
+          (0, 1e9, "warmup-steps val-images sample-every keep seed"), (1e-6, 1e6, "epochs grad-clip timeout"),
+          (0, 1e3, "lr weight-decay"), (0, 1, "class-dropout"), (0, 0.999999, "dropout ema-decay")]
+
+
+def check_flags(parser, args):
     """Refuse, with one sentence, what can be seen from the flags alone."""
-    per_rank = args.batch_size // world
-    if args.batch_size % world:
-        parser.error(f"--batch-size {args.batch_size} does not split over {world} processes; "
-                     f"try --batch-size {max(per_rank, 1) * world}")
-    if args.micro_batch and per_rank % args.micro_batch:
-        parser.error(f"--micro-batch {args.micro_batch} does not divide the {per_rank} images of each process")
+    for low, high, flags in RANGES:
+        for flag in flags.split():
+            value = getattr(args, flag.replace("-", "_"))
+            if value is not None and not low <= value <= high:   # nan is neither
+                parser.error(f"--{flag} {value}: it must lie between {low:g} and {high:g}")
+    gpus = torch.cuda.device_count()
+    if args.device == "cuda" and int(os.environ.get("LOCAL_RANK", 0)) >= gpus:
+        parser.error(f"--device cuda: PyTorch sees {gpus} GPUs, and each process needs one; --device cpu needs none")
     if args.tensorboard:
         try:
-            import torch.utils.tensorboard  # noqa: F401
+            importlib.import_module("torch.utils.tensorboard")
         except ImportError as error:
             parser.error(f"--tensorboard: {error}; install it with: pip install tensorboard")
 
 
 def check_files(args, world, sharded, meta, config, source, usable, path, resumed, init, vq_model):
     """Raise ValueError, with one sentence, if codes, checkpoints and flags do not belong together."""
+    per_rank = args.batch_size // world
+    if args.batch_size % world:
+        raise ValueError(f"--batch-size {args.batch_size} does not split over {world} processes; "
+                         f"try --batch-size {max(per_rank, 1) * world}")
+    if args.micro_batch and per_rank % args.micro_batch:
+        raise ValueError(f"--micro-batch {args.micro_batch} does not divide the {per_rank} images of each process")
+
     kinds = {"class": "classes", "text": "captions"}
     kind = "text" if source["text"] else "class"
     if meta["h"] != meta["w"]:
@@ -376,7 +405,7 @@ def check_files(args, world, sharded, meta, config, source, usable, path, resume
         raise ValueError("--parallel fsdp: start it with torchrun")
     if args.shard_size and not sharded:
         raise ValueError("--shard-size is for --parallel fsdp")
-    if args.shard_size and (args.shard_size < 1 or world % args.shard_size):
+    if args.shard_size and world % args.shard_size:
         raise ValueError(f"--shard-size {args.shard_size} does not divide the {world} processes")
 
     if resumed and not args.resume:
@@ -405,6 +434,12 @@ def check_files(args, world, sharded, meta, config, source, usable, path, resume
             raise ValueError(f"--init {args.init} was trained on captions of another encoder "
                              f"({init.text['encoder']}) than {args.codes} ({source['text']['encoder']})")
 
+    try:
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.out).close()
+    except OSError as error:
+        raise ValueError(f"--out {args.out}: nothing can be written there ({error.strerror})") from None
+
 
 # ---- data -----------------------------------------------------------------------------------------------------------
 def one_ahead(items):
@@ -428,6 +463,7 @@ def shard(model, shard_size, device, bf16):
                                   cast_forward_inputs=False)
     for module in (*model.layers, model):
         fully_shard(module, mesh=mesh, mp_policy=policy)
+        module.set_force_sum_reduction_for_comms(True)   # then divide: gloo's own mean is a sum before torch 2.9
 
 
 def part(value, like):
@@ -465,6 +501,8 @@ def find_checkpoint(out):
     found = []
     if (out / "ckpt.pt").exists():
         found.append((out / "ckpt.pt", data.read_checkpoint(out / "ckpt.pt", mmap=True)))
+        if not isinstance(found[0][1], dict) or not {"step", "optimizer", "config"} <= found[0][1].keys():
+            raise ValueError(f"{out}/ckpt.pt is not one of train_gpt.py's; choose another --out")
     for folder in sorted(out.glob("ckpt_[0-9]*/"))[-1:]:
         try:
             files = {item.relative_path for item in dcp.FileSystemReader(folder).read_metadata().storage_data.values()}
@@ -538,6 +576,15 @@ def save_shards(state, plain, out):
 
 
 # ---- how a run goes -------------------------------------------------------------------------------------------------
+def can_compile(device):
+    """Whether torch.compile finds what it needs: a compiler, for C on a GPU and C++ on a CPU, and Python's headers."""
+    names = ["gcc", "clang", os.environ.get("CC", "cc")]
+    if device.type == "cpu":
+        names = ["g++", "clang++", os.environ.get("CXX", "c++")]
+    headers = Path(sysconfig.get_path("include")) / "Python.h"
+    return any(map(shutil.which, names)) and headers.exists()
+
+
 def catch_signals():
     """A list that gets what queues send before they kill; a second signal ends the process at once."""
     caught = []
@@ -561,9 +608,8 @@ def status(norm, asked, world):
 
 
 def open_log(out, first, tensorboard):
-    """Make the run folder; of its log.jsonl keep the steps up to `first`, since those after the checkpoint come again.
+    """Keep of log.jsonl the steps up to `first`, since those after the checkpoint come again.
     Returns TensorBoard's writer, or None."""
-    out.mkdir(parents=True, exist_ok=True)
     if (out / "log.jsonl").exists():
         lines = [line for line in (out / "log.jsonl").read_text().splitlines(keepends=True) if line.endswith("}\n")]
         (out / "log.tmp").write_text("".join(line for line in lines if json.loads(line)["step"] <= first))
@@ -621,12 +667,19 @@ def conditions(config, meta, folder, text, spans, usable):
 
 
 def picture(config, weights, vq_model, given, titles, device, path):
-    """Draw two images of each condition, given as [labels] or [features, mask]."""
-    shadow = gpt.GPT(config).to(device).eval()
-    shadow.load_state_dict(weights)
-    twice = [torch.cat([x, x]).to(device) for x in given]
-    codes = sample.generate(shadow, *twice, cfg_scale=2.0, seeds=range(2 * len(titles)))
-    data.save_grid(sample.to_pixels(vq_model, codes), path, len(titles), titles * 2)
+    """Draw two images of each condition, given as [labels] or [features, mask]. The model for it has the training
+    state beside it: on a GPU it is bfloat16, and draws a few images at once."""
+    with torch.device("meta"):
+        model = gpt.GPT(config).eval()
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model.load_state_dict({name: value.to(device, dtype) for name, value in weights.items()}, assign=True)
+    model.to(device)   # makes the rotary table
+    pixels, seeds = [], range(2 * len(titles))
+    for few in torch.tensor(seeds).split(4):
+        rows = [x[few % len(titles)].to(device) for x in given]
+        codes = sample.generate(model, *rows, cfg_scale=2.0, seeds=few.tolist())
+        pixels.append(sample.to_pixels(vq_model, codes))
+    data.save_grid(np.concatenate(pixels), path, len(titles), titles * 2)
     print(f"{path}: samples, guidance 2", flush=True)
 
 
