@@ -150,17 +150,60 @@ def test_codes_of_imagenets_size_are_neither_read_nor_held(tmp_path):
     assert 0 < int(facts["Rss"].split()[0]) <= 16 * 2 * 4         # kB; a row may lie across two pages
 
 
-@pytest.mark.parametrize("flags, sentence", [
-    (["--codes", "nowhere"], "make it with: python vq.py encode"),
-    (["--micro-batch", "3"], "--micro-batch 3 does not divide the 8 images"),
-    (["--val-images", "60"], "--val-images 60: the folder has 60 images"),
-    (["--resume"], "ckpt.pt: no such file"),
-    (["--vq", "README.md"], "not a PyTorch checkpoint"),
-])
-def test_a_mistake_gets_one_sentence(codes, tmp_path, monkeypatch, capsys, flags, sentence):
+COUNTS = ["--batch-size", "--micro-batch", "--max-steps", "--image-size", "--val-every", "--log-every", "--save-every",
+          "--shard-size"]
+MISTAKES = [
+    *((flag, value, f"{flag} {value}: it must lie between 1 and 1e+09") for flag in COUNTS for value in ("0", "-1")),
+    *((flag, "nan", f"argument {flag}: invalid int value: 'nan'") for flag in ("--batch-size", "--max-steps", "--seed")),
+    *((flag, str(10 ** 30), f"{flag} {10 ** 30}: it must lie between") for flag in (*COUNTS, "--keep", "--val-images", "--seed")),
+    *((flag, "-1", f"{flag} -1: it must lie between 0 and 1e+09") for flag in
+      ("--warmup-steps", "--val-images", "--sample-every", "--keep", "--seed")),
+    *((flag, value, f"{flag} {value}: it must lie between") for value in ("-1.0", "nan", "inf") for flag in
+      ("--epochs", "--lr", "--weight-decay", "--grad-clip", "--timeout", "--dropout", "--class-dropout", "--ema-decay")),
+    *((flag, "0.0", f"{flag} 0.0: it must lie between") for flag in ("--epochs", "--grad-clip", "--timeout")),
+    ("--dropout", "1.0", "--dropout 1.0: it must lie between 0 and 0.999999"),
+    ("--micro-batch", "3", "--micro-batch 3 does not divide the 8 images"),
+    ("--val-images", "60", "--val-images 60: the folder has 60 images"),
+    ("--image-size", "512", "--image-size 512: "),
+    ("--cond", "text", "was made from images with classes"),
+    ("--shard-size", "1", "--shard-size is for --parallel fsdp"),
+    ("--device", "cuda", "--device cuda: PyTorch sees 0 GPUs"),
+    ("--device", "tpu", "argument --device: invalid choice: 'tpu'"),
+    ("--codes", "NOWHERE", "make it with: python vq.py encode"),
+    ("--codes", "FOLDER", "make it with: python vq.py encode"),
+    ("--codes", "FILE", "make it with: python vq.py encode"),
+    ("--out", "FILE", "nothing can be written there"),
+    ("--out", "/proc/run", "--out /proc/run: nothing can be written there"),
+    ("--out", "OTHER", "ckpt.pt is not one of train_gpt.py's; choose another --out"),
+    *((flag, place, sentence) for flag in ("--vq", "--init") for place, sentence in (
+        ("NOWHERE", "nowhere: No such file or directory"), ("FOLDER", "folder: Is a directory"),
+        ("FILE", "empty is truncated, or not a PyTorch checkpoint"), ("README.md", "not a PyTorch checkpoint"))),
+]
+
+
+@pytest.mark.parametrize("flag, value, sentence", MISTAKES, ids=[f"{flag}={value}" for flag, value, _ in MISTAKES])
+def test_a_mistake_gets_one_sentence(codes, tmp_path, monkeypatch, capsys, flag, value, sentence):
+    """NOWHERE, FOLDER, FILE and OTHER stand for a path that is missing, an empty folder, an empty file, and the run of
+    another program; --device cuda is for machines without."""
+    if flag == "--device" and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    places = {name: tmp_path / name.lower() for name in ("NOWHERE", "FOLDER", "FILE", "OTHER")}
+    places["FOLDER"].mkdir()
+    places["FILE"] = tmp_path / "empty"
+    places["FILE"].touch()
+    places["OTHER"].mkdir()
+    torch.save({"model": {}}, places["OTHER"] / "ckpt.pt")
     with pytest.raises(SystemExit) as stop:
-        train(monkeypatch, codes, tmp_path / "run", "--max-steps", 1, *flags)
-    assert stop.value.code == 2 and sentence in capsys.readouterr().err
+        train(monkeypatch, codes, tmp_path / "run", "--max-steps", 1, flag, places.get(value, value))
+    errors = capsys.readouterr().err
+    assert stop.value.code == 2 and sentence in errors and "Traceback" not in errors
+    assert not (tmp_path / "run").exists()
+
+
+def test_going_on_without_a_run_gets_one_sentence(codes, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train(monkeypatch, codes, tmp_path / "run", "--resume")
+    assert stop.value.code == 2 and "ckpt.pt: no such file" in capsys.readouterr().err
 
 
 def test_a_run_is_neither_overwritten_nor_continued_as_another(codes, tmp_path, monkeypatch, capsys):
