@@ -174,6 +174,13 @@ def load_text(folder):
     return text, spans, {k: about[k] for k in ("encoder", "dim", "hash")}
 
 
+def caption_features(text, spans, ids, short):
+    """Features (tokens, D) of a caption of each image: of the short one where it is wanted and there is one."""
+    has_short = spans[ids, 1, 1] > spans[ids, 1, 0]
+    rows = spans[ids, (short & has_short).astype(int)]      # (B, 2): its first token, and the one after its last
+    return [torch.tensor(text[start:end]) for start, end in rows]
+
+
 def encode(args):
     """Write the features of captions.jsonl beside its codes: text.npy, text_spans.npy and text.json (see load_text).
 
