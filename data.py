@@ -188,6 +188,15 @@ def ten_crop(image, size, crop_range):
             for picture in (image, image.transpose(Image.FLIP_LEFT_RIGHT)) for x, y in windows]
 
 
+def kept_cells(mask, grid):
+    """Which codes a mask keeps: bool (H, W) of kept pixels -> bool (grid, grid), True where all pixels of a code's cell
+    are kept. Raises ValueError when the pixels do not split into grid x grid cells."""
+    H, W = mask.shape
+    if H % grid or W % grid:
+        raise ValueError(f"a mask of {W} x {H} pixels does not split into {grid} x {grid} cells")
+    return mask.reshape(grid, H // grid, grid, W // grid).all((1, 3))
+
+
 TO_DO, DONE, UNREADABLE, SMALL, NO_CAPTION = range(5)   # what `vq.py encode` notes for each image
 SKIPPED = {UNREADABLE: "unreadable", SMALL: "smaller than the crop", NO_CAPTION: "without a caption"}
 
@@ -251,12 +260,13 @@ def load_codes(folder):
         raise ValueError(f"the codes folder {folder} {what}; make it with: "
                          f"python vq.py encode --ckpt runs/vq/ckpt.pt --data DIR --out {folder}")
     meta = json.loads((folder / "meta.json").read_text())
+    meta.setdefault("codes", meta["h"] * meta["w"])   # T; older folders do not say
     codes = np.load(folder / "codes.npy", mmap_mode="r", allow_pickle=False)
     labels = None if meta.get("captions") else np.load(folder / "labels.npy", allow_pickle=False)
     wrong = labels is not None and len(labels) != len(codes)
-    if wrong or codes.dtype != np.uint16 or codes.shape[2:] != (meta["h"] * meta["w"],):
+    if wrong or codes.dtype != np.uint16 or codes.shape[2:] != (meta["codes"],):
         raise ValueError(f"{folder}: codes.npy {codes.dtype} {codes.shape}, {'no' if labels is None else len(labels)} "
-                         f"labels and meta.json (h = {meta['h']}, w = {meta['w']}) do not belong together")
+                         f"labels and meta.json ({meta['codes']} codes an image) do not belong together")
     return codes, labels, meta
 
 

@@ -37,12 +37,12 @@ TEXT_FILES = {"t2i-256": "t2i_XL_stage1_256.pt", "t2i-512": "t2i_XL_stage2_512.p
 
 # ---- from logits to codes -------------------------------------------------------------------------------------------
 def filter_logits(logits, top_k=0, top_p=1.0):
-    """Set unlikely entries of logits (B, V) to -inf.
+    """Set unlikely entries of logits (..., V) to -inf.
 
     top_k keeps the k largest and all that equal the k-th (0 or more than V: all). top_p then keeps the most probable
     entries up to and including the one whose cumulative probability crosses p, at least one (1: all)."""
     if 0 < top_k < logits.shape[-1]:
-        threshold = logits.topk(top_k).values[:, -1:]
+        threshold = logits.topk(top_k, sorted=False).values.amin(-1, keepdim=True)
         logits = logits.masked_fill(logits < threshold, -torch.inf)
     if top_p < 1:
         ordered, order = logits.sort(descending=True)
@@ -53,8 +53,51 @@ def filter_logits(logits, top_k=0, top_p=1.0):
 
 
 def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0):
-    """Logits (B, V) -> what is sampled from, float32 (B, V). A temperature below 1e-5 counts as 1e-5."""
+    """Logits (..., V) -> what is sampled from, float32 (..., V). A temperature below 1e-5 counts as 1e-5."""
     return filter_logits(logits.float() / max(temperature, 1e-5), top_k, top_p).softmax(-1)
+
+
+GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)   # 2^64 / golden ratio, as int64
+
+
+def mix(x):
+    """One number of splitmix64 for every state in x, int64; a bijection that turns one changed bit into 32 on average.
+
+    Integer products wrap in torch as they do in C, so that a CPU and a GPU agree to the last bit (Steele, Lea and
+    Flood, "Fast splittable pseudorandom number generators", 2014). `>>` copies the sign in int64: the masks undo it."""
+    x = x + GOLDEN
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x ^= x >> shift & (1 << 64 - shift) - 1
+        x *= factor - (1 << 64)
+    return x ^ (x >> 31 & (1 << 33) - 1)
+
+
+def gumbel_noise(seeds, positions, vocab_size):
+    """Gumbel noise for codes: float32 (..., V), finite, always the same for the same (seed, position, code).
+
+    seeds, positions   int64 of shapes that broadcast to (...): the images' seeds, the codes' numbers 0 .. T - 1
+    vocab_size         V
+
+    A hash in place of a generator has no state: the noise of any positions, in any order, on any device."""
+    state = mix(mix(seeds) + positions)[..., None]
+    hashed = mix(state + GOLDEN * torch.arange(vocab_size, device=state.device))
+    uniform = (hashed >> 24 & (1 << 40) - 1).float().add_(0.5).mul_(2.0 ** -40)   # fine where noise is large, near 0
+    uniform.clamp_(max=1 - 2.0 ** -24)                                            # else some would be rounded to 1
+    return uniform.neg_().log1p_().neg_().log_().neg_()                           # -log(-log(1 - uniform))
+
+
+def draw(logits, noise, temperature=1.0, top_k=0, top_p=1.0):
+    """Codes (...) int64 from logits (..., V) and gumbel_noise (..., V): the largest of logits / temperature + noise
+    among those that the filters keep. A temperature below 1e-5 takes the largest logit.
+
+    By Gumbel's rule that is a draw from probabilities(logits, temperature, top_k, top_p). Walking along the cumulative
+    probabilities up to a uniform number would be one, too; but there a small change anywhere in the logits moves
+    everything behind it, while a largest value rarely changes hands. So the same noise gives the same code from
+    logits that differ in the last digits (another batch, device or engine), and mostly from the logits of another
+    context, which is why codes can be guessed ahead (`--window`)."""
+    if temperature < 1e-5:
+        return logits.argmax(-1)
+    return (filter_logits(logits.float() / temperature, top_k, top_p) + noise).argmax(-1)
 
 
 @torch.no_grad()
@@ -66,18 +109,17 @@ def generate(model, cond, mask=None, *, cfg_scale=1.0, cfg_interval=-1, temperat
     mask          (B, c) bool, False where a caption is padded; None for classes
     cfg_scale     classifier-free guidance: logits = uncond + (cond - uncond) * scale; up to 1 there is none
     cfg_interval  -1 guides every code; k >= 0 the first and the k + 1 after it (as the released code counts)
-    seeds         one int an image: its codes then do not depend on the batch it is in; None: torch's own state
+    seeds         an int in [0, 2^63) for each image, whose codes then do not depend on the batch it is in; None: fresh
+                  ones from torch's own generator
     progress      show a bar over the T steps
     returns       (B, T) int64
     """
     B, T, c = len(cond), model.config.grid ** 2, model.config.cond_tokens
     if mask is not None and mask.shape[1] != c:
         raise ValueError(f"captions are padded to {mask.shape[1]} positions; here they need all {c}")
-    # One uniform number per code, drawn before anything else: a code is the place where the cumulative probability
-    # passes it. So a picture follows from its seed alone, whatever the batch, the device or the number of processes.
-    uniform = torch.stack([torch.rand(T, generator=torch.Generator().manual_seed(s)) for s in seeds]) \
-        if seeds is not None else torch.rand(B, T)
-    uniform = uniform.to(cond.device, torch.float64)
+    if seeds is None:
+        seeds = torch.randint(2 ** 63 - 1, (B,))
+    seeds = torch.as_tensor(list(seeds), dtype=torch.int64, device=cond.device)
     guided = cfg_scale > 1
     if guided:   # rows 0 .. B-1 carry the condition, rows B .. 2B-1 none
         cond = torch.cat([cond, model.cls_embedding.uncond(cond)])
@@ -90,12 +132,12 @@ def generate(model, cond, mask=None, *, cfg_scale=1.0, cfg_interval=-1, temperat
         if guided and 0 <= cfg_interval and i > cfg_interval + 1:   # the unconditional rows are not needed any more
             x, cache, guided, mask = x[:B], cache[:, :, :B], False, mask if mask is None else mask[:B]
         logits = model.extend(x, start, cache, mask)                # (2B or B, V)
-        if guided:
+        logits = logits.float()                                     # bfloat16's grid would make ties, so that top-k
+        if guided:                                                  # keeps more than k, and round what guidance adds
             given, without = logits.chunk(2)
             logits = without + (given - without) * cfg_scale
-        cumulative = probabilities(logits, temperature, top_k, top_p).double().cumsum(-1)
-        target = uniform[:, i:i + 1] * cumulative[:, -1:]
-        codes[:, i] = torch.searchsorted(cumulative, target, right=True)[:, 0]   # never an entry of probability 0
+        noise = gumbel_noise(seeds, torch.full_like(seeds, i), logits.shape[-1])
+        codes[:, i] = draw(logits, noise, temperature, top_k, top_p)
         x = model.tok_embeddings(codes[:, i:i + 1].repeat(1 + guided, 1))        # both halves see the same code
         start = c + i
         if bar:

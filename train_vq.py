@@ -17,7 +17,7 @@ import os
 import random
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -143,16 +143,17 @@ def batches(n, seed, start, rank, world, per_rank):
         yield batch[rank * per_rank:(rank + 1) * per_rank]
 
 
-def main():
-    """Flags, set-up, loop."""
+def main(tokenizer=vq.VQModel, configs=vq.VQ_CONFIGS):
+    """Flags, set-up, loop, for a tokenizer and its named sizes: vq.py's, or those of a class that derives from it."""
     # ---- flags ------------------------------------------------------------------------------------------------------
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--data", required=True, help="a folder of class folders, or shapes (drawn on the fly)")
     p.add_argument("--out", default="runs/vq", help="run folder: ckpt.pt, log.jsonl, recon_*.png")
     p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     p.add_argument("--init", metavar="CKPT", help="start from this tokenizer, and its discriminator if it is there")
-    p.add_argument("--model", choices=vq.VQ_CONFIGS, default="VQ-16", help="named size, see VQ_CONFIGS in vq.py")
+    p.add_argument("--model", choices=configs, default=next(iter(configs)), help="named size, see VQ_CONFIGS in vq.py")
     p.add_argument("--codebook-size", type=int, help="entries of the codebook, if not the model's own")
+    p.add_argument("--code-dim", type=int, help="numbers in an entry of the codebook, if not the model's own")
     p.add_argument("--image-size", type=int, default=256, help="pixels a side")
     p.add_argument("--batch-size", type=int, default=128, help="images per step, summed over processes")
     p.add_argument("--epochs", type=float, default=40, help="passes over the data")
@@ -187,9 +188,9 @@ def main():
     bf16 = args.dtype == "bfloat16" if args.dtype else device.type == "cuda"
     workers = args.workers if args.workers is not None else 8 * (device.type == "cuda")
     torch.manual_seed(args.seed)
-    out, config = Path(args.out), vq.VQ_CONFIGS[args.model]
-    if args.codebook_size:
-        config = vq.VQConfig(**{**asdict(config), "codebook_size": args.codebook_size})
+    out, config = Path(args.out), configs[args.model]
+    own = {"codebook_size": args.codebook_size, "code_dim": args.code_dim}
+    config = replace(config, **{k: v for k, v in own.items() if v})
     down, side = config.downsample, args.image_size // config.downsample
 
     def say(text):
@@ -214,7 +215,7 @@ def main():
         resumed = data.read_checkpoint(out / "ckpt.pt") if args.resume else None
         if resumed and resumed["config"] != asdict(config):
             raise ValueError(f"--model {args.model} is not what {out}/ckpt.pt holds: {resumed['config']}")
-        init = vq.load_vq(args.init) if args.init and not resumed else None
+        init = vq.load_vq(args.init, tokenizer=tokenizer) if args.init and not resumed else None
         if init and init.config != config:
             raise ValueError(f"--model {args.model} is not what --init {args.init} holds: {asdict(init.config)}")
     except (OSError, ValueError) as error:
@@ -222,7 +223,7 @@ def main():
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
-    model, disc = vq.VQModel(config).to(device), PatchGAN().to(device)
+    model, disc = tokenizer(config).to(device), PatchGAN().to(device)
     if init:
         model.load_state_dict(init.state_dict())
         saved = data.read_checkpoint(args.init)   # own and official files name the discriminator differently
@@ -366,7 +367,7 @@ def stopped(rank, text):
 @torch.no_grad()
 def picture(model, ema, images, path):
     """Write images above their reconstructions, with the averaged weights where there are some."""
-    shadow = vq.VQModel(model.config).to(images.device).eval()
+    shadow = type(model)(model.config).to(images.device).eval()
     shadow.load_state_dict(ema or model.state_dict())
     both = np.concatenate([vq.to_uint8(images), vq.to_uint8(shadow.decode(shadow.encode(images)))])
     data.save_grid(both, path, columns=len(images))

@@ -213,6 +213,7 @@ class Quantizer(nn.Module):
 
 class VQModel(nn.Module):
     """Encoder, quantizer and decoder. Parameter names are those of the released checkpoints."""
+    config_class = VQConfig
 
     def __init__(self, config):
         super().__init__()
@@ -221,6 +222,10 @@ class VQModel(nn.Module):
         self.quant_conv = nn.Conv2d(config.z_channels, config.code_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.code_dim, config.z_channels, 1)
         self.to(memory_format=torch.channels_last)   # encoding is a sixth faster so, on two CPU cores
+
+    def codes_per_image(self, image_size):
+        """T, the codes of one image of image_size x image_size pixels."""
+        return (image_size // self.config.downsample) ** 2
 
     def latents(self, images):
         """(B, 3, H, W) in [-1, 1], H and W multiples of the downsampling -> (B, D, h, w) float32, not normalised."""
@@ -251,9 +256,10 @@ class VQModel(nn.Module):
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------------------------
-def load_vq(path, device="cpu"):
+def load_vq(path, device="cpu", tokenizer=VQModel):
     """A tokenizer in eval mode, float32, from a released file or one of train_vq.py's (its averaged weights if it has
-    them); `image_size` of the result is the side it was trained at, in pixels.
+    them); `image_size` of the result is the side it was trained at, in pixels. `tokenizer` is the class to build, for
+    tokenizers that derive from VQModel.
 
     Raises OSError or ValueError with one sentence for a file that is missing, damaged or not a tokenizer."""
     checkpoint = data.read_checkpoint(path)
@@ -263,11 +269,11 @@ def load_vq(path, device="cpu"):
     if "quantize.embedding.weight" not in state:
         raise ValueError(f"{path} is not a tokenizer checkpoint (no quantize.embedding.weight); is it the GPT?")
     if "config" in checkpoint:
-        config = VQConfig(**checkpoint["config"])
+        config = tokenizer.config_class(**checkpoint["config"])
     else:   # released files: the number of levels tells VQ-16 from VQ-8
         levels = 1 + max(int(k.split(".")[2]) for k in state if k.startswith("encoder.conv_blocks."))
         config = VQ_CONFIGS["VQ-16" if levels == 5 else "VQ-8"]
-    model = VQModel(config)
+    model = tokenizer(config)
     state.setdefault("quantize.codebook_used", model.quantize.codebook_used)
     try:
         model.load_state_dict(state)
@@ -308,13 +314,13 @@ def shuffled(n, seed, start=0):
 
 
 # ---- codes on disk --------------------------------------------------------------------------------------------------
-def encode(args):
+def encode(args, tokenizer=VQModel):
     """Write the folder --out: codes.npy uint16 (N, A, T), labels.npy int32 (N,) or captions.jsonl, meta.json.
 
     Until all is done state.npy holds one byte an image; each process of a torchrun owns every world-th image, and a
     second start goes on where the first ended. meta.json is written last: where it is, the folder is complete."""
     rank, world, device = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), args.device
-    images, model, out = data.open_images(args.data), load_vq(args.ckpt, device), Path(args.out)
+    images, model, out = data.open_images(args.data), load_vq(args.ckpt, device, tokenizer), Path(args.out)
     size = args.image_size or model.image_size
     ranges = args.crop_range if args.ten_crop else []
     side, step, V = size // model.config.downsample, model.config.downsample, model.config.codebook_size
@@ -328,15 +334,16 @@ def encode(args):
         raise ValueError("--ten-crop would cut away what captions name; leave it out")
     plain = "centre" if images.captions else "centre and its mirror image"
     meta = {"classes": list(images.classes), "captions": bool(images.captions), "image_size": size, "h": side,
-            "w": side, "codebook_size": V, "crops": {"ten_crop_ranges": ranges} if ranges else plain,
-            "tokenizer": weights_hash(model), "data": args.data, "images": len(images)}
+            "w": side, "codes": model.codes_per_image(size), "codebook_size": V,
+            "crops": {"ten_crop_ranges": ranges} if ranges else plain, "tokenizer": weights_hash(model),
+            "data": args.data, "images": len(images)}
     settings, begun, finished = json.dumps(meta), out / "begun.json", out / "meta.json"
     if finished.exists():
-        done = json.loads(finished.read_text())
+        done = {"codes": side * side, **json.loads(finished.read_text())}   # which older folders do not say
         if {k: done.get(k) for k in meta} != json.loads(settings):
             raise ValueError(f"--out {out} holds codes made with other settings; choose another folder or delete it")
         return print(f"{out} is complete: {done['images'] - len(done['skipped']):,} images. Nothing to do.")
-    shape = (len(images), 10 * len(ranges) or (1 if images.captions else 2), side * side)
+    shape = (len(images), 10 * len(ranges) or (1 if images.captions else 2), meta["codes"])
     if rank == 0 and not begun.exists():
         out.mkdir(parents=True, exist_ok=True)
         np.lib.format.open_memmap(out / "codes.npy", "w+", np.uint16, shape)

@@ -160,6 +160,35 @@ def test_codes_are_those_of_the_crops(tokenizer, tmp_path):
     assert len({tuple(row) for row in codes[:, 0].tolist()}) > 1
 
 
+class Twice(vq.VQModel):
+    """A tokenizer that derives from VQModel and has other codes: each of its own, twice."""
+
+    def codes_per_image(self, image_size):
+        return 2 * super().codes_per_image(image_size)
+
+    def encode(self, images):
+        return super().encode(images).flatten(1).repeat(1, 2)
+
+
+def test_another_tokenizer_says_how_many_codes_an_image_has(tokenizer, tmp_path):
+    args = vq.argparse.Namespace(data="shapes:3", ckpt=tokenizer, out=str(tmp_path / "codes"), image_size=None,
+                                 ten_crop=False, crop_range=[1.1], batch_size=4, workers=0, device="cpu")
+    vq.encode(args, tokenizer=Twice)
+    codes, _, meta = data.load_codes(tmp_path / "codes")
+    assert codes.shape == (3, 2, 8) and meta["codes"] == 8 and meta["h"] * meta["w"] == 4
+    assert np.array_equal(codes[..., :4], codes[..., 4:]) and len(np.unique(codes)) > 1
+
+
+def test_folders_of_codes_from_before_meta_said_their_number_still_open(tokenizer, tmp_path):
+    out = tmp_path / "codes"
+    assert encode("--ckpt", tokenizer, "--data", "shapes:3", "--out", out).returncode == 0
+    meta = json.loads((out / "meta.json").read_text())
+    del meta["codes"]
+    (out / "meta.json").write_text(json.dumps(meta))
+    assert data.load_codes(out)[2]["codes"] == 4
+    assert "Nothing to do" in encode("--ckpt", tokenizer, "--data", "shapes:3", "--out", out).stdout
+
+
 def test_unreadable_images_are_left_out_and_counted(tokenizer, tmp_path):
     root = folder(tmp_path / "data")
     (root / "bee" / "1.png").write_bytes((root / "bee" / "1.png").read_bytes()[:200])

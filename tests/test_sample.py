@@ -1,4 +1,5 @@
 """What sample.py promises: the reference's tokens and filters, and pictures that follow from their seeds alone."""
+import math
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -49,8 +50,38 @@ def test_filters_keep_what_the_reference_keeps():
         assert torch.equal(p.argmax(-1, keepdim=True).int(), best)
 
 
+def test_noise_is_splitmix64_of_seed_position_and_code():
+    """The integers against Python's own arithmetic, and from them the noise, up to both ends of the range."""
+    def mix(x):
+        x = x + 0x9E3779B97F4A7C15 & 2 ** 64 - 1
+        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & 2 ** 64 - 1
+        x = (x ^ x >> 27) * 0x94D049BB133111EB & 2 ** 64 - 1
+        return x ^ x >> 31
+
+    seeds, positions = [0, 1, 2 ** 63 - 1], [0, 5, 575]
+    noise = sample.gumbel_noise(torch.tensor(seeds)[:, None], torch.tensor(positions), 40)
+    for i, seed in enumerate(seeds):
+        for j, position in enumerate(positions):
+            for code in (0, 1, 39):
+                state = mix(mix(seed) + position)
+                uniform = ((mix(state + code * 0x9E3779B97F4A7C15) >> 24) + 0.5) / 2 ** 40
+                assert noise[i, j, code].item() == pytest.approx(-math.log(-math.log1p(-uniform)), abs=1e-5)
+    ends = torch.tensor([0, 2 ** 40 - 1]).float().add_(0.5).mul_(2.0 ** -40).clamp_(max=1 - 2.0 ** -24)
+    assert (-(-(-ends).log1p()).log()).isfinite().all()
+
+
+def test_noise_is_gumbel_and_neighbours_are_independent():
+    """Moments of four million draws (mean 0.57722, variance pi^2 / 6), and no correlation along any axis."""
+    noise = sample.gumbel_noise(torch.arange(16)[:, None], torch.arange(16), 16384).double()
+    assert noise.isfinite().all()
+    assert abs(noise.mean() - 0.57722) < 0.004 and abs(noise.var() - math.pi ** 2 / 6) < 0.01
+    for axis in range(3):
+        before, after = noise.narrow(axis, 0, noise.shape[axis] - 1), noise.narrow(axis, 1, noise.shape[axis] - 1)
+        assert abs(torch.corrcoef(torch.stack([before.flatten(), after.flatten()]))[0, 1]) < 0.003
+
+
 def test_draws_follow_the_distribution():
-    """Chi-square of 4,000 first codes against the softmax of the first logits, 39 degrees of freedom."""
+    """Chi-square of 4,000 first codes against the softmax of the first logits, 19 degrees of freedom."""
     model = random_model()
     with torch.no_grad():
         p = sample.probabilities(model(torch.zeros(1, 0, dtype=torch.long), torch.tensor([1]))[:, 0], 0.8, 20)[0]
@@ -59,6 +90,18 @@ def test_draws_follow_the_distribution():
     assert counts[p == 0].sum() == 0
     expected = 4000 * p[p > 0].double()
     assert ((counts[p > 0] - expected) ** 2 / expected).sum() < 60   # 19 degrees of freedom: above 60 once in 1e5
+
+
+@torch.no_grad()
+def test_guidance_is_computed_in_float32(monkeypatch):
+    """In bfloat16 the difference of the halves is rounded to a grid on which many codes tie, and top-k keeps more."""
+    model, seen, draw = random_model().bfloat16(), [], sample.draw
+    monkeypatch.setattr(sample, "draw", lambda logits, *rest: seen.append(logits) or draw(logits, *rest))
+    sample.generate(model, torch.tensor([1, 2]), cfg_scale=1.7, seeds=[0, 1])
+    logits = model.extend(model.cls_embedding(torch.tensor([1, 2, 5, 5])), 0, model.new_cache(4))
+    given, without = logits.float().chunk(2)
+    assert torch.equal(seen[0], without + (given - without) * 1.7)
+    assert not torch.equal(seen[0], seen[0].bfloat16().float())
 
 
 def test_an_image_follows_from_its_seed_whatever_its_batch():

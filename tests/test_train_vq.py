@@ -113,6 +113,21 @@ def test_fine_tuning_starts_from_the_weights_of_another_run_and_its_discriminato
     assert stop.value.code == 2 and "--model VQ-demo is not what --init" in capsys.readouterr().err
 
 
+def test_another_tokenizer_and_another_codebook_can_be_trained(tmp_path, monkeypatch):
+    """train_vq.main takes a class that derives from VQModel, with sizes of its own."""
+    class Other(vq.VQModel):
+        config_class = type("OtherConfig", (vq.VQConfig,), {})
+
+    small = Other.config_class(ch=32, ch_mult=(1, 1), res_blocks=1, z_channels=32, codebook_size=64)
+    flags = flags_for("shapes:8", tmp_path, "--max-steps", 1, "--code-dim", 3, "--codebook-size", 7)
+    flags[flags.index("--model") + 1] = "small"
+    monkeypatch.setattr(sys, "argv", ["train_vq.py", *flags])
+    train_vq.main(tokenizer=Other, configs={"small": small})
+    model = vq.load_vq(tmp_path / "ckpt.pt", tokenizer=Other)
+    assert type(model) is Other and type(model.config) is Other.config_class
+    assert model.quantize.embedding.weight.shape == (7, 3)
+
+
 def test_two_processes_give_the_losses_of_one(tmp_path, monkeypatch):
     """Without the discriminator, whose batch statistics are each process's own."""
     flags = ["--max-steps", 10, "--sample-every", 0]
