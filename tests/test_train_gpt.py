@@ -1,8 +1,11 @@
 """What train_gpt.py promises: the right first loss, exact resumption, and the same run on one process or two."""
 import json
 import math
+import os
+import shutil
 import subprocess
 import sys
+import time
 import types
 from dataclasses import asdict
 from pathlib import Path
@@ -11,10 +14,11 @@ import numpy as np
 import pytest
 import torch
 from bench import imagenet_codes
-from conftest import ROOT
+from conftest import ROOT, fill
 
 import data
 import gpt
+import sample
 import train_gpt
 import vq
 
@@ -44,10 +48,16 @@ def train(monkeypatch, *args):
     train_gpt.main()
 
 
-def torchrun(n, *args):
-    """One run on n processes; a hang is an error, not a wait."""
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", "train_gpt.py",
-                           *flags_for(*args)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+def torchrun(n, *args, script=""):
+    """One run on n processes; a hang is an error, not a wait. script: what to do in each of them before."""
+    command = ["train_gpt.py"]
+    if script:
+        path = args[1].with_suffix(".py")
+        path.write_text(f"import train_gpt\n{script}\ntrain_gpt.main()\n")
+        command = [path]
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}",
+                           *command, *flags_for(*args)], cwd=ROOT, capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 
 def log(out):
@@ -103,6 +113,58 @@ def test_two_processes_and_micro_batches_give_the_losses_of_one(codes, tmp_path,
     for name in ("micro", "two"):
         assert log(tmp_path / name)[-1]["val_loss"] == pytest.approx(log(tmp_path / "one")[-1]["val_loss"], abs=1e-4)
     assert losses(tmp_path / "one")[-1] < 2.8                    # so that there was something to differ
+
+
+@pytest.mark.parametrize("model, flags, plan", [
+    ("L", [], "steps of 256 images"), ("L", [], "learning rate 1.0e-04"),
+    ("XL", [], "steps of 256 images"), ("XL", [], "learning rate 2.0e-04"),
+    ("3B", [], "steps of 512 images"), ("3B", [], "learning rate 2.0e-04"),
+    ("3B", ["--batch-size", 64, "--lr", 3e-4], "steps of 64 images"),
+    ("3B", ["--batch-size", 64, "--lr", 3e-4], "learning rate 7.5e-05"),
+])
+def test_a_size_comes_with_its_recipe_and_flags_win(codes, tmp_path, monkeypatch, capsys, model, flags, plan):
+    monkeypatch.setitem(gpt.GPT_CONFIGS, model, gpt.GPTConfig(dim=32, n_layer=1, n_head=2))
+    words = ["--codes", codes, "--out", tmp_path / "run", "--model", model, "--max-steps", 1, "--device", "cpu", *flags]
+    monkeypatch.setattr(sys, "argv", ["train_gpt.py", *map(str, words)])
+    train_gpt.main()
+    assert plan in capsys.readouterr().out
+
+
+def test_batches_are_made_one_ahead_and_no_more():
+    made = []
+    coming = train_gpt.one_ahead(made.append(i) or [i] for i in range(5))
+    assert not made                                              # nothing is read before the first step
+    for i, batch in enumerate(coming):
+        time.sleep(0.05)
+        assert batch == [i] and made == list(range(min(i + 2, 5)))
+    with pytest.raises(ZeroDivisionError):                       # a mistake in the thread is not swallowed
+        list(train_gpt.one_ahead([1 / 0] for _ in range(3)))
+
+
+def test_a_machine_without_a_compiler_trains_without_and_says_so(codes, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    train(monkeypatch, codes, tmp_path / "run", "--max-steps", 1, "--compile")
+    assert "not compiled, since there is no C compiler" in capsys.readouterr().out and len(losses(tmp_path / "run")) == 1
+
+
+def test_the_picture_needs_no_second_model_and_draws_a_few_images_at_once(tmp_path, monkeypatch):
+    """Its weights are those of the training, not copies; and it shows what one batch of all images would."""
+    config = gpt.GPTConfig(dim=32, n_layer=1, n_head=2, vocab_size=20, grid=4, num_classes=3)
+    model = fill(gpt.GPT(config)).eval()
+    tokenizer = vq.VQModel(vq.VQConfig(ch=32, ch_mult=(1, 1), res_blocks=1, z_channels=32, codebook_size=20)).eval()
+    labels, titles, batches, generate = torch.arange(3), ["a", "b", "c"], [], sample.generate
+    codes = generate(model, labels.repeat(2), cfg_scale=2.0, seeds=range(6))
+    data.save_grid(sample.to_pixels(tokenizer, codes), tmp_path / "expected.png", 3, titles * 2)
+
+    def recorder(shown, labels, **settings):
+        assert shown.norm.weight.data_ptr() == model.norm.weight.data_ptr()
+        batches.append(labels.tolist())
+        return generate(shown, labels, **settings)
+
+    monkeypatch.setattr(sample, "generate", recorder)
+    train_gpt.picture(config, model.state_dict(), tokenizer, [labels], titles, torch.device("cpu"), tmp_path / "got.png")
+    assert batches == [[0, 1, 2, 0], [1, 2]]
+    assert (tmp_path / "got.png").read_bytes() == (tmp_path / "expected.png").read_bytes()
 
 
 def test_every_step_takes_other_images_and_crops(codes, tmp_path, monkeypatch):
@@ -198,6 +260,15 @@ def test_a_mistake_gets_one_sentence(codes, tmp_path, monkeypatch, capsys, flag,
     errors = capsys.readouterr().err
     assert stop.value.code == 2 and sentence in errors and "Traceback" not in errors
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name, content", [("meta.json", "{"), ("meta.json", "{}"), ("codes.npy", ""), ("labels.npy", "x")])
+def test_codes_that_are_damaged_get_one_sentence(codes, tmp_path, monkeypatch, capsys, name, content):
+    shutil.copytree(codes, tmp_path / "codes")
+    (tmp_path / "codes" / name).write_text(content)
+    with pytest.raises(SystemExit) as stop:
+        train(monkeypatch, tmp_path / "codes", tmp_path / "run", "--max-steps", 1)
+    assert stop.value.code == 2 and "codes is damaged (" in capsys.readouterr().err
 
 
 def test_going_on_without_a_run_gets_one_sentence(codes, tmp_path, monkeypatch, capsys):
