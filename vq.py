@@ -213,7 +213,7 @@ class Quantizer(nn.Module):
 
 class VQModel(nn.Module):
     """Encoder, quantizer and decoder. Parameter names are those of the released checkpoints."""
-    config_class = VQConfig
+    config_class, multi_scale = VQConfig, False   # VAR's tokenizer, in extras/, sets others
 
     def __init__(self, config):
         super().__init__()
@@ -268,13 +268,18 @@ def load_vq(path, device="cpu", tokenizer=VQModel):
     state = next((checkpoint[k] for k in ("ema", "model", "module", "state_dict") if checkpoint.get(k)), checkpoint)
     if "quantize.embedding.weight" not in state:
         raise ValueError(f"{path} is not a tokenizer checkpoint (no quantize.embedding.weight); is it the GPT?")
+    multi_scale = "quantize.quant_resi.qresi_ls.0.weight" in state
+    if multi_scale != tokenizer.multi_scale:
+        raise ValueError(f"{path} is a tokenizer of {'VAR, for extras/var.py' if multi_scale else 'LlamaGen, for vq.py'}")
     if "config" in checkpoint:
         config = tokenizer.config_class(**checkpoint["config"])
+    elif multi_scale:
+        config, state = tokenizer.released(state)
     else:   # released files: the number of levels tells VQ-16 from VQ-8
         levels = 1 + max(int(k.split(".")[2]) for k in state if k.startswith("encoder.conv_blocks."))
         config = VQ_CONFIGS["VQ-16" if levels == 5 else "VQ-8"]
     model = tokenizer(config)
-    state.setdefault("quantize.codebook_used", model.quantize.codebook_used)
+    state = {**dict(model.named_buffers()), **state}   # some files lack the usage queue
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
