@@ -1,9 +1,11 @@
 """What extras/var.py promises: VAR's official arithmetic to the last code, and pictures that follow from their seeds."""
 import json
 import math
+import os
+import subprocess
 import sys
 import zlib
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -11,7 +13,11 @@ import torch
 import torch.nn.functional as F
 from conftest import GOLDEN, ROOT, difference, golden
 
+import data
+import gpt
 import sample
+import train_vq
+import vq
 
 sys.path.insert(0, str(ROOT / "extras"))
 import train_var  # noqa: E402
@@ -345,3 +351,197 @@ def test_the_mask_the_filters_and_soft_entries_are_the_official_ones():
         side = box["patch_nums"][-1]
         assert torch.equal(keep.byte(), g[f"{box['key']}_kept"])
         assert torch.equal(keep[-side * side:].view(side, side).byte(), g[f"{box['key']}_mask"])
+
+
+# ---- scripts --------------------------------------------------------------------------------------------------------
+def call(monkeypatch, module, *words):
+    """Run a script's main in this process."""
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, words)])
+    module.train_tokenizer() if words[0] == "tokenizer" else module.main()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with a tokenizer of three steps (vq), codes of 40 drawings (codes) and a transformer of six steps (run)
+    that was also stopped after its third and resumed (cut)."""
+    folder = tmp_path_factory.mktemp("var")
+    with pytest.MonkeyPatch.context() as patch:
+        call(patch, train_var, "tokenizer", "--data", "shapes:40", "--model", "VAR-demo", "--image-size", 24, "--lpips-weight",
+             0, "--batch-size", 8, "--disc-start", 2, "--max-steps", 3, "--out", folder / "vq")
+        call(patch, var, "encode", "--vq", folder / "vq" / "ckpt.pt", "--data", "shapes:40", "--out", folder / "codes",
+             "--workers", 0)
+        flags = ["--vq", folder / "vq" / "ckpt.pt", "--codes", folder / "codes", "--model", "demo", "--batch-size", 4,
+                 "--max-steps", 6, "--save-every", 3, "--log-every", 1]
+        call(patch, train_var, *flags, "--out", folder / "run", "--sample-every", 6)
+        save = data.save_checkpoint
+
+        def save_and_stop(*what):
+            save(*what)
+            raise KeyboardInterrupt
+        patch.setattr(data, "save_checkpoint", save_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            call(patch, train_var, *flags, "--out", folder / "cut")
+        patch.setattr(data, "save_checkpoint", save)
+        call(patch, train_var, *flags, "--out", folder / "cut", "--resume")
+    return folder
+
+
+def pair_flags(folder):
+    return ["--vq", folder / "vq" / "ckpt.pt", "--var", folder / "run" / "ckpt.pt"]
+
+
+def test_train_vqs_own_loop_trains_the_tokenizer_with_average_and_discriminator(trained):
+    saved = data.read_checkpoint(trained / "vq" / "ckpt.pt")
+    assert saved["config"]["scales"] == (1, 2, 3, 4, 6) and saved["ema"] and saved["step"] == 3
+    records = [json.loads(line) for line in (trained / "vq" / "log.jsonl").read_text().splitlines()]
+    assert {"rec", "vq", "commit", "adv", "disc", "usage"} <= records[-1].keys()
+    assert (trained / "vq" / "recon_000003.png").exists()
+
+
+def test_codes_on_disk_are_those_of_the_tokenizer(trained):
+    codes, labels, meta = data.load_codes(trained / "codes")
+    assert codes.shape == (40, 2, 66) and codes.dtype == np.uint16 and meta["codes"] == 66 and len(labels) == 40
+    model = var_vq.load_tokenizer(trained / "vq" / "ckpt.pt")
+    crop = data.center_crop(data.open_images("shapes:40").load(7), 24)
+    assert torch.equal(model.encode(vq.to_tensor(crop)[None])[0].int(), torch.from_numpy(codes[7, 0].astype(np.int32)))
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_to_the_last_bit(trained):
+    whole, cut = (data.read_checkpoint(trained / name / "ckpt.pt") for name in ("run", "cut"))
+    assert all(torch.equal(value, cut["model"][name]) for name, value in whole["model"].items())
+    losses = [[json.loads(line)["loss"] for line in (trained / name / "log.jsonl").read_text().splitlines()]
+              for name in ("run", "cut")]
+    assert len(losses[0]) == 6 and losses[0] == losses[1] and abs(losses[0][0] - math.log(256)) < 0.1
+    assert (trained / "run" / "samples_000006.png").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_even_where_a_convolution_is_idle(trained, tmp_path):
+    """Of two scales the first takes φ 0, the last φ 3; DDP would wait for the others' gradients."""
+    run = tmp_path / "run.py"
+    run.write_text(f"""import sys
+sys.path[:0] = {[str(ROOT / "extras"), str(ROOT)]!r}
+from dataclasses import replace
+import train_vq, var_vq
+train_vq.main(var_vq.ScaleVQ, {{"two": replace(var_vq.TOKENIZERS["VAR-demo"], scales=(3, 6))}})
+""")
+    env = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    flags = ["--data", "shapes:40", "--image-size", "24", "--lpips-weight", "0", "--disc-weight", "0", "--batch-size", "8",
+             "--max-steps", "2", "--sample-every", "0", "--log-every", "1"]
+    results = []
+    for name, start in (("one", [sys.executable]), ("two", torchrun)):
+        done = subprocess.run([*start, run, *flags, "--out", tmp_path / name], env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        log = (tmp_path / name / "log.jsonl").read_text().splitlines()
+        results.append([json.loads(line)["rec"] for line in log])
+    assert results[0] == pytest.approx(results[1], abs=1e-5)
+    done = subprocess.run([*torchrun, "extras/train_var.py", *map(str, [
+        "--vq", trained / "vq" / "ckpt.pt", "--codes", trained / "codes", "--model", "demo", "--batch-size", 4,
+        "--max-steps", 2, "--micro-batch", 1, "--sample-every", 0, "--out", tmp_path / "var"])], cwd=ROOT, env=env,
+        capture_output=True, text=True)
+    assert done.returncode == 0 and (tmp_path / "var" / "ckpt.pt").exists(), done.stderr
+
+
+def test_an_image_follows_from_its_seed_whatever_the_batch_and_goes_on_after_a_stop(trained, tmp_path, monkeypatch):
+    call(monkeypatch, var, "sample", *pair_flags(trained), "--num-samples", 7, "--batch-size", 7, "--seed", 5, "--out",
+         tmp_path / "a.npz")
+    model, tokenizer = var.load_var(trained / "run" / "ckpt.pt"), var_vq.load_tokenizer(trained / "vq" / "ckpt.pt")
+    alone = var.draw_pixels(model, tokenizer, [torch.tensor([3])], [5 + 3])
+    monkeypatch.setattr(sample, "CHUNK", 3)
+    with monkeypatch.context() as patch:
+        real = np.save
+        patch.setattr(np, "save", lambda *a: (real(*a), None)[1] if "0000000" in str(a[0]) else sys.exit(9))
+        with pytest.raises(SystemExit):
+            call(patch, var, "sample", *pair_flags(trained), "--num-samples", 7, "--batch-size", 2, "--seed", 5, "--out",
+                 tmp_path / "b.npz")
+    call(monkeypatch, var, "sample", *pair_flags(trained), "--num-samples", 7, "--batch-size", 2, "--seed", 5, "--out",
+         tmp_path / "b.npz")
+    with np.load(tmp_path / "a.npz", allow_pickle=False) as a, np.load(tmp_path / "b.npz", allow_pickle=False) as b:
+        assert a["arr_0"].shape == (7, 24, 24, 3) and a["labels"].tolist() == list(range(7))
+        assert np.abs(a["arr_0"].astype(int) - b["arr_0"]).max() <= 1     # rounding of the decoder
+        assert np.abs(a["arr_0"][3].astype(int) - alone[0]).max() <= 1
+        assert len(np.unique(a["arr_0"].reshape(7, -1), axis=0)) == 7
+
+
+def test_an_edit_keeps_what_is_to_be_kept_and_pictures_are_written(trained, tmp_path, monkeypatch):
+    model, tokenizer = var.load_var(trained / "run" / "ckpt.pt"), var_vq.load_tokenizer(trained / "vq" / "ckpt.pt")
+    codes = torch.randint(256, (1, 66))
+    keep = torch.ones(66, dtype=torch.bool)
+    *_, (_, f_hat) = var.draw_scales(model, tokenizer.quantize, torch.tensor([0]), torch.tensor([0]), keep=(codes, keep),
+                                     more_smooth=True)
+    assert torch.allclose(f_hat, list(tokenizer.quantize.sums(codes))[-1], atol=1e-6)
+    crop = data.center_crop(data.draw_shape((3, 3)), 24)
+    crop.save(tmp_path / "star.png")
+    for words in (["--box", "0.5,0,1,1"], ["--box", "0.25,0.25,0.75,0.75", "--outside", "--classes", "star", "--count", 2]):
+        call(monkeypatch, var, "edit", *pair_flags(trained), *words, "--out", tmp_path / "edit.png", tmp_path / "star.png")
+        assert data.open_image(tmp_path / "edit.png").width > 300
+    call(monkeypatch, var, "reconstruct", "--vq", trained / "vq" / "ckpt.pt", "--out", tmp_path / "scales.png",
+         tmp_path / "star.png")
+    call(monkeypatch, var, "sample", *pair_flags(trained), "--classes", "star,0", "--count", 2, "--out", tmp_path / "s.png")
+    assert (tmp_path / "scales.png").exists() and (tmp_path / "s.png").exists()
+
+
+def test_released_files_load_in_every_wrapper_and_their_size_is_recognised(tmp_path, monkeypatch):
+    config = var.VARConfig(1, var_vq.SCALES_256, 12, 32, 7, shared_adaln=True)
+    state = var.VAR(config).state_dict()
+    for checkpoint in (state, {"trainer": {"var_wo_ddp": state}, "epoch": 3}):
+        torch.save(checkpoint, tmp_path / "var.pth")
+        assert var.load_var(tmp_path / "var.pth").config == config
+    small, state = official_tokenizer({"ch": 32, "Cvae": 32, "V": 16, "patch_nums": var_vq.SCALES_256})
+    torch.save(state, tmp_path / "vae.pth")
+    monkeypatch.setattr(var_vq.ScaleVQ, "released_config", small)
+    model = var_vq.load_tokenizer(tmp_path / "vae.pth", scales=var_vq.SCALES_512)
+    assert model.codes_per_image(512) == 2240 and not model.training
+    with pytest.raises(ValueError, match="do not belong together"):
+        var_vq.load_tokenizer(tmp_path / "vae.pth", scales=(1, 2, 16))
+
+
+def test_checkpoints_of_the_two_projects_are_told_apart(trained, tmp_path):
+    """LlamaGen's where VAR's is meant, and the reverse."""
+    demo = vq.VQ_CONFIGS["VQ-demo"]
+    torch.save({"model": vq.VQModel(demo).state_dict(), "config": asdict(demo)}, tmp_path / "vq.pt")
+    torch.save({"tok_embeddings.weight": torch.zeros(4, 4)}, tmp_path / "gpt.pt")
+    mine, theirs = trained / "vq" / "ckpt.pt", trained / "run" / "ckpt.pt"
+    for load, path, sentence in ((var_vq.load_tokenizer, tmp_path / "vq.pt", "is a tokenizer of LlamaGen"),
+                                 (vq.load_vq, mine, "is a tokenizer of VAR"),
+                                 (var.load_var, tmp_path / "gpt.pt", "is LlamaGen's GPT"),
+                                 (var.load_var, mine, "no pos_1LC"),
+                                 (var_vq.load_tokenizer, theirs, "is not a tokenizer checkpoint"),
+                                 (gpt.load_gpt, theirs, "is not a GPT checkpoint")):
+        with pytest.raises(ValueError, match=sentence):
+            load(path)
+
+
+@pytest.mark.parametrize("words, sentence", [
+    (["edit", "--box", "0.5,0.5,1.5,1"], "as fractions of the image"),
+    (["edit", "--box", "0.5,0.5,0.2,1"], "as fractions of the image"),
+    (["edit", "--box", "0.5,0.5,0.51,1"], "is empty"),
+    (["edit", "--box", "0.5,0.5"], "four numbers"),
+    (["edit", "--box", "0,0,0.5,1"], "has 64 x 64 pixels; the model edits images of 24 x 24"),
+    (["sample", "--classes", "stare"], "is no class's name"),
+    (["sample", "--top-p", "0"], "--top-p is out of range"),
+    (["sample", "--out", "x.jpg"], "ends in .png"),
+    (["encode", "--data", "shapes:4", "--image-size", "32"], "do not end at 8"),
+])
+def test_a_mistake_gets_one_sentence(trained, tmp_path, monkeypatch, capsys, words, sentence):
+    monkeypatch.chdir(tmp_path)
+    data.draw_shape((0, 0)).save("star.png")
+    flags = pair_flags(trained)[:2] if words[0] == "encode" else pair_flags(trained)
+    with pytest.raises(SystemExit) as stop:
+        call(monkeypatch, var, *words[:1], *flags, *words[1:], *(["star.png"] if words[0] == "edit" else []))
+    assert stop.value.code == 2 and sentence in capsys.readouterr().err
+
+
+def test_training_refuses_in_one_sentence(trained, tmp_path, monkeypatch, capsys):
+    flags = ["--vq", trained / "vq" / "ckpt.pt", "--codes", trained / "codes", "--model", "demo", "--batch-size", 4]
+    demo = vq.VQ_CONFIGS["VQ-demo"]
+    torch.save({"model": vq.VQModel(demo).state_dict(), "config": asdict(demo)}, tmp_path / "vq.pt")
+    for words, sentence in ((["tokenizer", "--data", "shapes", "--model", "VAR-demo", "--image-size", 32], "do not end at 8"),
+                            ([*flags, "--out", trained / "run"], "add --resume"),
+                            ([*flags, "--model", "d16", "--out", trained / "run", "--resume"], "is of another model"),
+                            ([*flags, "--micro-batch", 3], "does not divide"),
+                            ([*flags, "--vq", tmp_path / "vq.pt"], "is a tokenizer of LlamaGen")):
+        with pytest.raises(SystemExit) as stop:
+            call(monkeypatch, train_var, *words)
+        assert stop.value.code == 2 and sentence in capsys.readouterr().err
