@@ -270,7 +270,8 @@ def load_vq(path, device="cpu", tokenizer=VQModel):
         raise ValueError(f"{path} is not a tokenizer checkpoint (no quantize.embedding.weight); is it the GPT?")
     multi_scale = "quantize.quant_resi.qresi_ls.0.weight" in state
     if multi_scale != tokenizer.multi_scale:
-        raise ValueError(f"{path} is a tokenizer of {'VAR, for extras/var.py' if multi_scale else 'LlamaGen, for vq.py'}")
+        whose = "VAR: extras/var.py reads it" if multi_scale else "LlamaGen: vq.py reads it"
+        raise ValueError(f"{path} is a tokenizer of {whose}")
     if "config" in checkpoint:
         config = tokenizer.config_class(**checkpoint["config"])
     elif multi_scale:

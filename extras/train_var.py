@@ -71,7 +71,7 @@ def main():
     p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     p.add_argument("--model", choices=var.VAR_CONFIGS, default="d16", help="named size, see VAR_CONFIGS in var.py")
     p.add_argument("--batch-size", type=int, help="images per step, summed over processes (default: see RECIPES)")
-    p.add_argument("--epochs", type=float, help="passes over the images, one random crop of each (default: see RECIPES)")
+    p.add_argument("--epochs", type=float, help="passes over the images, a random crop of each (default: see RECIPES)")
     p.add_argument("--lr", type=float, help="AdamW's rate for 256 images; scaled with --batch-size (see RECIPES)")
     p.add_argument("--max-steps", type=int, help="steps, instead of --epochs")
     p.add_argument("--micro-batch", type=int, help="images that one process takes at once, if its share is too many")
@@ -136,8 +136,8 @@ def main():
     say(f"torch {torch.__version__}, {world} process(es) on {device.type}, {'bfloat16' if bf16 else 'float32'}")
     say(f"{args.model}: {sum(q.numel() for q in model.parameters()) / 1e6:.1f}M parameters; {L} codes of "
         f"{config.vocab_size:,} in {len(config.scales)} scales, {config.num_classes} classes")
-    say(f"{args.codes}: {len(codes):,} images x {codes.shape[1]} crops; {max_steps:,} steps of {args.batch_size} images "
-        f"= {max_steps * args.batch_size / len(codes):.1f} epochs -> {out}")
+    say(f"{args.codes}: {len(codes):,} images x {codes.shape[1]} crops; {max_steps:,} steps of {args.batch_size} "
+        f"images = {max_steps * args.batch_size / len(codes):.1f} epochs -> {out}")
     say(f"resumed at step {first}" if first else f"the first loss should be near {math.log(config.vocab_size):.2f} = "
         f"ln({config.vocab_size})")
     if rank == 0:
@@ -209,8 +209,8 @@ def main():
         if rank == 0 and args.sample_every and (step % args.sample_every == 0 or step == max_steps):
             picture(model.eval(), tokenizer, meta["classes"][:10], out / f"samples_{step:06d}.png")
         if rank == 0 and (step % args.save_every == 0 or step == max_steps):
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "images_seen": seen,
-                     "config": asdict(config), "args": vars(args), "classes": meta["classes"],
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
+                     "images_seen": seen, "config": asdict(config), "args": vars(args), "classes": meta["classes"],
                      "tokenizer": meta["tokenizer"]}
             data.save_checkpoint(state, out / "ckpt.pt")
     say(f"done: {out}/ckpt.pt")
@@ -243,8 +243,8 @@ def check(args, labels, meta, resumed, world, device):
     now = {**asdict(config), "tokenizer": meta["tokenizer"], "classes": meta["classes"]}
     wrong = [f"{k} was {str(then[k])[:40]}, is {str(now[k])[:40]}" for k in then if then[k] != now[k]]
     if wrong:
-        raise ValueError(f"{args.out}/ckpt.pt is of another model or other codes ({'; '.join(wrong)}); go on with those "
-                         "of that run, or choose another --out")
+        raise ValueError(f"{args.out}/ckpt.pt is of another model or other codes ({'; '.join(wrong)}); go on with "
+                         "those of that run, or choose another --out")
     return tokenizer, config
 
 

@@ -83,7 +83,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then feed-forward. The class says how the input of each is scaled and shifted, and its output gated."""
+    """Attention, then feed-forward. The class scales and shifts the input of each and gates its output (adaLN)."""
 
     def __init__(self, config, drop):
         super().__init__()
@@ -349,7 +349,8 @@ def edit(args):
     for path in args.images:
         image = data.open_image(path)
         if image.size != (side, side):
-            raise ValueError(f"{path} has {image.width} x {image.height} pixels; the model edits images of {side} x {side}")
+            raise ValueError(f"{path} has {image.width} x {image.height} pixels; the model edits images of {side} x "
+                             f"{side}")
         given = vq.to_tensor(image)[None].to(args.device)
         codes = tokenizer.encode(given).expand(args.count, -1)
         labels, seeds = torch.full((args.count,), label, device=args.device), range(args.seed, args.seed + args.count)
@@ -397,14 +398,15 @@ def main():
             c.add_argument("--pretrained", choices=[size for size in VAR_CONFIGS if size != "demo"],
                            help="released weights; they are fetched when they are not here yet")
             c.add_argument("--classes", help="ids or names, separated by commas (edit: one; default: none)")
-            c.add_argument("--count", type=int, default=1 if name == "sample" else 4, help="images of each class or picture")
+            c.add_argument("--count", type=int, default=1 if name == "sample" else 4,
+                           help="images of each class or picture")
             c.add_argument("--seed", type=int, default=0, help="image i is drawn from seed + i")
             c.add_argument("--cfg-scale", type=float, help="guidance, 0 is none (default: 4; edit: 3)")
             c.add_argument("--top-k", type=int, default=900, help="draw from the k likeliest codes, 0 is all")
             c.add_argument("--top-p", type=float, default=0.95, help="draw from the likeliest codes that make up p")
             c.add_argument("--more-smooth", action=argparse.BooleanOptionalAction, help="mix entries: nicer, worse FID")
             c.add_argument("--dtype", choices=["float32", "bfloat16"], help="arithmetic (default: bfloat16 on GPU)")
-    sampling, editing, showing, encoding = (commands.choices[name] for name in ("sample", "edit", "reconstruct", "encode"))
+    sampling, editing, showing, encoding = commands.choices.values()
     sampling.add_argument("--num-samples", type=int, help="write so many images, balanced over the classes, as NPZ")
     sampling.add_argument("--batch-size", type=int, default=32, help="images drawn together")
     sampling.add_argument("--paper", action="store_true", help="the paper's settings for FID: 1.5, 900, 0.96")
@@ -422,7 +424,7 @@ def main():
     encoding.add_argument("--crop-range", type=float, nargs="+", default=[1.125], metavar="R",
                           help="ten crops are cut from R times the image size (default: 1.125, 288 for 256 pixels)")
     encoding.add_argument("--batch-size", type=int, default=64, help="crops that go through the encoder together")
-    encoding.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that decode images")
+    encoding.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that read images")
     args = p.parse_args()
     p.usage = f"python extras/var.py {args.command} ... (--help lists the flags)"
     try:

@@ -16,7 +16,6 @@ from conftest import GOLDEN, ROOT, difference, golden
 import data
 import gpt
 import sample
-import train_vq
 import vq
 
 sys.path.insert(0, str(ROOT / "extras"))
