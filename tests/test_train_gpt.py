@@ -245,7 +245,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *a: torch.tensor(float("nan")))
     with pytest.raises(SystemExit) as stop:
         train(monkeypatch, codes, tmp_path / "run", "--max-steps", 4, "--resume")
-    assert stop.value.code == 2 and "not finite at step 2" in capsys.readouterr().err
+    assert stop.value.code == 2 and "not finite at step 3" in capsys.readouterr().err
     assert (tmp_path / "run" / "ckpt.pt").read_bytes() == good
 
 
@@ -280,6 +280,6 @@ def test_flops_are_those_that_torch_counts():
     model = gpt.GPT(config)
     with FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, 15, dtype=torch.long), torch.tensor([0])).sum().backward()
-    matrices = train_gpt.flops_per_image(config) - 6 * config.n_layer * config.dim * 16 ** 2
+    matrices = gpt.flops_per_image(config) - 6 * config.n_layer * config.dim * 16 ** 2
     attention = counter.get_total_flops() - matrices
     assert 0 <= attention <= 2.5 * 6 * config.n_layer * config.dim * 16 ** 2
