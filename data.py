@@ -259,10 +259,13 @@ def load_codes(folder):
         what = "is not finished" if (folder / "begun.json").exists() else "is not there"
         raise ValueError(f"the codes folder {folder} {what}; make it with: "
                          f"python vq.py encode --ckpt runs/vq/ckpt.pt --data DIR --out {folder}")
-    meta = json.loads((folder / "meta.json").read_text())
-    meta.setdefault("codes", meta["h"] * meta["w"])   # T; older folders do not say
-    codes = np.load(folder / "codes.npy", mmap_mode="r", allow_pickle=False)
-    labels = None if meta.get("captions") else np.load(folder / "labels.npy", allow_pickle=False)
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        meta.setdefault("codes", meta["h"] * meta["w"])   # T; older folders do not say
+        codes = np.load(folder / "codes.npy", mmap_mode="r", allow_pickle=False)
+        labels = None if meta.get("captions") else np.load(folder / "labels.npy", allow_pickle=False)
+    except (OSError, ValueError, EOFError, KeyError) as error:
+        raise ValueError(f"the codes folder {folder} is damaged ({error}); make it again with vq.py encode") from None
     wrong = labels is not None and len(labels) != len(codes)
     if wrong or codes.dtype != np.uint16 or codes.shape[2:] != (meta["codes"],):
         raise ValueError(f"{folder}: codes.npy {codes.dtype} {codes.shape}, {'no' if labels is None else len(labels)} "

@@ -213,7 +213,7 @@ class Quantizer(nn.Module):
 
 class VQModel(nn.Module):
     """Encoder, quantizer and decoder. Parameter names are those of the released checkpoints."""
-    config_class = VQConfig
+    config_class, multi_scale = VQConfig, False   # VAR's tokenizer, in extras/, sets others
 
     def __init__(self, config):
         super().__init__()
@@ -266,14 +266,19 @@ def load_vq(path, device="cpu", tokenizer=VQModel):
     state = data.weights_of(checkpoint, path)
     if "quantize.embedding.weight" not in state:
         raise ValueError(f"{path} is not a tokenizer checkpoint (no quantize.embedding.weight); is it the GPT?")
+    multi_scale = "quantize.quant_resi.qresi_ls.0.weight" in state
+    if multi_scale != tokenizer.multi_scale:
+        whose = "VAR: extras/var.py reads it" if multi_scale else "LlamaGen: vq.py reads it"
+        raise ValueError(f"{path} is a tokenizer of {whose}")
     if "config" in checkpoint:
         config = tokenizer.config_class(**checkpoint["config"])
+    elif multi_scale:
+        config, state = tokenizer.released(state)
     else:   # released files: the number of levels tells VQ-16 from VQ-8
         levels = 1 + max(int(k.split(".")[2]) for k in state if k.startswith("encoder.conv_blocks."))
         config = VQ_CONFIGS["VQ-16" if levels == 5 else "VQ-8"]
     model = tokenizer(config)
-    for name, buffer in model.named_buffers():
-        state.setdefault(name, buffer)   # the queue of used codes, which some released files lack
+    state = {**dict(model.named_buffers()), **state}   # some files lack the queue of used codes
     data.load_weights(model, state, path)
     model.image_size = checkpoint.get("image_size", 256)
     return model.to(device).eval()
