@@ -583,8 +583,10 @@ def clip(tmp_path_factory):
     return folder
 
 
-def test_clip_scores_each_image_with_its_own_caption(clip, tmp_path, monkeypatch, capsys):
-    """As if one image at a time went through CLIP's two towers; the caption is the one that the label numbers."""
+@pytest.mark.parametrize("prefix", [None, ""])
+def test_clip_scores_each_image_with_its_own_caption(prefix, clip, tmp_path, monkeypatch, capsys):
+    """As if one image at a time went through CLIP's two towers; the caption is the one that the label numbers. Before it
+    stand, as in the official evaluation, three words."""
     from transformers import AutoTokenizer, CLIPModel
     prompts, rng = ["a red thing", "blue", "a thing"], np.random.RandomState(0)
     images, labels = rng.randint(0, 256, (7, 30, 30, 3), np.uint8), np.arange(7) % 3
@@ -596,9 +598,11 @@ def test_clip_scores_each_image_with_its_own_caption(clip, tmp_path, monkeypatch
     for image, label in zip(images, labels):
         pixels = torch.from_numpy((image / 255 - mean) / std).permute(2, 0, 1)[None].float()
         with torch.no_grad():
-            out = model(**tokenizer(prompts[label], return_tensors="pt"), pixel_values=pixels)
+            text = ("A photo depicts " if prefix is None else prefix) + prompts[label]
+            out = model(**tokenizer(text, return_tensors="pt"), pixel_values=pixels)
         expected.append(float(100 * F.cosine_similarity(out.image_embeds, out.text_embeds)))
-    flags = ["--prompts", str(tmp_path / "prompts.txt"), "--samples", str(tmp_path / "a.npz"), "--device", "cpu"]
+    flags = ["--prompts", str(tmp_path / "prompts.txt"), "--samples", str(tmp_path / "a.npz"), "--device", "cpu",
+             *([] if prefix is None else ["--prefix", prefix])]
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "clip", *flags, "--clip", str(clip), "--batch-size", "4", "--json",
                                       str(tmp_path / "a.json")])
     evaluate.main()
@@ -607,7 +611,8 @@ def test_clip_scores_each_image_with_its_own_caption(clip, tmp_path, monkeypatch
     assert score == pytest.approx(np.mean(expected), abs=1e-3) and np.std(expected) > 0.1
     for words, sentence in ((["--clip", str(tmp_path)], "cannot be loaded"),
                             (["--clip", str(clip)], "has 2 captions")):
-        (tmp_path / "prompts.txt").write_text("one\ntwo\n")
+        if "2 captions" in sentence:
+            (tmp_path / "prompts.txt").write_text("one\ntwo\n")
         monkeypatch.setattr(sys, "argv", ["evaluate.py", "clip", *flags, *words])
         with pytest.raises(SystemExit) as stop:
             evaluate.main()
