@@ -212,7 +212,10 @@ def main():
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
                      "images_seen": seen, "config": asdict(config), "args": vars(args), "classes": meta["classes"],
                      "tokenizer": meta["tokenizer"]}
-            data.save_checkpoint(state, out / "ckpt.pt")
+            try:
+                data.save_checkpoint(state, out / "ckpt.pt")
+            except OSError as error:
+                p.exit(2, f"train_var.py: {error}\n")
     say(f"done: {out}/ckpt.pt")
     if dist.is_initialized() and device.type == "cuda":
         dist.destroy_process_group()

@@ -208,7 +208,8 @@ def load_var(path, device="cpu"):
 
 # ---- sampling -------------------------------------------------------------------------------------------------------
 @torch.no_grad()
-def draw_scales(model, quantizer, labels, seeds, *, cfg_scale=4.0, top_k=900, top_p=0.95, more_smooth=False, keep=None):
+def draw_scales(model, quantizer, labels, seeds, *, cfg_scale=4.0, top_k=900, top_p=0.95, more_smooth=False, keep=None,
+                bf16=False):
     """Draw one scale after the other; yields (codes (B, p * p), the sum of all scales so far (B, D, h, w)).
 
     labels       (B,) int64 in [0, num_classes], the last being "no class"
@@ -227,7 +228,8 @@ def draw_scales(model, quantizer, labels, seeds, *, cfg_scale=4.0, top_k=900, to
     f_hat = x.new_zeros(B, model.config.code_dim, scales[-1], scales[-1])
     for s, p in enumerate(scales):
         ratio, some = s / max(S - 1, 1), slice(start, start + p * p)
-        logits = model.run(model.place(x, start), cond, None, cache, start)              # (2B or B, p * p, V)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+            logits = model.run(model.place(x, start), cond, None, cache, start)          # (2B or B, p * p, V)
         if guided:
             given, without = logits.chunk(2)
             logits = (1 + cfg_scale * ratio) * given - cfg_scale * ratio * without
@@ -253,26 +255,30 @@ def soft_entries(logits, noise, temperature, codebook):
     return ((logits + noise) / temperature).softmax(-1) @ codebook
 
 
-def draw_pixels(model, tokenizer, given, seeds, size=None, bf16=False, **settings):
+def draw_pixels(model, tokenizer, given, seeds, size=None, **settings):
     """Images uint8 (B, H, W, 3), bicubically resized to `size` if given, of the classes given = [labels (B,)]."""
     labels, seeds = given[0], torch.tensor(list(seeds), device=given[0].device)
-    with torch.autocast(labels.device.type, torch.bfloat16, enabled=bf16):
-        *_, (_, f_hat) = draw_scales(model, tokenizer.quantize, labels, seeds, **settings)
-    images = tokenizer.to_images(f_hat.float())
+    *_, (_, f_hat) = draw_scales(model, tokenizer.quantize, labels, seeds, **settings)
+    images = tokenizer.to_images(f_hat)
     return vq.to_uint8(F.interpolate(images, size=(size, size), mode="bicubic") if size else images)
 
 
 def kept(box, scales, outside=False):
-    """Which codes an edit keeps: bool (L,). box: (y0, x0, y1, x1) as fractions of the image; what is inside is drawn
-    anew, or what is outside. The one code of the first scale is always kept."""
-    y0, x0, y1, x1 = (round(edge * scales[-1]) for edge in box)
-    mask = torch.full((1, 1, scales[-1], scales[-1]), 0.0 if outside else 1.0)
-    mask[..., y0:y1, x0:x1] = 1.0 if outside else 0.0
-    if not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
-        raise ValueError(f"--box {','.join(map(str, box))}: top, left, bottom, right as fractions of the image, from 0 "
-                         "to 1, the first two below the last two")
-    if y0 == y1 or x0 == x1:
-        raise ValueError(f"--box {','.join(map(str, box))} is empty on the grid of {scales[-1]} x {scales[-1]} codes")
+    """Which codes an edit keeps: bool (L,).
+
+    box is (top, left, bottom, right) as fractions of the image; what is inside is drawn anew, or what is outside. The
+    one code of the first scale, which says what the picture is like as a whole, is always kept.
+    Raises ValueError for a box that is empty or not within the image."""
+    top, left, bottom, right = box
+    name, side = f"--box {','.join(map(str, box))}", scales[-1]
+    if not (0 <= top < bottom <= 1 and 0 <= left < right <= 1):
+        raise ValueError(f"{name}: top, left, bottom, right as fractions of the image, from 0 to 1, the first two "
+                         "below the last two")
+    rows, columns = slice(round(top * side), round(bottom * side)), slice(round(left * side), round(right * side))
+    mask = torch.zeros(1, 1, side, side) if outside else torch.ones(1, 1, side, side)
+    mask[..., rows, columns] = 1 - mask[..., rows, columns]
+    if not mask[..., rows, columns].numel():
+        raise ValueError(f"{name} is empty on the grid of {side} x {side} codes")
     grids = [F.interpolate(mask, (p, p), mode="bilinear").flatten() > 0.5 for p in scales]
     grids[0][:] = True
     return torch.cat(grids)
@@ -378,7 +384,8 @@ def reconstruct(args):
 
 
 def encode(args):
-    """`encode`: a data set as codes, in vq.py's way and format."""
+    """`encode`: a data set as codes, in vq.py's way and format; vq.encode reads args.data, args.out, args.image_size,
+    args.ten_crop, args.crop_range, args.batch_size, args.workers and args.device."""
     args.ckpt = args.vq or data.pretrained("vae_ch160v4096z32.pth", "FoundationVision/var")
     vq.encode(args, ScaleVQ512 if args.image_size == 512 else ScaleVQ)
 

@@ -507,7 +507,7 @@ def test_checkpoints_of_the_two_projects_are_told_apart(trained, tmp_path):
                                  (var.load_var, tmp_path / "gpt.pt", "is LlamaGen's GPT"),
                                  (var.load_var, mine, "no pos_1LC"),
                                  (var_vq.load_tokenizer, theirs, "is not a tokenizer checkpoint"),
-                                 (gpt.load_gpt, theirs, "is not a GPT checkpoint")):
+                                 (gpt.load_gpt, theirs, "is it VAR")):
         with pytest.raises(ValueError, match=sentence):
             load(path)
 
