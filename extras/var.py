@@ -180,8 +180,8 @@ def load_var(path, device="cpu"):
     train_var.py's; `classes` and `tokenizer` (the hash of its weights) are told where known.
     Raises OSError or ValueError with one sentence."""
     checkpoint = data.read_checkpoint(path)
-    state = checkpoint if isinstance(checkpoint, dict) else {}
-    state = state.get("trainer", {}).get("var_wo_ddp") or state.get("ema") or state.get("model") or state
+    state = data.weights_of(checkpoint, path)
+    state = state.get("trainer", {}).get("var_wo_ddp", state)   # the official training code's wrapper
     if "tok_embeddings.weight" in state:
         raise ValueError(f"{path} is LlamaGen's GPT, not VAR's transformer; sample.py draws from it")
     if "pos_1LC" not in state:
@@ -198,10 +198,7 @@ def load_var(path, device="cpu"):
                            len(state["class_emb.weight"]) - 1, "shared_ada_lin.1.weight" in state)
     with torch.device("meta"):
         model = VAR(config)
-    try:
-        model.load_state_dict(state, assign=True)
-    except RuntimeError as error:
-        raise ValueError(f"{path} does not fit: {str(error).splitlines()[1].strip()}") from None
+    data.load_weights(model, state, path, assign=True)
     model.classes, model.tokenizer = checkpoint.get("classes"), checkpoint.get("tokenizer")
     return model.float().to(device).eval()
 

@@ -366,7 +366,7 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("var")
     with pytest.MonkeyPatch.context() as patch:
         call(patch, train_var, "tokenizer", "--data", "shapes:40", "--model", "VAR-demo", "--image-size", 24, "--lpips-weight",
-             0, "--batch-size", 8, "--disc-start", 2, "--max-steps", 3, "--out", folder / "vq")
+             0, "--batch-size", 8, "--disc-start", 2, "--max-steps", 3, "--ema-decay", 0.9, "--out", folder / "vq")
         call(patch, var, "encode", "--vq", folder / "vq" / "ckpt.pt", "--data", "shapes:40", "--out", folder / "codes",
              "--workers", 0)
         flags = ["--vq", folder / "vq" / "ckpt.pt", "--codes", folder / "codes", "--model", "demo", "--batch-size", 4,
