@@ -298,11 +298,7 @@ def load_pair(args):
 
 
 def settings_of(args, cfg_scale, more_smooth):
-    """What the flags say about drawing, with these defaults. Raises ValueError for a value out of range."""
-    for flag, good in (("--cfg-scale", (args.cfg_scale or 0) >= 0), ("--top-k", args.top_k >= 0),
-                       ("--top-p", 0 < args.top_p <= 1), ("--count", args.count > 0)):
-        if not good:
-            raise ValueError(f"{flag} is out of range")
+    """What the flags say about drawing, with these defaults."""
     return dict(cfg_scale=cfg_scale if args.cfg_scale is None else args.cfg_scale, top_k=args.top_k, top_p=args.top_p,
                 more_smooth=more_smooth if args.more_smooth is None else args.more_smooth,
                 bf16=(args.dtype or ("bfloat16" if "cuda" in args.device else "float32")) == "bfloat16")
@@ -396,7 +392,7 @@ def main():
                        ("reconstruct", "show what each scale adds"), ("encode", "write a data set as codes")):
         c = commands.add_parser(name, help=what)
         c.add_argument("--vq", help="tokenizer checkpoint" + " (default: the released one)" * (name[0] in "re"))
-        c.add_argument("--device", default=device, help="cuda or cpu (default: cuda where there is one)")
+        c.add_argument("--device", type=data.device, default=device, help="cuda or cpu (default: cuda if there is one)")
         if name in ("sample", "edit"):
             c.add_argument("--var", help="checkpoint of the transformer")
             c.add_argument("--pretrained", choices=[size for size in VAR_CONFIGS if size != "demo"],
@@ -431,6 +427,10 @@ def main():
     encoding.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that read images")
     args = p.parse_args()
     p.usage = f"python extras/var.py {args.command} ... (--help lists the flags)"
+    ranges = dict(cfg_scale=(0, 1e3), top_k=(0, 2 ** 20), top_p=(1e-9, 1), count=(1, 1e6), seed=(0, 2 ** 62),
+                  num_samples=(1, 1e9), batch_size=(1, 2 ** 20), resize=(1, 8192), image_size=(1, 8192),
+                  crop_range=(1, 100), workers=(0, 1024))
+    data.within(p, args, **{name: limits for name, limits in ranges.items() if name in args})
     try:
         {"sample": draw, "edit": edit, "reconstruct": reconstruct, "encode": encode}[args.command](args)
     except (OSError, ValueError) as error:
