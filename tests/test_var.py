@@ -16,6 +16,7 @@ from conftest import GOLDEN, ROOT, difference, golden
 import data
 import gpt
 import sample
+import train_gpt
 import vq
 
 sys.path.insert(0, str(ROOT / "extras"))
@@ -544,3 +545,6 @@ def test_training_refuses_in_one_sentence(trained, tmp_path, monkeypatch, capsys
         with pytest.raises(SystemExit) as stop:
             call(monkeypatch, train_var, *words)
         assert stop.value.code == 2 and sentence in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        call(monkeypatch, train_gpt, "--codes", trained / "codes", "--model", "demo", "--out", tmp_path / "gpt")
+    assert "for extras/train_var.py" in capsys.readouterr().err
