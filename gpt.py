@@ -319,7 +319,8 @@ def load_gpt(path, device="cpu", grid=None):
     state = next((checkpoint[k] for k in ("ema", "model", "module", "state_dict") if checkpoint.get(k)), checkpoint)
     state.pop("freqs_cis", None)                                       # a stray rotary table of some files
     if "tok_embeddings.weight" not in state:
-        raise ValueError(f"{path} is not a GPT checkpoint (no tok_embeddings.weight); is it the tokenizer?")
+        raise ValueError(f"{path} is not a GPT checkpoint (no tok_embeddings.weight); is it "
+                         f"{'VAR, for extras/var.py' if 'pos_1LC' in state else 'the tokenizer'}?")
     if "config" in checkpoint:
         config = GPTConfig(**checkpoint["config"])
     else:
