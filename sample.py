@@ -159,16 +159,23 @@ def to_pixels(vq_model, codes, size=None):
 CHUNK = 256   # images in one part file, whatever the batch size and the number of processes
 
 
-def write_npz(path, model, vq_model, num_samples, *, given=None, seed=0, batch_size=32, size=None, **settings):
+def draw_pixels(model, vq_model, given, seeds, size=None, **settings):
+    """Images uint8 (B, H, W, 3) of given = [labels] or [features, mask], image i from seeds[i]."""
+    return to_pixels(vq_model, generate(model, *given, seeds=seeds, **settings), size)
+
+
+def write_npz(path, model, vq_model, num_samples, *, given=None, seed=0, batch_size=32, size=None, draw=draw_pixels,
+              **settings):
     """Write ADM's NPZ: arr_0 uint8 (N, H, W, 3) and labels int64 (N,), image i of class i % num_classes from seed + i.
 
     given: [features, mask] of n captions (captions.encode_captions); the label is then a caption's number, i % n.
     Under torchrun the processes share the work and the file is the same whatever their number. Parts stand in
-    PATH.parts until all are done, so that a second start goes on where the first ended. `settings` go to `generate`.
+    PATH.parts until all are done, so that a second start goes on where the first ended. `settings` go to `draw`.
     Raises ValueError when PATH.parts was begun with other settings, and where a caption model has no captions."""
-    if model.config.caption_dim and not given:
+    if not given and model.config.caption_dim:
         raise ValueError("the model draws captions, not classes; sample.py takes them from --prompts FILE")
-    rank, world, device = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), model.norm.weight.device
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = next(model.parameters()).device
     path, parts = Path(path), Path(f"{path}.parts")
     words = given and hashlib.sha256(given[0].float().numpy().tobytes()).hexdigest()
     given = given or [torch.arange(model.config.num_classes)]
@@ -194,8 +201,7 @@ def write_npz(path, model, vq_model, num_samples, *, given=None, seed=0, batch_s
             for first in range(s, min(s + CHUNK, num_samples), batch_size):
                 ids = range(first, min(first + batch_size, s + CHUNK, num_samples))
                 some = [x[[i % len(x) for i in ids]].to(device) for x in given]
-                codes = generate(model, *some, seeds=[seed + i for i in ids], **settings)
-                pixels.append(to_pixels(vq_model, codes, size))
+                pixels.append(draw(model, vq_model, some, [seed + i for i in ids], size, **settings))
                 bar.update(len(ids))
             np.save(parts / f"{s:07d}.tmp.npy", np.concatenate(pixels))
             os.replace(parts / f"{s:07d}.tmp.npy", parts / f"{s:07d}.npy")

@@ -213,7 +213,7 @@ class Quantizer(nn.Module):
 
 class VQModel(nn.Module):
     """Encoder, quantizer and decoder. Parameter names are those of the released checkpoints."""
-    config_class = VQConfig
+    config_class, multi_scale = VQConfig, False   # VAR's tokenizer, in extras/, sets others
 
     def __init__(self, config):
         super().__init__()
@@ -263,22 +263,23 @@ def load_vq(path, device="cpu", tokenizer=VQModel):
 
     Raises OSError or ValueError with one sentence for a file that is missing, damaged or not a tokenizer."""
     checkpoint = data.read_checkpoint(path)
-    if not isinstance(checkpoint, dict):
-        raise ValueError(f"{path} holds a {type(checkpoint).__name__}, not the weights of a tokenizer")
-    state = next((checkpoint[k] for k in ("ema", "model", "module", "state_dict") if checkpoint.get(k)), checkpoint)
+    state = data.weights_of(checkpoint, path)
     if "quantize.embedding.weight" not in state:
         raise ValueError(f"{path} is not a tokenizer checkpoint (no quantize.embedding.weight); is it the GPT?")
+    multi_scale = "quantize.quant_resi.qresi_ls.0.weight" in state
+    if multi_scale != tokenizer.multi_scale:
+        whose = "VAR: extras/var.py reads it" if multi_scale else "LlamaGen: vq.py reads it"
+        raise ValueError(f"{path} is a tokenizer of {whose}")
     if "config" in checkpoint:
         config = tokenizer.config_class(**checkpoint["config"])
+    elif multi_scale:
+        config, state = tokenizer.released(state)
     else:   # released files: the number of levels tells VQ-16 from VQ-8
         levels = 1 + max(int(k.split(".")[2]) for k in state if k.startswith("encoder.conv_blocks."))
         config = VQ_CONFIGS["VQ-16" if levels == 5 else "VQ-8"]
     model = tokenizer(config)
-    state.setdefault("quantize.codebook_used", model.quantize.codebook_used)
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"{path} does not fit the tokenizer: {str(error).splitlines()[1].strip()}") from None
+    state = {**dict(model.named_buffers()), **state}   # some files lack the queue of used codes
+    data.load_weights(model, state, path)
     model.image_size = checkpoint.get("image_size", 256)
     return model.to(device).eval()
 
