@@ -29,6 +29,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
 import data
+import vq
 
 # What every run of a stage gets: the demo's model, and a schedule that fits in a few hundred steps.
 COMMON = {
@@ -202,6 +203,8 @@ def check(args):
         if meta["h"] != meta["w"] or len(codes) <= 1000:
             raise ValueError(f"--codes {args.codes} holds {len(codes)} images of {meta['h']} x {meta['w']} codes; more "
                              "than 1000 are needed, and squares")
+        if samples and vq.weights_hash(vq.load_vq(args.vq)) != meta["tokenizer"]:
+            raise ValueError(f"--vq {args.vq} is not the tokenizer that made --codes {args.codes}")
     if args.steps < 1 or args.seeds < 1:
         raise ValueError("--steps and --seeds start at 1")
     return idea

@@ -79,7 +79,7 @@ def lines_of(rows, idea, scatter):
     head = f"| [{idea['name']}]({idea['path'].name}) | {changed} |"
     found = variants(rows, idea)
     if not found or idea["stage"] == "sample":
-        return [f"{head} | {'see the picture' if found else 'not run'} | | | |"]   # nothing to compare with
+        return [f"{head} | {'see the picture' if found else 'not run'} | | | | | |"]   # nothing to compare with
     out = []
     for flags, variant in found:
         for name in [name for name in idea["measure"] if name in NAMES]:
@@ -98,7 +98,7 @@ def lines_of(rows, idea, scatter):
                      written(difference, error, decimals, "+"), str(len(both)),
                      verdict(expected, difference, error, freedom)]
             out.append(f"{'| | |' if out else head} {' | '.join(cells)} |")
-    return out or [f"{head} | not run | | | |"]
+    return out or [f"{head} | not run | | | | | |"]
 
 
 # ---- pictures, drawn at twice their size and halved at the end -------------------------------------------------------

@@ -232,6 +232,12 @@ def test_codes_that_do_not_fit_are_refused(small, tmp_path):
     np.save(folder / "labels.npy", np.load(folder / "labels.npy")[:40])
     code, text = ablate("rar", "--codes", folder, "--out", tmp_path / "out")
     assert code == 2 and "more than 1000 are needed" in text.splitlines()[-1]
+    other = torch.load(small / "vq.pt")
+    other["model"]["quantize.embedding.weight"] += 1
+    torch.save(other, tmp_path / "other.pt")
+    code, text = ablate("maskgit", "--codes", small / "codes", "--vq", tmp_path / "other.pt", "--data", "shapes:20",
+                        "--out", tmp_path / "out")
+    assert code == 2 and "is not the tokenizer that made --codes" in text.splitlines()[-1]
 
 
 def test_a_diff_that_does_not_apply_names_the_file_and_the_hunk(tmp_path):
