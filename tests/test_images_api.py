@@ -32,7 +32,7 @@ import sample
 import vq
 
 httpx, openai, uvicorn = (pytest.importorskip(m) for m in ("httpx", "openai", "uvicorn"))
-serve_vllm = pytest.importorskip("serve_vllm")
+images_api = pytest.importorskip("images_api")
 
 GRID, SIDE, V = 4, 16, 40
 INFO = {"grid": GRID, "captions": False, "image_size": SIDE, "codebook_size": V,
@@ -114,7 +114,7 @@ def until(condition, seconds=10):
 @contextlib.contextmanager
 def served(engine, info=INFO, **settings):
     """The application in a thread of this process; gives its address and itself."""
-    app = serve_vllm.make_app(engine, info, small_tokenizer(), "shapes", **settings)
+    app = images_api.make_app(engine, info, small_tokenizer(), "shapes", **settings)
     with socket.create_server(("127.0.0.1", 0)) as sock:
         server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1))
         thread = threading.Thread(target=server.run, args=([sock],), daemon=True)
@@ -211,7 +211,7 @@ def test_openais_client_sees_the_picture_grow(engine, server):
 def test_rows_that_are_not_there_yet_are_grey_and_do_not_show_in_those_above():
     codes, tokenizer = codes_of(0, 3), small_tokenizer()
     for rows in range(1, GRID):
-        part = pixels(base64.b64encode(serve_vllm.to_pngs(tokenizer, [codes[:rows * GRID]], GRID)[0]))
+        part = pixels(base64.b64encode(images_api.to_pngs(tokenizer, [codes[:rows * GRID]], GRID)[0]))
         repeated = codes[:rows * GRID] + codes[(rows - 1) * GRID:rows * GRID] * (GRID - rows)
         end = rows * SIDE // GRID
         assert same(part[:end], sample.to_pixels(tokenizer, torch.tensor([repeated]))[0, :end])
@@ -252,7 +252,7 @@ def test_pictures_are_decoded_together_and_other_requests_answered_meanwhile(ser
     go.set()
     thread.join(10)
     assert len(answers[0].json()["data"]) == 10 and sum(sizes) == 10
-    assert len(sizes) < 10 and max(sizes) <= serve_vllm.BATCH
+    assert len(sizes) < 10 and max(sizes) <= images_api.BATCH
 
 
 # ---- captions -------------------------------------------------------------------------------------------------------
