@@ -6,18 +6,21 @@ $ python serve_vllm.py serve exported --port 8000
 
 A caption model takes --prompt "..." in place of --classes. vLLM finds this file by the entry point that
 `pip install -e .` writes (pyproject.toml), in each of its processes; so its own server serves an exported folder as
-well (README.md). The file in order: registration, model, guidance, a request, the exported folder, generate, server,
-the command line.
+well (README.md). The file in order: registration, model, guidance, a request, the exported folder, generate, serve,
+the command line. What is served stands in images_api.py.
 """
 # Shapes:  N tokens of all images in one step   R images in one step   T codes per image   c condition tokens
 #          C width   n heads, on this rank   d = C / n   V codebook entries
 import argparse
+import importlib.metadata
 import importlib.util
 import json
 import logging
 import os
 import shutil
+import socket
 import sys
+import threading
 import time
 import warnings
 from dataclasses import asdict
@@ -29,6 +32,7 @@ for name, value in {"VLLM_NO_USAGE_STATS": "1",              # vLLM would report
                     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",   # offline, run the engine in this process: starts sooner
                     "VLLM_CPU_KVCACHE_SPACE": "4",           # GiB on a CPU, where the default is nearly all memory
                     "VLLM_CPU_OMP_THREADS_BIND": "nobind",   # else one core of two would be kept free
+                    "VLLM_KEEP_ALIVE_ON_ENGINE_DEATH": "1",  # images_api.py ends a server whose engine died, with 1
                     "TORCH_CPP_LOG_LEVEL": "ERROR"}.items():   # else torch tells how it binds memory
     os.environ.setdefault(name, value)
 
@@ -238,6 +242,9 @@ def caption_prompt(features, embedding):
 
 
 # ---- the exported folder --------------------------------------------------------------------------------------------
+GUIDANCE = "serve_vllm:Guidance"   # where vLLM finds the class
+
+
 def head_size(config):
     """Channels of a head in vLLM's cache: those of the model and zeros, up to a size that all its attention backends
     have (3B's heads have 100, which none has)."""
@@ -302,15 +309,11 @@ def read_model(folder, info):
 
 
 def engine_arguments(folder, *, dtype=None, tensor_parallel_size=1, **more):
-    """Keyword arguments of vllm.LLM and vllm.AsyncEngineArgs for an exported folder; `more` wins.
+    """Keyword arguments of vllm.LLM, and defaults of `vllm serve`, for an exported folder; `more` wins.
     Raises ValueError where vLLM is missing or the heads cannot be shared out as asked."""
     info, cuda = read_export(folder), torch.cuda.is_available()
-    if importlib.util.find_spec("vllm") is None:
-        raise ValueError("vLLM is not installed: pip install -e .[serve] (README.md tells how on a CPU)")
-    if tensor_parallel_size < 1 or info["gpt"]["n_head"] % tensor_parallel_size:
-        raise ValueError(f"--tensor-parallel-size {tensor_parallel_size} does not divide the "
-                         f"{info['gpt']['n_head']} heads")
-    return {"model": str(folder), "skip_tokenizer_init": True, "logits_processors": ["serve_vllm:Guidance"],
+    check_engine(info, tensor_parallel_size)
+    return {"model": str(folder), "skip_tokenizer_init": True, "logits_processors": [GUIDANCE],
             "generation_config": "vllm", "max_model_len": info["max_position_embeddings"], "max_num_seqs": 64,
             "enable_prefix_caching": False, "enable_prompt_embeds": info["captions"], "enforce_eager": not cuda,
             "dtype": dtype or ("bfloat16" if cuda else "float32"), "tensor_parallel_size": tensor_parallel_size,
@@ -321,54 +324,103 @@ def engine_arguments(folder, *, dtype=None, tensor_parallel_size=1, **more):
 def generate(args):
     """Draw images in one batch and save them as a picture; image i is drawn from seed + i."""
     info, device = read_export(args.folder), "cuda" if torch.cuda.is_available() else "cpu"
-    arguments = engine_arguments(args.folder, dtype=args.dtype, tensor_parallel_size=args.tensor_parallel_size)
     settings = {name: row[info["captions"]] if getattr(args, name) is None else getattr(args, name)
                 for name, row in SETTINGS.items()}
-    check(**settings)
-    if args.n < 1 or Path(args.out).suffix != ".png":
-        raise ValueError("--n is at least 1, and --out ends in .png")
-    if bool(args.prompt) != info["captions"] or bool(args.classes) == info["captions"]:
-        raise ValueError(f"{args.folder} draws from " + ("captions, not classes: give --prompt" if info["captions"] else
-                                                         "classes, not captions: give --classes"))
-    vq_model = vq.load_vq(Path(args.folder) / "vq.pt", device)
-    model = read_model(args.folder, info) if info["captions"] or args.compare else None
+    arguments = engine_arguments(args.folder, dtype=args.dtype, tensor_parallel_size=args.tensor_parallel_size)
+    check_generate(args, info, settings)
     if info["captions"]:
-        titles, given = args.prompt, captions.encode_captions(args.prompt, args.t5, device, model)
-        prompts = [caption_prompt(row[seen], model.cls_embedding) for row, seen in zip(*given)]
+        model = read_model(args.folder, info)
+        titles, features = args.prompt, captions.encode_captions(args.prompt, args.t5, device, model)
+        prompts = [caption_prompt(row[seen], model.cls_embedding) for row, seen in zip(*features)]
     else:
-        given = [torch.tensor([sample.find_class(c, info["classes"]) for c in args.classes.split(",")])]
-        titles = [info["classes"][c].split(",")[0] for c in given[0]]
-        prompts = [class_prompt(c, info) for c in given[0].tolist()]
-    rows = [row for row in range(len(titles)) for _ in range(args.n)]
-    seeds = range(args.seed, args.seed + len(rows))
+        classes = [sample.find_class(text, info["classes"]) for text in args.classes.split(",")]
+        titles = [info["classes"][class_id].split(",")[0] for class_id in classes]
+        prompts = [class_prompt(class_id, info) for class_id in classes]
+    vq_model = vq.load_vq(Path(args.folder) / "vq.pt", device)
+    rows = [row for row in range(len(titles)) for _ in range(args.n)]   # image i shows titles[rows[i]]
+
     print("vLLM starts, which can take a minute ...", flush=True)
     import vllm
-
-    if args.compare:   # before the engine starts, for it takes all of a GPU's memory
-        model, began = model.to(device, getattr(torch, arguments["dtype"])), time.time()
-        plain = sample.generate(model, *(x[rows].to(device) for x in given), seeds=seeds, progress=True, **settings)
-        plain, plain_seconds, model = plain.cpu(), time.time() - began, None
-        torch.cuda.empty_cache()
-
     engine = vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**arguments, disable_log_stats=True))
-    codes, began = [[] for _ in rows], time.time()
+    began, codes = time.time(), [[] for _ in rows]
     for i, row in enumerate(rows):
-        engine.add_request(str(i), prompts[row], sampling_params(info, seed=seeds[i], stream=True, **settings))
+        engine.add_request(str(i), prompts[row], sampling_params(info, seed=args.seed + i, stream=True, **settings))
     with data.progress(len(rows) * info["grid"] ** 2, "codes", unit=" codes") as bar:
         while engine.has_unfinished_requests():
             for output in engine.step():
                 codes[int(output.request_id)] += output.outputs[0].token_ids
                 bar.update(len(output.outputs[0].token_ids))
-    seconds, codes = time.time() - began, torch.tensor(codes)
+    seconds = time.time() - began
     print(f"vLLM: {len(rows)} images in {seconds:.1f} s, {len(rows) / seconds:.3f} images/s")
-    if args.compare:
-        print(f"sample.generate: {plain_seconds:.1f} s, {len(rows) / plain_seconds:.3f} images/s; vLLM is "
-              f"{plain_seconds / seconds:.2f} times as fast" + (args.temperature == 0) *
-              f", and {(codes == plain).float().mean():.2%} of its codes are the same")
-    pixels = np.concatenate([sample.to_pixels(vq_model, some.to(device)) for some in codes.split(8)])
+
+    pixels = np.concatenate([sample.to_pixels(vq_model, group.to(device)) for group in torch.tensor(codes).split(8)])
     columns = args.n if args.n > 1 else len(rows)
     data.save_grid(pixels, args.out, min(columns, 10), [titles[row] for row in rows])
     print(f"{args.out}: {len(rows)} images")
+
+
+# ---- serve ----------------------------------------------------------------------------------------------------------
+T5 = "folder or Hugging Face name of the encoder of captions (default: the one that the GPT was trained with, " \
+     "google/flan-t5-xl for released ones)"
+
+
+def serve(words):
+    """The command `serve`: `vllm serve` with other defaults and with images_api.py as a plugin, until SIGTERM; what
+    runs then is finished. `words` are those of the command line. Raises ValueError or OSError with one sentence."""
+    check_installed()
+    from vllm.entrypoints.cli.serve import cmd_init
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+    cli_env_setup()
+    p, (command,) = FlexibleArgumentParser(prog="python serve_vllm.py"), cmd_init()
+    flags = command.subparser_init(p.add_subparsers(dest="subparser"))
+    flags.usage = "python serve_vllm.py serve FOLDER [flags of vllm serve]"
+    flags.add_argument("--t5", help=T5)
+    # Parsed twice, since the folder has a say in the defaults of the flags.
+    folder = p.parse_args(["serve", *words]).model_tag or flags.error("give the folder that export wrote")
+    flags.set_defaults(**engine_arguments(folder), served_model_name=[Path(folder).resolve().name], host="127.0.0.1",
+                       uvicorn_log_level="warning", max_num_queued_reqs=256,   # more than that are told 503
+                       shutdown_timeout=600)                                   # seconds for what runs at SIGTERM
+    args = p.parse_args(["serve", *words])
+    check_engine(read_export(folder), args.tensor_parallel_size)
+    if GUIDANCE not in args.logits_processors:
+        args.logits_processors.append(GUIDANCE)
+    # vLLM loads plugins that add routes only by name, and then no plugin that is not named: so the others are, too.
+    groups = ("general", "platform", "io_processor", "stat_logger")
+    others = {entry.name for group in groups for entry in importlib.metadata.entry_points(group=f"vllm.{group}_plugins")}
+    named = os.environ.get("VLLM_PLUGINS", ",".join(sorted(others)))
+    os.environ["VLLM_PLUGINS"] = f"{named},nanollamagen,nanollamagen_images"
+    if not (args.headless or args.uds):   # of several nodes, only the first answers
+        args.port = open_port(args.host, args.port)
+        threading.Thread(target=announce, args=(args,), daemon=True).start()
+    print("vLLM starts, which can take a minute ...", flush=True)
+    command.validate(args)
+    command.cmd(args)
+    if getattr(args, "engine_died", False):   # images_api.end_with
+        sys.exit("the engine has stopped; start the server again")
+
+
+def open_port(host, port):
+    """The port, or for 0 a free one. Raises OSError where it is taken, which vLLM would tell by a traceback."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind((host, port))
+        except (OSError, OverflowError) as error:
+            raise OSError(f"--host {host} --port {port}: {getattr(error, 'strerror', None) or error}") from None
+        return sock.getsockname()[1]
+
+
+def announce(args):
+    """Print the address when somebody answers there."""
+    while True:
+        try:
+            socket.create_connection((args.host, args.port), 1).close()
+            break
+        except OSError:
+            time.sleep(0.1)
+    host = f"[{args.host}]" if ":" in args.host else args.host
+    print(f"open http{'s' if args.ssl_certfile else ''}://{host}:{args.port}{args.root_path or ''}", flush=True)
 
 
 # ---- the command line -----------------------------------------------------------------------------------------------
@@ -384,13 +436,10 @@ def main():
     e.add_argument("--image-size", type=int, help="pixels a side that a released --gpt file is for (default: 256)")
     e.add_argument("--out", required=True, help="folder to write")
     g = commands.add_parser("generate", help="draw images in one batch and save them as a picture")
-    s = commands.add_parser("serve", help="answer OpenAI's Images API over HTTP, with a page to draw on")
-    for a in (g, s):
-        a.add_argument("folder", help="what export wrote")
-        a.add_argument("--t5", help="folder or Hugging Face name of the encoder of captions (default: the one that the "
-                       "GPT was trained with, google/flan-t5-xl for released ones)")
-        a.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on GPU, float32 on CPU")
-        a.add_argument("--tensor-parallel-size", type=int, default=1, help="GPUs that share the model (default: 1)")
+    g.add_argument("folder", help="what export wrote")
+    g.add_argument("--t5", help=T5)
+    g.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on GPU, float32 on CPU")
+    g.add_argument("--tensor-parallel-size", type=int, default=1, help="GPUs that share the model (default: 1)")
     g.add_argument("--classes", help="ids or names, separated by commas")
     g.add_argument("--prompt", action="append", help="a caption; may be given several times")
     g.add_argument("--n", type=int, default=1, help="images of each class or caption (default: 1)")
@@ -399,26 +448,61 @@ def main():
     for name, (default, for_captions, _, _, what) in SETTINGS.items():
         other = f"; captions: {for_captions}" if for_captions != default else ""
         g.add_argument("--" + name.replace("_", "-"), type=type(default), help=f"{what} (default: {default}{other})")
-    g.add_argument("--compare", action="store_true", help="draw the same with sample.generate first, and compare")
-    s.add_argument("--host", default="127.0.0.1", help="address to listen at, 0.0.0.0 is all (default: 127.0.0.1)")
-    s.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
-    s.add_argument("--api-key", nargs="+", help="ask clients for one of these keys (default: $VLLM_API_KEY, if set)")
-    args = p.parse_args()
-    p.usage = "python serve_vllm.py export|generate|serve ... (--help lists the flags)"
+    commands.add_parser(
+        "serve", help="answer OpenAI's Images API over HTTP, with a page to draw on", usage="%(prog)s FOLDER [flags]",
+        formatter_class=argparse.RawDescriptionHelpFormatter, description="""Serve the folder that export wrote.
+
+The flags are --t5, """ + T5.replace(" (default", "\n(default") + """,
+and all of `vllm serve`; `--help=all` lists them. Often needed:
+  --host ADDRESS               to listen at, 0.0.0.0 is all (default: 127.0.0.1)
+  --port NUMBER                0 takes a free one (default: 8000)
+  --api-key KEY                ask clients for this key (default: $VLLM_API_KEY, if set)
+  --dtype DTYPE                float32 or bfloat16 (default: bfloat16 on GPU, float32 on CPU)
+  --tensor-parallel-size N     GPUs that share the model
+  --data-parallel-size N       copies of the model, on a GPU each
+  --max-num-queued-reqs N      images that are drawn or wait; who asks for more is told 503 (default: 256)""")
     # vLLM and torch remark much on CPUs and on parts that are not installed; VLLM_LOGGING_LEVEL=INFO shows vLLM's side
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")   # for the engine's process, too
     warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
+    words = sys.argv[1:]
     try:
-        if args.command == "serve":
-            import images_api
-            images_api.serve(args)
-        else:
-            {"export": export, "generate": generate}[args.command](args)
+        if words[:1] == ["serve"] and not {"-h", "--help"} & set(words):
+            return serve(words[1:])
+        args = p.parse_args()
+        {"export": export, "generate": generate}[args.command](args)
     except (OSError, ValueError) as error:
+        p.usage = "python serve_vllm.py export|generate|serve ... (--help lists the flags)"
         p.error(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+# ---- what a user can get wrong --------------------------------------------------------------------------------------
+def check_installed():
+    """Raise ValueError where vLLM is missing, or does not know of this project."""
+    if importlib.util.find_spec("vllm") is None:
+        raise ValueError("vLLM is not installed: pip install -e .[serve] (README.md tells how on a CPU)")
+    if not importlib.metadata.entry_points(group="vllm.endpoint_plugins", name="nanollamagen_images"):
+        raise ValueError("vLLM does not know of this project: pip install --no-deps -e . (once, and after updates)")
+
+
+def check_engine(info, tensor_parallel_size):
+    """Raise ValueError where vLLM is missing, or the heads cannot be shared out as asked."""
+    check_installed()
+    if tensor_parallel_size < 1 or info["gpt"]["n_head"] % tensor_parallel_size:
+        raise ValueError(f"--tensor-parallel-size {tensor_parallel_size} does not divide the "
+                         f"{info['gpt']['n_head']} heads")
+
+
+def check_generate(args, info, settings):
+    """Raise ValueError for flags of `generate` that cannot be meant."""
+    check(**settings)
+    if args.n < 1 or Path(args.out).suffix != ".png":
+        raise ValueError("--n is at least 1, and --out ends in .png")
+    if bool(args.prompt) != info["captions"] or bool(args.classes) == info["captions"]:
+        raise ValueError(f"{args.folder} draws from " + ("captions, not classes: give --prompt" if info["captions"] else
+                                                         "classes, not captions: give --classes"))
 
 
 if __name__ == "__main__":
