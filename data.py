@@ -4,8 +4,8 @@
     crop = data.center_crop(images.load(0), 256)       # also random_crop and ten_crop
     images.classes[images.labels[0]]                   # or images.captions[0]
 
-The file in order: data sets, captioned ones, crops and grids, folders of codes, checkpoint files and downloads, the
-embedded data set `shapes`.
+The file in order: data sets, captioned ones, crops and grids, folders of codes, checkpoint files and downloads, run
+folders, mistakes in flags, the embedded data set `shapes`.
 """
 import argparse
 import cmath
@@ -259,10 +259,13 @@ def load_codes(folder):
         what = "is not finished" if (folder / "begun.json").exists() else "is not there"
         raise ValueError(f"the codes folder {folder} {what}; make it with: "
                          f"python vq.py encode --ckpt runs/vq/ckpt.pt --data DIR --out {folder}")
-    meta = json.loads((folder / "meta.json").read_text())
-    meta.setdefault("codes", meta["h"] * meta["w"])   # T; older folders do not say
-    codes = np.load(folder / "codes.npy", mmap_mode="r", allow_pickle=False)
-    labels = None if meta.get("captions") else np.load(folder / "labels.npy", allow_pickle=False)
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        meta.setdefault("codes", meta["h"] * meta["w"])   # T; older folders do not say
+        codes = np.load(folder / "codes.npy", mmap_mode="r", allow_pickle=False)
+        labels = None if meta.get("captions") else np.load(folder / "labels.npy", allow_pickle=False)
+    except (OSError, ValueError, EOFError, KeyError) as error:
+        raise ValueError(f"the codes folder {folder} is damaged ({error}); make it again with vq.py encode") from None
     wrong = labels is not None and len(labels) != len(codes)
     if wrong or codes.dtype != np.uint16 or codes.shape[2:] != (meta["codes"],):
         raise ValueError(f"{folder}: codes.npy {codes.dtype} {codes.shape}, {'no' if labels is None else len(labels)} "
@@ -287,10 +290,36 @@ def read_checkpoint(path, mmap=False):
                          f"{path} is truncated, or not a PyTorch checkpoint") from None
 
 
-def save_checkpoint(state, path):
-    """Write a dict to `path` by way of a temporary name, so that a full disk or a crash keeps the previous file.
+def weights_of(checkpoint, path):
+    """The weights among what read_checkpoint found, in whatever wrapper. Our own files, which hold a "config", give the
+    averaged ones where there are some; released files those that the official code samples from.
+    Raises ValueError with one sentence."""
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{path} holds a {type(checkpoint).__name__}, not the weights of a model")
+    places = ("ema", "model") if "config" in checkpoint else ("model", "module", "state_dict", "ema")
+    return next((checkpoint[place] for place in places if checkpoint.get(place)), checkpoint)
+
+
+def load_weights(model, weights, path, assign=False):
+    """Put named weights into a model; those that it does not know are passed over with a warning.
+    Raises ValueError with one sentence if some are missing or of another shape."""
+    wanted = model.state_dict()
+    unknown = sorted(weights.keys() - wanted.keys())
+    if unknown:
+        print(f"warning: {path}: {len(unknown)} unknown weights are passed over, the first is {unknown[0]}",
+              file=sys.stderr)
+    try:
+        model.load_state_dict({name: weights[name] for name in wanted.keys() & weights.keys()}, assign=assign)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit the model: {str(error).splitlines()[1].strip()}") from None
+
+
+def save_checkpoint(state, path, keep=0):
+    """Write a dict to `path` by way of a temporary name, so that a full disk or a crash keeps the previous file. With
+    `keep` the file is also called PATH_STEP, and so many older ones of such names stay beside the newest.
     Raises OSError with one sentence."""
-    tmp = Path(f"{path}.tmp")
+    path = Path(path)
+    tmp = path.with_name(path.name + ".tmp")
     try:
         torch.save(state, tmp)
         os.replace(tmp, path)
@@ -298,6 +327,12 @@ def save_checkpoint(state, path):
         tmp.unlink(missing_ok=True)
         reason = str(error).splitlines()[0]
         raise OSError(f"could not save {path} ({reason}); an earlier file there is untouched") from None
+    if keep:
+        named = path.with_stem(f"{path.stem}_{state['step']:08d}")
+        named.unlink(missing_ok=True)
+        os.link(path, named)
+        for old in sorted(path.parent.glob(f"{path.stem}_[0-9]*"), reverse=True)[keep + 1:]:
+            old.unlink()
 
 
 def file_hash(path):
@@ -349,6 +384,65 @@ def progress(total, what, rank=0, unit=" images"):
     """A tqdm bar on process 0; where standard error is not a terminal it writes a line every 15 seconds at most."""
     return tqdm(total=total, desc=what, unit=unit, unit_scale=unit == "B", disable=rank > 0, smoothing=0.1,
                 mininterval=0.2 if sys.stderr.isatty() else 15)
+
+
+# ---- run folders ----------------------------------------------------------------------------------------------------
+def make_folder(path, flag="--out"):
+    """Make the folder that a flag names, unless it is there; raises OSError with one sentence if it cannot be made or
+    written to."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"{flag} {path}: no folder can be made there ({error.strerror})") from None
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise OSError(f"{flag} {path}: nothing can be written there")
+
+
+def open_log(out, first, tensorboard):
+    """Make a run folder; of its log.jsonl keep the steps up to `first`, since those after the checkpoint come again.
+    Returns TensorBoard's writer, or None. Raises OSError or ValueError with one sentence."""
+    if tensorboard:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ValueError(f"--tensorboard: {error}; install it with: pip install tensorboard") from None
+    make_folder(out)
+    if (out / "log.jsonl").exists():
+        lines = [line for line in (out / "log.jsonl").read_text().splitlines(keepends=True) if line.endswith("}\n")]
+        (out / "log.tmp").write_text("".join(line for line in lines if json.loads(line)["step"] <= first))
+        os.replace(out / "log.tmp", out / "log.jsonl")
+    return SummaryWriter(out, purge_step=first + 1) if tensorboard else None
+
+
+def log(record, out, board):
+    """Add a step's record to log.jsonl and to TensorBoard."""
+    with open(out / "log.jsonl", "a") as file:
+        file.write(json.dumps(record) + "\n")
+    for name in record.keys() - {"step"} if board else ():
+        board.add_scalar(name, record[name], record["step"])
+        board.flush()
+
+
+# ---- mistakes in flags ----------------------------------------------------------------------------------------------
+def within(parser, args, **limits):
+    """Refuse the first flag that is out of its range: within(parser, args, batch_size=(1, 1e6)). A flag that was not
+    given (None) passes; nan does not, and of several numbers all must fit."""
+    for name, (low, high) in limits.items():
+        value = getattr(args, name)
+        for number in value if isinstance(value, list) else [value]:
+            if number is not None and not low <= number <= high:
+                parser.error(f"--{name.replace('_', '-')} {number} is not between {low:,} and {high:,}")
+
+
+def device(name):
+    """A type for --device: its text, or argparse's error with one sentence where torch has no such device."""
+    try:
+        wanted = torch.device(name)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{name} is not a device; cuda and cpu are") from None
+    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(f"{name}: torch sees {torch.cuda.device_count()} GPUs here")
+    return name
 
 
 # ---- the embedded data set `shapes` ---------------------------------------------------------------------------------

@@ -260,6 +260,27 @@ class GPT(nn.Module):
         return self.output(self.norm(x[:, -1]))
 
 
+# ---- work -----------------------------------------------------------------------------------------------------------
+PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
+              "A10": 125e12, "4090": 165e12, "3090": 71e12, "V100": 125e12}   # dense bf16 by data sheet
+
+
+def flops_per_image(config):
+    """Floating-point operations of one forward and backward pass over one image: 6 a weight and position, and the
+    causal half of 12 a layer, channel and pair of positions for attention (arXiv:2204.02311, appendix B)."""
+    T, hidden = config.grid ** 2, -(-int(8 * config.dim / 3) // 256) * 256
+    L = config.cond_tokens + T - 1   # positions; T of them predict a code
+    layers = config.n_layer * (4 * config.dim ** 2 + 3 * config.dim * hidden)
+    return 6 * (layers * L + config.dim * config.vocab_size * T) + 6 * config.n_layer * config.dim * L ** 2
+
+
+def utilisation(config, images_per_s, device):
+    """MFU: the share of a GPU's peak rate that training on `images_per_s` takes; None where that peak is not known."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    peak = next((flops for gpu, flops in PEAK_FLOPS.items() if gpu in name), None)
+    return peak and flops_per_image(config) * images_per_s / peak
+
+
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
 def load_gpt(path, device="cpu", grid=None):
     """A model in eval mode, float32, from one of train_gpt.py's checkpoints (its averaged weights if it has them) or

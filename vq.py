@@ -263,9 +263,7 @@ def load_vq(path, device="cpu", tokenizer=VQModel):
 
     Raises OSError or ValueError with one sentence for a file that is missing, damaged or not a tokenizer."""
     checkpoint = data.read_checkpoint(path)
-    if not isinstance(checkpoint, dict):
-        raise ValueError(f"{path} holds a {type(checkpoint).__name__}, not the weights of a tokenizer")
-    state = next((checkpoint[k] for k in ("ema", "model", "module", "state_dict") if checkpoint.get(k)), checkpoint)
+    state = data.weights_of(checkpoint, path)
     if "quantize.embedding.weight" not in state:
         raise ValueError(f"{path} is not a tokenizer checkpoint (no quantize.embedding.weight); is it the GPT?")
     if "config" in checkpoint:
@@ -274,11 +272,9 @@ def load_vq(path, device="cpu", tokenizer=VQModel):
         levels = 1 + max(int(k.split(".")[2]) for k in state if k.startswith("encoder.conv_blocks."))
         config = VQ_CONFIGS["VQ-16" if levels == 5 else "VQ-8"]
     model = tokenizer(config)
-    state.setdefault("quantize.codebook_used", model.quantize.codebook_used)
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"{path} does not fit the tokenizer: {str(error).splitlines()[1].strip()}") from None
+    for name, buffer in model.named_buffers():
+        state.setdefault(name, buffer)   # the queue of used codes, which some released files lack
+    data.load_weights(model, state, path)
     model.image_size = checkpoint.get("image_size", 256)
     return model.to(device).eval()
 

@@ -111,7 +111,7 @@ def bench_train(name, device, dtype, roof, batch, compiled):
         optimizer.zero_grad(set_to_none=True)
 
     # a weight is read twice, its gradient written and read, weight and both moments read and written: 10 passes
-    work = train_gpt.flops_per_image(model.config) * batch   # torch's counter does not know attention on a CPU
+    work = gpt.flops_per_image(model.config) * batch   # torch's counter does not know attention on a CPU
     report("train", work, seconds(step, device, 3), batch * 256, 10 * size(model), roof, "codes/s", model=name,
            batch=batch, compiled=compiled)
 
@@ -152,7 +152,7 @@ def bench_load(name, roof, batch, steps=50):
         start = time.perf_counter() - began
         time_s = seconds(lambda: [load() for _ in range(steps)], torch.device("cpu"), 9) / steps
         memory = anonymous() - before
-    step_s = train_gpt.flops_per_image(gpt.GPT_CONFIGS[name]) * batch / roof[0]
+    step_s = gpt.flops_per_image(gpt.GPT_CONFIGS[name]) * batch / roof[0]
     print(json.dumps({"case": "load", "model": name, "batch": batch, "batches/s": round(1 / time_s),
                       "ms": round(time_s * 1e3, 2), "start_s": round(start, 2),
                       "memory_MB": round(memory / 1e6), "steps_ahead": round(step_s / time_s)}), flush=True)

@@ -132,9 +132,11 @@ def test_one_process_goes_on_as_shards_and_two_copies_as_two_shards(runs, codes,
     shutil.copy(runs / "one" / "ckpt_00000020.pt", tmp_path / "run" / "ckpt.pt")
     for steps, size in ((35, 1), (50, 2)):
         result = torchrun(2, codes, tmp_path / "run", *STILL, "--resume", "--parallel", "fsdp", "--shard-size", size,
-                          "--max-steps", steps)
+                          "--max-steps", steps, "--micro-batch", 2)
         assert result.returncode == 0, result.stderr
     assert losses(tmp_path / "run") == pytest.approx(losses(runs / "one")[20:], abs=1e-4)
+    norms = [r["norm"] for r in log(runs / "one")][20:]
+    assert [r["norm"] for r in log(tmp_path / "run")] == pytest.approx(norms, rel=1e-3)
 
 
 @pytest.mark.parametrize("parallel, number", [("fsdp", signal.SIGTERM), ("ddp", signal.SIGUSR1)])
@@ -198,6 +200,47 @@ def test_compiled_equals_eager(codes, tmp_path, monkeypatch):  # noqa: F811
     train(monkeypatch, codes, tmp_path / "compiled", *flags, "--compile")
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), abs=1e-4)
     assert losses(tmp_path / "eager")[-1] < 2.9
+
+
+ONE_BLOCK = """
+import gpt, train_gpt
+gpt.GPT_CONFIGS["demo"] = gpt.GPTConfig(dim=32, n_layer=1, n_head=2)
+"""
+SPY = """
+import gc
+loss, found = train_gpt.cross_entropy_, []
+
+def spy(logits, tokens, scale):
+    model = next(thing for thing in gc.get_objects() if isinstance(thing, gpt.GPT))
+    found.append(all(weight.grad is not None for weight in model.parameters()))
+    if len(found) == 2:
+        print("gradients:", found, flush=True)
+    return loss(logits, tokens, scale)
+
+train_gpt.cross_entropy_ = spy
+"""
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_compiled_blocks_are_checkpointed_on_two_processes(codes, tmp_path, monkeypatch, parallel):  # noqa: F811
+    """As on a GPU by default, with micro-batches; the losses are those of one process, eager."""
+    monkeypatch.setitem(gpt.GPT_CONFIGS, "demo", gpt.GPTConfig(dim=32, n_layer=1, n_head=2))
+    flags = ["--dropout", 0, "--class-dropout", 0, "--max-steps", 5]
+    train(monkeypatch, codes, tmp_path / "one", *flags)
+    result = torchrun(2, codes, tmp_path / "two", *flags, "--parallel", parallel, "--micro-batch", 2, "--compile",
+                      "--checkpoint-activations", script=ONE_BLOCK)
+    assert result.returncode == 0, result.stderr
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
+    assert [r["norm"] for r in log(tmp_path / "two")] == pytest.approx([r["norm"] for r in log(tmp_path / "one")], rel=1e-3)
+
+
+def test_shards_of_gradients_are_all_that_a_process_keeps_between_micro_batches(codes, tmp_path):  # noqa: F811
+    """FSDP would keep whole gradients to the last micro-batch, and until then no shard of them."""
+    result = torchrun(2, codes, tmp_path / "run", "--parallel", "fsdp", "--micro-batch", 2, "--max-steps", 1,
+                      script=ONE_BLOCK + SPY)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("gradients: [False, True]") == 2
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")

@@ -1,8 +1,11 @@
 """What train_gpt.py promises: the right first loss, exact resumption, and the same run on one process or two."""
 import json
 import math
+import os
+import shutil
 import subprocess
 import sys
+import time
 import types
 from dataclasses import asdict
 from pathlib import Path
@@ -11,10 +14,11 @@ import numpy as np
 import pytest
 import torch
 from bench import imagenet_codes
-from conftest import ROOT
+from conftest import ROOT, fill
 
 import data
 import gpt
+import sample
 import train_gpt
 import vq
 
@@ -44,10 +48,16 @@ def train(monkeypatch, *args):
     train_gpt.main()
 
 
-def torchrun(n, *args):
-    """One run on n processes; a hang is an error, not a wait."""
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", "train_gpt.py",
-                           *flags_for(*args)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+def torchrun(n, *args, script=""):
+    """One run on n processes; a hang is an error, not a wait. script: what to do in each of them before."""
+    command = ["train_gpt.py"]
+    if script:
+        path = args[1].with_suffix(".py")
+        path.write_text(f"import train_gpt\n{script}\ntrain_gpt.main()\n")
+        command = [path]
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}",
+                           *command, *flags_for(*args)], cwd=ROOT, capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 
 def log(out):
@@ -105,6 +115,58 @@ def test_two_processes_and_micro_batches_give_the_losses_of_one(codes, tmp_path,
     assert losses(tmp_path / "one")[-1] < 2.8                    # so that there was something to differ
 
 
+@pytest.mark.parametrize("model, flags, plan", [
+    ("L", [], "steps of 256 images"), ("L", [], "learning rate 1.0e-04"),
+    ("XL", [], "steps of 256 images"), ("XL", [], "learning rate 2.0e-04"),
+    ("3B", [], "steps of 512 images"), ("3B", [], "learning rate 2.0e-04"),
+    ("3B", ["--batch-size", 64, "--lr", 3e-4], "steps of 64 images"),
+    ("3B", ["--batch-size", 64, "--lr", 3e-4], "learning rate 7.5e-05"),
+])
+def test_a_size_comes_with_its_recipe_and_flags_win(codes, tmp_path, monkeypatch, capsys, model, flags, plan):
+    monkeypatch.setitem(gpt.GPT_CONFIGS, model, gpt.GPTConfig(dim=32, n_layer=1, n_head=2))
+    words = ["--codes", codes, "--out", tmp_path / "run", "--model", model, "--max-steps", 1, "--device", "cpu", *flags]
+    monkeypatch.setattr(sys, "argv", ["train_gpt.py", *map(str, words)])
+    train_gpt.main()
+    assert plan in capsys.readouterr().out
+
+
+def test_batches_are_made_one_ahead_and_no_more():
+    made = []
+    coming = train_gpt.one_ahead(made.append(i) or [i] for i in range(5))
+    assert not made                                              # nothing is read before the first step
+    for i, batch in enumerate(coming):
+        time.sleep(0.05)
+        assert batch == [i] and made == list(range(min(i + 2, 5)))
+    with pytest.raises(ZeroDivisionError):                       # a mistake in the thread is not swallowed
+        list(train_gpt.one_ahead([1 / 0] for _ in range(3)))
+
+
+def test_a_machine_without_a_compiler_trains_without_and_says_so(codes, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    train(monkeypatch, codes, tmp_path / "run", "--max-steps", 1, "--compile")
+    assert "not compiled, since there is no C compiler" in capsys.readouterr().out and len(losses(tmp_path / "run")) == 1
+
+
+def test_the_picture_needs_no_second_model_and_draws_a_few_images_at_once(tmp_path, monkeypatch):
+    """Its weights are those of the training, not copies; and it shows what one batch of all images would."""
+    config = gpt.GPTConfig(dim=32, n_layer=1, n_head=2, vocab_size=20, grid=4, num_classes=3)
+    model = fill(gpt.GPT(config)).eval()
+    tokenizer = vq.VQModel(vq.VQConfig(ch=32, ch_mult=(1, 1), res_blocks=1, z_channels=32, codebook_size=20)).eval()
+    labels, titles, batches, generate = torch.arange(3), ["a", "b", "c"], [], sample.generate
+    codes = generate(model, labels.repeat(2), cfg_scale=2.0, seeds=range(6))
+    data.save_grid(sample.to_pixels(tokenizer, codes), tmp_path / "expected.png", 3, titles * 2)
+
+    def recorder(shown, labels, **settings):
+        assert shown.norm.weight.data_ptr() == model.norm.weight.data_ptr()
+        batches.append(labels.tolist())
+        return generate(shown, labels, **settings)
+
+    monkeypatch.setattr(sample, "generate", recorder)
+    train_gpt.picture(config, model.state_dict(), tokenizer, [labels], titles, torch.device("cpu"), tmp_path / "got.png")
+    assert batches == [[0, 1, 2, 0], [1, 2]]
+    assert (tmp_path / "got.png").read_bytes() == (tmp_path / "expected.png").read_bytes()
+
+
 def test_every_step_takes_other_images_and_crops(codes, tmp_path, monkeypatch):
     """Over two epochs every image comes twice, and both of its crops are used somewhere."""
     taken, load = [], data.load_codes
@@ -150,17 +212,69 @@ def test_codes_of_imagenets_size_are_neither_read_nor_held(tmp_path):
     assert 0 < int(facts["Rss"].split()[0]) <= 16 * 2 * 4         # kB; a row may lie across two pages
 
 
-@pytest.mark.parametrize("flags, sentence", [
-    (["--codes", "nowhere"], "make it with: python vq.py encode"),
-    (["--micro-batch", "3"], "--micro-batch 3 does not divide the 8 images"),
-    (["--val-images", "60"], "--val-images 60: the folder has 60 images"),
-    (["--resume"], "ckpt.pt: no such file"),
-    (["--vq", "README.md"], "not a PyTorch checkpoint"),
-])
-def test_a_mistake_gets_one_sentence(codes, tmp_path, monkeypatch, capsys, flags, sentence):
+COUNTS = ["--batch-size", "--micro-batch", "--max-steps", "--image-size", "--val-every", "--log-every", "--save-every",
+          "--shard-size"]
+MISTAKES = [
+    *((flag, value, f"{flag} {value}: it must lie between 1 and 1e+09") for flag in COUNTS for value in ("0", "-1")),
+    *((flag, "nan", f"argument {flag}: invalid int value: 'nan'") for flag in ("--batch-size", "--max-steps", "--seed")),
+    *((flag, str(10 ** 30), f"{flag} {10 ** 30}: it must lie between") for flag in (*COUNTS, "--keep", "--val-images", "--seed")),
+    *((flag, "-1", f"{flag} -1: it must lie between 0 and 1e+09") for flag in
+      ("--warmup-steps", "--val-images", "--sample-every", "--keep", "--seed")),
+    *((flag, value, f"{flag} {value}: it must lie between") for value in ("-1.0", "nan", "inf") for flag in
+      ("--epochs", "--lr", "--weight-decay", "--grad-clip", "--timeout", "--dropout", "--class-dropout", "--ema-decay")),
+    *((flag, "0.0", f"{flag} 0.0: it must lie between") for flag in ("--epochs", "--grad-clip", "--timeout")),
+    ("--dropout", "1.0", "--dropout 1.0: it must lie between 0 and 0.999999"),
+    ("--micro-batch", "3", "--micro-batch 3 does not divide the 8 images"),
+    ("--val-images", "60", "--val-images 60: the folder has 60 images"),
+    ("--image-size", "512", "--image-size 512: "),
+    ("--cond", "text", "was made from images with classes"),
+    ("--shard-size", "1", "--shard-size is for --parallel fsdp"),
+    ("--device", "cuda", "--device cuda: PyTorch sees 0 GPUs"),
+    ("--device", "tpu", "argument --device: invalid choice: 'tpu'"),
+    ("--codes", "NOWHERE", "make it with: python vq.py encode"),
+    ("--codes", "FOLDER", "make it with: python vq.py encode"),
+    ("--codes", "FILE", "make it with: python vq.py encode"),
+    ("--out", "FILE", "nothing can be written there"),
+    ("--out", "/proc/run", "--out /proc/run: nothing can be written there"),
+    ("--out", "OTHER", "ckpt.pt is not one of train_gpt.py's; choose another --out"),
+    *((flag, place, sentence) for flag in ("--vq", "--init") for place, sentence in (
+        ("NOWHERE", "nowhere: No such file or directory"), ("FOLDER", "folder: Is a directory"),
+        ("FILE", "empty is truncated, or not a PyTorch checkpoint"), ("README.md", "not a PyTorch checkpoint"))),
+]
+
+
+@pytest.mark.parametrize("flag, value, sentence", MISTAKES, ids=[f"{flag}={value}" for flag, value, _ in MISTAKES])
+def test_a_mistake_gets_one_sentence(codes, tmp_path, monkeypatch, capsys, flag, value, sentence):
+    """NOWHERE, FOLDER, FILE and OTHER stand for a path that is missing, an empty folder, an empty file, and the run of
+    another program; --device cuda is for machines without."""
+    if flag == "--device" and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    places = {name: tmp_path / name.lower() for name in ("NOWHERE", "FOLDER", "FILE", "OTHER")}
+    places["FOLDER"].mkdir()
+    places["FILE"] = tmp_path / "empty"
+    places["FILE"].touch()
+    places["OTHER"].mkdir()
+    torch.save({"model": {}}, places["OTHER"] / "ckpt.pt")
     with pytest.raises(SystemExit) as stop:
-        train(monkeypatch, codes, tmp_path / "run", "--max-steps", 1, *flags)
-    assert stop.value.code == 2 and sentence in capsys.readouterr().err
+        train(monkeypatch, codes, tmp_path / "run", "--max-steps", 1, flag, places.get(value, value))
+    errors = capsys.readouterr().err
+    assert stop.value.code == 2 and sentence in errors and "Traceback" not in errors
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name, content", [("meta.json", "{"), ("meta.json", "{}"), ("codes.npy", ""), ("labels.npy", "x")])
+def test_codes_that_are_damaged_get_one_sentence(codes, tmp_path, monkeypatch, capsys, name, content):
+    shutil.copytree(codes, tmp_path / "codes")
+    (tmp_path / "codes" / name).write_text(content)
+    with pytest.raises(SystemExit) as stop:
+        train(monkeypatch, tmp_path / "codes", tmp_path / "run", "--max-steps", 1)
+    assert stop.value.code == 2 and "codes is damaged (" in capsys.readouterr().err
+
+
+def test_going_on_without_a_run_gets_one_sentence(codes, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train(monkeypatch, codes, tmp_path / "run", "--resume")
+    assert stop.value.code == 2 and "ckpt.pt: no such file" in capsys.readouterr().err
 
 
 def test_a_run_is_neither_overwritten_nor_continued_as_another(codes, tmp_path, monkeypatch, capsys):
@@ -245,7 +359,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *a: torch.tensor(float("nan")))
     with pytest.raises(SystemExit) as stop:
         train(monkeypatch, codes, tmp_path / "run", "--max-steps", 4, "--resume")
-    assert stop.value.code == 2 and "not finite at step 2" in capsys.readouterr().err
+    assert stop.value.code == 2 and "not finite at step 3" in capsys.readouterr().err
     assert (tmp_path / "run" / "ckpt.pt").read_bytes() == good
 
 
@@ -280,6 +394,6 @@ def test_flops_are_those_that_torch_counts():
     model = gpt.GPT(config)
     with FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, 15, dtype=torch.long), torch.tensor([0])).sum().backward()
-    matrices = train_gpt.flops_per_image(config) - 6 * config.n_layer * config.dim * 16 ** 2
+    matrices = gpt.flops_per_image(config) - 6 * config.n_layer * config.dim * 16 ** 2
     attention = counter.get_total_flops() - matrices
     assert 0 <= attention <= 2.5 * 6 * config.n_layer * config.dim * 16 ** 2
