@@ -360,8 +360,20 @@ def generate(args):
 
 
 # ---- serve ----------------------------------------------------------------------------------------------------------
-T5 = "folder or Hugging Face name of the encoder of captions (default: the one that the GPT was trained with, " \
-     "google/flan-t5-xl for released ones)"
+SERVE_HELP = """The flags are those of `vllm serve`, which --help=all lists, and
+
+  --t5 NAME                    as for generate
+
+Often needed:
+
+  --host ADDRESS --port N      where to listen (default: 127.0.0.1, 8000; host 0.0.0.0 is all, port 0 a free one)
+  --api-key KEY                ask clients for it (default: $VLLM_API_KEY, if set)
+  --ssl-keyfile FILE --ssl-certfile FILE --root-path PATH
+  --dtype float32|bfloat16     default: bfloat16 on GPU, float32 on CPU
+  --tensor-parallel-size N     GPUs that share the model
+  --data-parallel-size N       copies of the model, on a GPU each; --api-server-count N HTTP servers before them
+  --max-num-queued-reqs N      images that are drawn or wait; above it the answer is 503 (default: 256)
+  --shutdown-timeout SECONDS   for what runs when SIGTERM comes (default: 600)"""
 
 
 def serve(words):
@@ -375,7 +387,7 @@ def serve(words):
     p, (command,) = FlexibleArgumentParser(prog="python serve_vllm.py"), cmd_init()
     flags = command.subparser_init(p.add_subparsers(dest="subparser"))
     flags.usage = "python serve_vllm.py serve FOLDER [flags of vllm serve]"
-    flags.add_argument("--t5", help=T5)
+    flags.add_argument("--t5", help="the encoder of captions")
     # Parsed twice, since the folder has a say in the defaults of the flags.
     folder = p.parse_args(["serve", *words]).model_tag or flags.error("give the folder that export wrote")
     flags.set_defaults(**engine_arguments(folder), served_model_name=[Path(folder).resolve().name], host="127.0.0.1",
@@ -437,7 +449,8 @@ def main():
     e.add_argument("--out", required=True, help="folder to write")
     g = commands.add_parser("generate", help="draw images in one batch and save them as a picture")
     g.add_argument("folder", help="what export wrote")
-    g.add_argument("--t5", help=T5)
+    g.add_argument("--t5", help="folder or Hugging Face name of the encoder of captions (default: the one that the GPT "
+                   "was trained with, google/flan-t5-xl for released ones)")
     g.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on GPU, float32 on CPU")
     g.add_argument("--tensor-parallel-size", type=int, default=1, help="GPUs that share the model (default: 1)")
     g.add_argument("--classes", help="ids or names, separated by commas")
@@ -448,19 +461,9 @@ def main():
     for name, (default, for_captions, _, _, what) in SETTINGS.items():
         other = f"; captions: {for_captions}" if for_captions != default else ""
         g.add_argument("--" + name.replace("_", "-"), type=type(default), help=f"{what} (default: {default}{other})")
-    commands.add_parser(
-        "serve", help="answer OpenAI's Images API over HTTP, with a page to draw on", usage="%(prog)s FOLDER [flags]",
-        formatter_class=argparse.RawDescriptionHelpFormatter, description="""Serve the folder that export wrote.
-
-The flags are --t5, """ + T5.replace(" (default", "\n(default") + """,
-and all of `vllm serve`; `--help=all` lists them. Often needed:
-  --host ADDRESS               to listen at, 0.0.0.0 is all (default: 127.0.0.1)
-  --port NUMBER                0 takes a free one (default: 8000)
-  --api-key KEY                ask clients for this key (default: $VLLM_API_KEY, if set)
-  --dtype DTYPE                float32 or bfloat16 (default: bfloat16 on GPU, float32 on CPU)
-  --tensor-parallel-size N     GPUs that share the model
-  --data-parallel-size N       copies of the model, on a GPU each
-  --max-num-queued-reqs N      images that are drawn or wait; who asks for more is told 503 (default: 256)""")
+    commands.add_parser("serve", help="answer OpenAI's Images API over HTTP, with a page to draw on",
+                        usage="%(prog)s FOLDER [flags]", formatter_class=argparse.RawDescriptionHelpFormatter,
+                        description=SERVE_HELP)
     # vLLM and torch remark much on CPUs and on parts that are not installed; VLLM_LOGGING_LEVEL=INFO shows vLLM's side
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")   # for the engine's process, too
