@@ -234,8 +234,9 @@ def save_grid(images, path, columns, titles=None):
     below 96 pixels, or 192 for long titles, are enlarged by a whole factor, so that they can be seen."""
     widest = max(map(ImageFont.load_default().getlength, titles or [""]))
     scale = max(1, math.ceil(min(max(widest, 96), 192) / images.shape[1]))
-    h, w, gap, head = images.shape[1] * scale, images.shape[2] * scale, 4, 16 if titles else 0
-    rows = -(-len(images) // columns)
+    h, w = images.shape[1] * scale, images.shape[2] * scale
+    gap, head = 4, 16 if titles else 0   # between images, and for a title above each
+    rows = math.ceil(len(images) / columns)
     sheet = Image.new("RGB", (columns * (w + gap) + gap, rows * (h + head + gap) + gap), "white")
     draw = ImageDraw.Draw(sheet)
     for i, pixels in enumerate(images):
