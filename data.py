@@ -445,8 +445,8 @@ def within(parser, args, **limits):
 
 
 def device(name):
-    """A type for --device: its text, or argparse's error with one sentence where torch has no such device. Each process
-    of a torchrun needs a GPU of its own."""
+    """A type for --device: its text, for "cuda" with the number of this process's own GPU (under torchrun each has one);
+    or argparse's error with one sentence where torch has no such device."""
     try:
         wanted = torch.device(name)
     except RuntimeError:
@@ -454,7 +454,7 @@ def device(name):
     number = int(os.environ.get("LOCAL_RANK", 0)) if wanted.index is None else wanted.index
     if wanted.type == "cuda" and number >= torch.cuda.device_count():
         raise argparse.ArgumentTypeError(f"{name}: torch sees {torch.cuda.device_count()} GPUs here; cpu needs none")
-    return name
+    return f"cuda:{number}" if wanted.type == "cuda" else name
 
 
 # ---- the embedded data set `shapes` ---------------------------------------------------------------------------------

@@ -399,7 +399,8 @@ def begun_before(out, meta, rank):
             raise ValueError(f"--out {out} was {what} with other settings; choose another folder or delete it")
         if what == "made" and file.exists():
             shutil.rmtree(out / "parts", ignore_errors=True)   # of a run that was killed in its last moment
-            print(f"{out} is complete: {there['images'] - len(there['skipped']):,} images. Nothing to do.")
+            if rank == 0:
+                print(f"{out} is complete: {there['images'] - len(there['skipped']):,} images. Nothing to do.")
             return True
     data.make_folder(out / "parts")
     if rank == 0 and not begun.exists():
