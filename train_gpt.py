@@ -376,9 +376,10 @@ def check_files(args, world, sharded, meta, config, source, usable, path, resume
 
     kinds = {"class": "classes", "text": "captions"}
     kind = "text" if source["text"] else "class"
-    if not meta["h"] == meta["w"] == meta["codes"] ** 0.5:
-        raise ValueError(f"--codes {args.codes}: {meta['codes']} codes an image, of {meta['h']} x {meta['w']} places; "
-                         "this GPT draws squares, a code in each place")
+    if meta["h"] != meta["w"]:
+        raise ValueError(f"--codes {args.codes}: {meta['h']} x {meta['w']} codes an image; only squares will do")
+    if meta["codes"] != meta["h"] * meta["w"]:
+        raise ValueError(f"--codes {args.codes} holds grids of several sizes an image, for extras/train_var.py")
     if args.cond not in (None, kind):
         raise ValueError(f"--cond {args.cond}: {args.codes} was made from images with {kinds[kind]}")
     if args.image_size not in (None, meta["image_size"]):
