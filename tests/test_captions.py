@@ -230,6 +230,7 @@ def t5(tmp_path_factory):
     ("\"\"\"AUSVERKAUFT\"\"\"", "ausverkauft"),
     (". . .", ". ."),
     (".hidden", ""),
+    (".--2x2", "."),
     ("ﬁne ＦＵＬＬ „low” text", "fine full \"low\" text"),
     ("-a dash, at the ends:-", "a dash, at the ends"),
     ("two\\nlines\nand\ttabs", "two lines and tabs"),
