@@ -241,6 +241,12 @@ def test_captions_are_cleaned_as_the_released_models_saw_them(text, clean):
     assert captions.clean_caption(text) == clean
 
 
+def test_no_caption_takes_the_cleaning_down():
+    """A served model cleans what strangers send: unfinished markup, or 32,000 characters made to be slow."""
+    assert captions.clean_caption("a <![cat") == "a <! cat"
+    assert captions.clean_caption("a. " * 10_000) == captions.clean_caption("a. " * 1000)
+
+
 @torch.no_grad()
 def test_features_are_those_of_t5_padded_on_the_left(t5):
     from transformers import AutoTokenizer, T5EncoderModel
