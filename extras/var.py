@@ -180,8 +180,8 @@ def load_var(path, device="cpu"):
     train_var.py's; `classes` and `tokenizer` (the hash of its weights) are told where known.
     Raises OSError or ValueError with one sentence."""
     checkpoint = data.read_checkpoint(path)
-    state = checkpoint if isinstance(checkpoint, dict) else {}
-    state = state.get("trainer", {}).get("var_wo_ddp") or state.get("ema") or state.get("model") or state
+    state = data.weights_of(checkpoint, path)
+    state = state.get("trainer", {}).get("var_wo_ddp", state)   # the official training code's wrapper
     if "tok_embeddings.weight" in state:
         raise ValueError(f"{path} is LlamaGen's GPT, not VAR's transformer; sample.py draws from it")
     if "pos_1LC" not in state:
@@ -198,17 +198,15 @@ def load_var(path, device="cpu"):
                            len(state["class_emb.weight"]) - 1, "shared_ada_lin.1.weight" in state)
     with torch.device("meta"):
         model = VAR(config)
-    try:
-        model.load_state_dict(state, assign=True)
-    except RuntimeError as error:
-        raise ValueError(f"{path} does not fit: {str(error).splitlines()[1].strip()}") from None
+    data.load_weights(model, state, path, assign=True)
     model.classes, model.tokenizer = checkpoint.get("classes"), checkpoint.get("tokenizer")
     return model.float().to(device).eval()
 
 
 # ---- sampling -------------------------------------------------------------------------------------------------------
 @torch.no_grad()
-def draw_scales(model, quantizer, labels, seeds, *, cfg_scale=4.0, top_k=900, top_p=0.95, more_smooth=False, keep=None):
+def draw_scales(model, quantizer, labels, seeds, *, cfg_scale=4.0, top_k=900, top_p=0.95, more_smooth=False, keep=None,
+                bf16=False):
     """Draw one scale after the other; yields (codes (B, p * p), the sum of all scales so far (B, D, h, w)).
 
     labels       (B,) int64 in [0, num_classes], the last being "no class"
@@ -227,7 +225,8 @@ def draw_scales(model, quantizer, labels, seeds, *, cfg_scale=4.0, top_k=900, to
     f_hat = x.new_zeros(B, model.config.code_dim, scales[-1], scales[-1])
     for s, p in enumerate(scales):
         ratio, some = s / max(S - 1, 1), slice(start, start + p * p)
-        logits = model.run(model.place(x, start), cond, None, cache, start)              # (2B or B, p * p, V)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+            logits = model.run(model.place(x, start), cond, None, cache, start)          # (2B or B, p * p, V)
         if guided:
             given, without = logits.chunk(2)
             logits = (1 + cfg_scale * ratio) * given - cfg_scale * ratio * without
@@ -253,26 +252,30 @@ def soft_entries(logits, noise, temperature, codebook):
     return ((logits + noise) / temperature).softmax(-1) @ codebook
 
 
-def draw_pixels(model, tokenizer, given, seeds, size=None, bf16=False, **settings):
+def draw_pixels(model, tokenizer, given, seeds, size=None, **settings):
     """Images uint8 (B, H, W, 3), bicubically resized to `size` if given, of the classes given = [labels (B,)]."""
     labels, seeds = given[0], torch.tensor(list(seeds), device=given[0].device)
-    with torch.autocast(labels.device.type, torch.bfloat16, enabled=bf16):
-        *_, (_, f_hat) = draw_scales(model, tokenizer.quantize, labels, seeds, **settings)
-    images = tokenizer.to_images(f_hat.float())
+    *_, (_, f_hat) = draw_scales(model, tokenizer.quantize, labels, seeds, **settings)
+    images = tokenizer.to_images(f_hat)
     return vq.to_uint8(F.interpolate(images, size=(size, size), mode="bicubic") if size else images)
 
 
 def kept(box, scales, outside=False):
-    """Which codes an edit keeps: bool (L,). box: (y0, x0, y1, x1) as fractions of the image; what is inside is drawn
-    anew, or what is outside. The one code of the first scale is always kept."""
-    y0, x0, y1, x1 = (round(edge * scales[-1]) for edge in box)
-    mask = torch.full((1, 1, scales[-1], scales[-1]), 0.0 if outside else 1.0)
-    mask[..., y0:y1, x0:x1] = 1.0 if outside else 0.0
-    if not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
-        raise ValueError(f"--box {','.join(map(str, box))}: top, left, bottom, right as fractions of the image, from 0 "
-                         "to 1, the first two below the last two")
-    if y0 == y1 or x0 == x1:
-        raise ValueError(f"--box {','.join(map(str, box))} is empty on the grid of {scales[-1]} x {scales[-1]} codes")
+    """Which codes an edit keeps: bool (L,).
+
+    box is (top, left, bottom, right) as fractions of the image; what is inside is drawn anew, or what is outside. The
+    one code of the first scale, which says what the picture is like as a whole, is always kept.
+    Raises ValueError for a box that is empty or not within the image."""
+    top, left, bottom, right = box
+    name, side = f"--box {','.join(map(str, box))}", scales[-1]
+    if not (0 <= top < bottom <= 1 and 0 <= left < right <= 1):
+        raise ValueError(f"{name}: top, left, bottom, right as fractions of the image, from 0 to 1, the first two "
+                         "below the last two")
+    rows, columns = slice(round(top * side), round(bottom * side)), slice(round(left * side), round(right * side))
+    mask = torch.zeros(1, 1, side, side) if outside else torch.ones(1, 1, side, side)
+    mask[..., rows, columns] = 1 - mask[..., rows, columns]
+    if not mask[..., rows, columns].numel():
+        raise ValueError(f"{name} is empty on the grid of {side} x {side} codes")
     grids = [F.interpolate(mask, (p, p), mode="bilinear").flatten() > 0.5 for p in scales]
     grids[0][:] = True
     return torch.cat(grids)
@@ -295,11 +298,7 @@ def load_pair(args):
 
 
 def settings_of(args, cfg_scale, more_smooth):
-    """What the flags say about drawing, with these defaults. Raises ValueError for a value out of range."""
-    for flag, good in (("--cfg-scale", (args.cfg_scale or 0) >= 0), ("--top-k", args.top_k >= 0),
-                       ("--top-p", 0 < args.top_p <= 1), ("--count", args.count > 0)):
-        if not good:
-            raise ValueError(f"{flag} is out of range")
+    """What the flags say about drawing, with these defaults."""
     return dict(cfg_scale=cfg_scale if args.cfg_scale is None else args.cfg_scale, top_k=args.top_k, top_p=args.top_p,
                 more_smooth=more_smooth if args.more_smooth is None else args.more_smooth,
                 bf16=(args.dtype or ("bfloat16" if "cuda" in args.device else "float32")) == "bfloat16")
@@ -378,7 +377,8 @@ def reconstruct(args):
 
 
 def encode(args):
-    """`encode`: a data set as codes, in vq.py's way and format."""
+    """`encode`: a data set as codes, in vq.py's way and format; vq.encode reads args.data, args.out, args.image_size,
+    args.ten_crop, args.crop_range, args.batch_size, args.workers and args.device."""
     args.ckpt = args.vq or data.pretrained("vae_ch160v4096z32.pth", "FoundationVision/var")
     vq.encode(args, ScaleVQ512 if args.image_size == 512 else ScaleVQ)
 
@@ -392,7 +392,7 @@ def main():
                        ("reconstruct", "show what each scale adds"), ("encode", "write a data set as codes")):
         c = commands.add_parser(name, help=what)
         c.add_argument("--vq", help="tokenizer checkpoint" + " (default: the released one)" * (name[0] in "re"))
-        c.add_argument("--device", default=device, help="cuda or cpu (default: cuda where there is one)")
+        c.add_argument("--device", type=data.device, default=device, help="cuda or cpu (default: cuda if there is one)")
         if name in ("sample", "edit"):
             c.add_argument("--var", help="checkpoint of the transformer")
             c.add_argument("--pretrained", choices=[size for size in VAR_CONFIGS if size != "demo"],
@@ -427,6 +427,10 @@ def main():
     encoding.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that read images")
     args = p.parse_args()
     p.usage = f"python extras/var.py {args.command} ... (--help lists the flags)"
+    ranges = dict(cfg_scale=(0, 1e3), top_k=(0, 2 ** 20), top_p=(1e-9, 1), count=(1, 1e6), seed=(0, 2 ** 62),
+                  num_samples=(1, 1e9), batch_size=(1, 2 ** 20), resize=(1, 8192), image_size=(1, 8192),
+                  crop_range=(1, 100), workers=(0, 1024))
+    data.within(p, args, **{name: limits for name, limits in ranges.items() if name in args})
     try:
         {"sample": draw, "edit": edit, "reconstruct": reconstruct, "encode": encode}[args.command](args)
     except (OSError, ValueError) as error:

@@ -16,6 +16,7 @@ from conftest import GOLDEN, ROOT, difference, golden
 import data
 import gpt
 import sample
+import train_gpt
 import vq
 
 sys.path.insert(0, str(ROOT / "extras"))
@@ -366,7 +367,7 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("var")
     with pytest.MonkeyPatch.context() as patch:
         call(patch, train_var, "tokenizer", "--data", "shapes:40", "--model", "VAR-demo", "--image-size", 24, "--lpips-weight",
-             0, "--batch-size", 8, "--disc-start", 2, "--max-steps", 3, "--out", folder / "vq")
+             0, "--batch-size", 8, "--disc-start", 2, "--max-steps", 3, "--ema-decay", 0.9, "--out", folder / "vq")
         call(patch, var, "encode", "--vq", folder / "vq" / "ckpt.pt", "--data", "shapes:40", "--out", folder / "codes",
              "--workers", 0)
         flags = ["--vq", folder / "vq" / "ckpt.pt", "--codes", folder / "codes", "--model", "demo", "--batch-size", 4,
@@ -507,7 +508,7 @@ def test_checkpoints_of_the_two_projects_are_told_apart(trained, tmp_path):
                                  (var.load_var, tmp_path / "gpt.pt", "is LlamaGen's GPT"),
                                  (var.load_var, mine, "no pos_1LC"),
                                  (var_vq.load_tokenizer, theirs, "is not a tokenizer checkpoint"),
-                                 (gpt.load_gpt, theirs, "is not a GPT checkpoint")):
+                                 (gpt.load_gpt, theirs, "is it VAR")):
         with pytest.raises(ValueError, match=sentence):
             load(path)
 
@@ -519,7 +520,7 @@ def test_checkpoints_of_the_two_projects_are_told_apart(trained, tmp_path):
     (["edit", "--box", "0.5,0.5"], "four numbers"),
     (["edit", "--box", "0,0,0.5,1"], "has 64 x 64 pixels; the model edits images of 24 x 24"),
     (["sample", "--classes", "stare"], "is no class's name"),
-    (["sample", "--top-p", "0"], "--top-p is out of range"),
+    (["sample", "--top-p", "0"], "--top-p 0.0 is not between"),
     (["sample", "--out", "x.jpg"], "ends in .png"),
     (["encode", "--data", "shapes:4", "--image-size", "32"], "do not end at 8"),
 ])
@@ -544,3 +545,6 @@ def test_training_refuses_in_one_sentence(trained, tmp_path, monkeypatch, capsys
         with pytest.raises(SystemExit) as stop:
             call(monkeypatch, train_var, *words)
         assert stop.value.code == 2 and sentence in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        call(monkeypatch, train_gpt, "--codes", trained / "codes", "--model", "demo", "--out", tmp_path / "gpt")
+    assert "for extras/train_var.py" in capsys.readouterr().err
