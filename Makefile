@@ -1,14 +1,17 @@
 # make demo   train a tokenizer and a GPT on drawn shapes, then sample from them (seven and a half minutes on two CPU cores)
 # make demo-text   the same from captions: "a small red star on white", with the tokenizer of `make demo`
+# make demo-var   the same by VAR (extras/README.md): whole grids of codes, coarse to fine; and pictures drawn on from parts
 # make test   all tests
 # All set up .venv first, with the pinned versions of requirements.txt and requirements-vllm.txt. Finished stages of the
-# demos are not repeated; `rm -r runs/demo runs/demo-text` starts them afresh.
+# demos are not repeated; `rm -r runs/demo runs/demo-text runs/demo-var` starts them
+# afresh.
 PYTHON = .venv/bin/python
 PIP = $(PYTHON) -m pip install --quiet --disable-pip-version-check
 RUN = runs/demo
 TEXT = runs/demo-text
+VAR = runs/demo-var
 
-.PHONY: demo demo-text test
+.PHONY: demo demo-text demo-var test
 .DELETE_ON_ERROR:
 
 # the project itself too, for vLLM finds serve_vllm.py by its entry point
@@ -72,3 +75,34 @@ $(TEXT)/samples.npz: $(TEXT)/prompts.txt
 demo-text: $(TEXT)/samples.npz
 	$(PYTHON) tests/demo_agreement.py $(TEXT)/samples.npz --prompts $(TEXT)/prompts.txt --at-least 0.8
 	@echo "look at  $(TEXT)/samples.png"
+
+$(VAR)/vq/ckpt.pt: | .venv/installed
+	@echo "1/4  the tokenizer: 24 x 24 pixels <-> grids of 1, 2, 3, 4 and 6 codes a side"
+	$(PYTHON) extras/train_var.py tokenizer --data shapes --model VAR-demo --image-size 24 --lpips-weight 0 --batch-size 32 \
+	    --max-steps 900 --lr 1.5e-3 --warmup-steps 100 --schedule cosine --log-every 50 --out $(VAR)/vq
+
+$(VAR)/codes/meta.json: $(VAR)/vq/ckpt.pt
+	@echo "2/4  the pictures as codes"
+	$(PYTHON) extras/var.py encode --vq $(VAR)/vq/ckpt.pt --data shapes:12000 --out $(VAR)/codes --workers 0
+
+$(VAR)/var/ckpt.pt: $(VAR)/codes/meta.json
+	@echo "3/4  the transformer over codes"
+	$(PYTHON) extras/train_var.py --vq $(VAR)/vq/ckpt.pt --codes $(VAR)/codes --model demo --max-steps 400 --log-every 50 \
+	    --out $(VAR)/var
+
+$(VAR)/samples.npz: $(VAR)/var/ckpt.pt
+	@echo "4/4  samples, and drawings that the model has not seen: half of them, or all around them, drawn anew"
+	$(PYTHON) extras/var.py sample --vq $(VAR)/vq/ckpt.pt --var $(VAR)/var/ckpt.pt --count 10 --batch-size 100 \
+	    --cfg-scale 2 --out $(VAR)/samples.png
+	$(PYTHON) -c "import data; [data.center_crop(data.draw_shape((3, i)), 24).save(f'$(VAR)/given{i}.png') for i in range(10)]"
+	$(PYTHON) extras/var.py edit --vq $(VAR)/vq/ckpt.pt --var $(VAR)/var/ckpt.pt --box 0,0.5,1,1 --out $(VAR)/inpainted.png \
+	    $(VAR)/given*.png
+	$(PYTHON) extras/var.py edit --vq $(VAR)/vq/ckpt.pt --var $(VAR)/var/ckpt.pt --box 0,0,0.67,1 --outside \
+	    --out $(VAR)/outpainted.png $(VAR)/given*.png
+	$(PYTHON) extras/var.py reconstruct --vq $(VAR)/vq/ckpt.pt --out $(VAR)/scales.png $(VAR)/given[0-4].png
+	$(PYTHON) extras/var.py sample --vq $(VAR)/vq/ckpt.pt --var $(VAR)/var/ckpt.pt --num-samples 500 --batch-size 250 \
+	    --seed 1000 --cfg-scale 2 --out $@
+
+demo-var: $(VAR)/samples.npz
+	$(PYTHON) tests/demo_agreement.py $(VAR)/samples.npz --at-least 0.8
+	@echo "look at  $(VAR)/samples.png, $(VAR)/inpainted.png, $(VAR)/outpainted.png  and  $(VAR)/scales.png"

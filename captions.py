@@ -37,7 +37,7 @@ CAPTION_TOKENS = 120   # c of caption models: longer captions are cut, shorter o
 
 
 # ---- cleaning -------------------------------------------------------------------------------------------------------
-# DeepFloyd IF's rules, made for what stands beside pictures in web shops: a pattern and what replaces it, in this order.
+# DeepFloyd IF's rules, made for texts beside pictures in web shops: a pattern and what replaces it, in this order.
 SITE = r"[a-z\d.\-]+\.(?:com|co|ru|net|org|edu|gov|it)[\w/\-]*\b/?(?!@)"
 FILE = "(?:png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4)"
 ADDRESSES = [(rf"\b(?:{scheme}:(?:/{{1,3}}|[a-z\d%])|{SITE})", "") for scheme in ("https?", "www")]
@@ -59,7 +59,7 @@ SYMBOLS = (
 )
 ENCODING = (                                              # what the package ftfy does to text that is not garbled
     ("[\x00-\x08\x0b\x0e-\x1f\x7f\u206a-\u206f\ufeff\ufff9-\ufffc]", ""),
-    ("[ĲĳŉǄ-ǌǱ-ǳﬀ-ﬆ\u3000\uff01-\uffef]", lambda found: unicodedata.normalize("NFKC", found[0])),   # ﬁ, full width
+    ("[ĲĳŉǄ-ǌǱ-ǳﬀ-ﬆ\u3000\uff01-\uffef]", lambda found: unicodedata.normalize("NFKC", found[0])),   # ﬁ
     ("[“-‟]", '"'),
     ("[ʼ‘-‛]", "'"),
 )
@@ -166,7 +166,7 @@ class CaptionEncoder:
         return features
 
     def tokenize(self, texts):
-        """Clean strings -> lists of at most 120 tokens: of too many the first 119, and the last, which is an end mark."""
+        """Clean strings -> lists of at most 120 tokens: of too many the first 119 and the last, an end mark."""
         if self.model:
             rows = self.tokenizer(texts, verbose=False).input_ids
         else:
@@ -237,7 +237,9 @@ def encode(args):
     torchrun the processes take turns at parts. text.json is written last: where it is, the features are complete."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     folder, path = Path(args.codes), Path(args.codes, "captions.jsonl")
-    count = check(args)
+    count = len(data.load_codes(folder)[0])
+    if not path.is_file():
+        raise ValueError(f"--codes {folder} has no captions.jsonl: its images have classes, not captions")
     encoder = CaptionEncoder(args.t5, args.device)
     about = {**encoder.about, "images": count, "bytes": path.stat().st_size}
     if (folder / "text.json").exists():
@@ -360,11 +362,12 @@ def main():
                          "stand-in without weights (default: google/flan-t5-xl)")
     command.add_argument("--batch-size", type=int, default=64, help="captions that go through T5 together")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    command.add_argument("--device", default=device, help="cuda or cpu (default: cuda where there is one)")
+    command.add_argument("--device", type=data.device, default=device, help="default: cuda where there is one")
     args = p.parse_args()
     if args.device == "cuda":
         args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     p.usage = "python captions.py encode --codes DIR ... (encode --help lists the flags)"
+    data.within(p, args, batch_size=(1, 1e5))
     try:
         encode(args)
     except (OSError, ValueError) as error:
@@ -374,20 +377,6 @@ def main():
 
 
 # ---- what a user can get wrong --------------------------------------------------------------------------------------
-def check(args):
-    """The number of images in --codes. Raises ValueError with one sentence for flags that cannot work."""
-    if args.batch_size < 1:
-        raise ValueError(f"--batch-size {args.batch_size}: give 1 or more")
-    try:
-        torch.empty(1, device=args.device)
-    except (RuntimeError, AssertionError) as error:       # an AssertionError where torch has no CUDA
-        raise ValueError(f"--device {args.device} cannot be used here: {str(error).splitlines()[0]}") from None
-    codes, _, _ = data.load_codes(args.codes)
-    if not Path(args.codes, "captions.jsonl").is_file():
-        raise ValueError(f"--codes {args.codes} has no captions.jsonl: its images have classes, not captions")
-    return len(codes)
-
-
 def read_about(folder, expected=()):
     """The content of a folder's text.json. Raises ValueError with one sentence when it is damaged, or tells of another
     encoder or other captions than the dict `expected`."""

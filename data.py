@@ -197,7 +197,7 @@ def kept_cells(mask, grid):
     return mask.reshape(grid, H // grid, grid, W // grid).all((1, 3))
 
 
-TO_DO, DONE, UNREADABLE, SMALL, NO_CAPTION = range(5)   # what `vq.py encode` notes for each image
+DONE, UNREADABLE, SMALL, NO_CAPTION = range(4)   # what `vq.py encode` notes for each image
 SKIPPED = {UNREADABLE: "unreadable", SMALL: "smaller than the crop", NO_CAPTION: "without a caption"}
 
 
@@ -245,7 +245,9 @@ def save_grid(images, path, columns, titles=None):
                 title = title[:-1]
             draw.text((x + w / 2, y + head / 2), title, fill="black", anchor="mm")
         sheet.paste(Image.fromarray(pixels).resize((w, h), Image.NEAREST), (x, y + head))
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    make_folder(Path(path).parent, "a picture in")
+    if os.path.isdir(path):
+        raise OSError(f"{path} is a folder, and was to be a picture")
     sheet.save(f"{path}.tmp", "PNG")
     os.replace(f"{path}.tmp", path)
 

@@ -391,6 +391,8 @@ def check_files(args, world, sharded, meta, config, source, usable, path, resume
     kind = "text" if source["text"] else "class"
     if meta["h"] != meta["w"]:
         raise ValueError(f"--codes {args.codes}: {meta['h']} x {meta['w']} codes an image; only squares will do")
+    if meta["codes"] != meta["h"] * meta["w"]:
+        raise ValueError(f"--codes {args.codes} holds grids of several sizes an image, for extras/train_var.py")
     if args.cond not in (None, kind):
         raise ValueError(f"--cond {args.cond}: {args.codes} was made from images with {kinds[kind]}")
     if args.image_size not in (None, meta["image_size"]):

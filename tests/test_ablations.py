@@ -1,5 +1,9 @@
-"""What ablations/ promises: sweeps that repeat nothing."""
+"""What ablations/ promises: diffs that apply and do what they say, runs and sweeps that repeat nothing."""
+import json
+import shutil
+import subprocess
 import sys
+import textwrap
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,9 +15,12 @@ from test_evaluate import pictures, save_npz, tokenizer, weights  # noqa: F401
 
 import evaluate
 import gpt
+import vq
 
 sys.path.insert(0, str(ROOT / "ablations"))
+import run  # noqa: E402
 import sweep  # noqa: E402
+import table  # noqa: E402
 
 
 @pytest.fixture
@@ -26,7 +33,7 @@ def swept(tokenizer, weights, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(evaluate, "frechet_distance", lambda *a: float(np.square(a[0] - a[2]).sum()))   # in no time
     monkeypatch.setattr(sweep.sample, "write_npz", lambda *a, **k: calls.append(k) or write_npz(*a, **k))
 
-    def run(*words):
+    def start(*words):
         flags = ["--vq", tokenizer[1], "--gpt", tmp_path / "gpt.pt", "--ref", ref, "--cfg-scale", "1,2.5", "--top-k",
                  "0,8", "--num-samples", 4, "--out", tmp_path / "sweep", "--inception", weights, *words]
         monkeypatch.setattr(sys, "argv", ["sweep.py", *map(str, flags)])
@@ -37,7 +44,7 @@ def swept(tokenizer, weights, tmp_path, capsys, monkeypatch):
             code = stop.code
         printed = capsys.readouterr()
         return code, printed.out + printed.err
-    return SimpleNamespace(run=run, calls=calls, out=tmp_path / "sweep")
+    return SimpleNamespace(run=start, calls=calls, out=tmp_path / "sweep")
 
 
 def test_a_sweep_writes_a_table_and_a_picture_and_never_repeats_a_cell(swept):
@@ -64,3 +71,192 @@ def test_a_sweep_refuses_models_that_do_not_belong_together(swept, tokenizer, tm
     torch.save({"model": gpt.GPT(config).state_dict(), "config": vars(config)}, tmp_path / "gpt.pt")
     code, text = swept.run()
     assert code == 2 and "do not belong together" in text.splitlines()[-1]
+
+
+# ---- diffs and run.py ------------------------------------------------------------------------------------------------
+DIFFS = sorted(path.stem for path in (ROOT / "ablations").glob("*.diff"))
+TOKENIZERS = ("fsq", "no_sphere")
+
+PROMISES = {   # run in the folder with the changed scripts, after five steps; `model` is what they trained
+    "adaln": """
+        fresh = gpt.GPT(model.config).eval()
+        x, given = torch.randn(2, 3, 128), torch.randn(2, 1, 128)
+        assert torch.equal(fresh.layers[0](x, fresh.rope[:3], given), x)     # every block starts as the identity""",
+    "fsq": """
+        assert not list(model.quantize.parameters())                         # no codebook that could be learned
+        every = torch.arange(1000)
+        assert torch.equal(model.quantize.nearest(latents_of(model, every)), every)""",
+    "gpt2_block": "assert not any('w3' in name for name, _ in model.named_parameters())",
+    "learned_positions": """
+        assert model.pos_embeddings.weight.shape == (17, 128) and model.pos_embeddings.weight.abs().max() < 1
+        swapped = torch.tensor([[1, 2, 3]]), torch.tensor([[2, 1, 3]])
+        a, b = (model(codes, torch.tensor([0]))[0, -1] for codes in swapped)
+        assert not torch.equal(a, b)                                         # places are still told apart""",
+    "maskgit": """
+        codes = sample.generate(model, torch.tensor([0, 1]), cfg_scale=2, seeds=[0, 1])
+        assert codes.shape == (2, 16) and 0 <= codes.min() and codes.max() < 64   # none is left hidden
+        assert torch.equal(codes[1:], sample.generate(model, torch.tensor([1]), cfg_scale=2, seeds=[1]))
+        share = train_gpt.hidden(1000, 16).float().mean(1)
+        assert share.min() >= 1 / 16 and 0.6 < share.mean() < 0.7            # the mean of a cosine is 2 / pi""",
+    "model_size": "assert sum(name.startswith('toy') for name in gpt.GPT_CONFIGS) == 3",
+    "muon": """
+        for shape in (8, 24), (24, 8):
+            values = torch.linalg.svdvals(train_gpt.orthogonal(torch.randn(shape)))
+            assert 0.5 < values.min() and values.max() < 1.5""",
+    "no_sphere": "assert not torch.allclose(model.quantize.codebook().norm(dim=-1), torch.ones(64), atol=0.1)",
+    "qk_norm": """
+        shapes = {name.split('.')[-2]: tuple(q.shape) for name, q in model.named_parameters()}
+        assert shapes['q_norm'] == shapes['k_norm'] == (32,)""",
+    "rar": """
+        raster = torch.arange(16).expand(8, 16)
+        early, middle, late = (train_gpt.orders(8, 16, done, 'cpu') for done in (0.0, 0.6, 0.75))
+        assert all(torch.equal(order.sort(1).values, raster) for order in (early, middle, late))
+        assert torch.equal(late, raster) and (early != raster).any(1).all()
+        tokens, labels = torch.randint(64, (8, 15)), torch.zeros(8, dtype=torch.int64)
+        assert torch.equal(model(tokens, labels), model(tokens, labels, raster))""",
+    "rope_1d": """
+        table = gpt.rope_table(4, 8, 1)[1:]                                  # (T, d/2, 2)
+        assert torch.allclose(table[:, 0, 0], torch.arange(16).float().cos(), atol=1e-6)""",
+    "rope_class": "assert torch.allclose(gpt.rope_table(4, 8, 3).norm(dim=-1), torch.ones(19, 4))",
+}
+
+PROGRAM = """
+import runpy, sys, torch
+sys.path.insert(0, '.')
+for script, *words in {calls}:
+    sys.argv = [script, *words]
+    runpy.run_path(script, run_name='__main__')
+import gpt, sample, train_gpt, vq
+
+def latents_of(model, codes):   # numbers that are rounded to these codes
+    wanted = model.quantize.codebook()[codes]
+    levels = torch.tensor(vq.LEVELS)
+    half, offset = (levels - 1) * 0.4995, 0.5 * (levels % 2 == 0)
+    return ((wanted * (levels // 2) + offset) / half).clamp(-0.9999, 0.9999).atanh() - (offset / half).atanh()
+
+torch.manual_seed(0)
+model = {load}.eval()
+torch.set_grad_enabled(False)
+{promise}
+"""
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A folder with vq.pt, an untrained tokenizer of 64 codes, and codes/, 1100 images of 4 x 4 random codes of it."""
+    folder, rng = tmp_path_factory.mktemp("small"), np.random.RandomState(0)
+    config = vq.VQConfig(ch=32, ch_mult=(1, 1), res_blocks=1, z_channels=32, codebook_size=64)
+    torch.manual_seed(0)
+    model = vq.VQModel(config)
+    torch.save({"model": model.state_dict(), "config": vars(config), "image_size": 8}, folder / "vq.pt")
+    (folder / "codes").mkdir()
+    np.save(folder / "codes" / "codes.npy", rng.randint(64, size=(1100, 2, 16)).astype(np.uint16))
+    np.save(folder / "codes" / "labels.npy", rng.randint(3, size=1100).astype(np.int32))
+    meta = {"classes": ["a", "b", "c"], "captions": False, "image_size": 8, "h": 4, "w": 4, "codes": 16, "images": 1100,
+            "codebook_size": 64, "crops": "centre", "tokenizer": vq.weights_hash(model), "data": "none", "skipped": {}}
+    (folder / "codes" / "meta.json").write_text(json.dumps(meta))
+    return folder
+
+
+def test_every_diff_applies_to_the_scripts_and_says_what_it_is_about():
+    for name in run.names():
+        idea = run.read(name)
+        assert {"title", "idea", "source", "reported", "expect", "stage"} <= idea.keys(), name
+        assert idea["added"] + idea["removed"] <= (120 if name == "maskgit" else 66), name
+        if name in DIFFS:
+            done = subprocess.run(["git", "apply", "--check", idea["path"]], cwd=ROOT, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", DIFFS)
+def test_with_the_diff_five_steps_are_trained_two_pictures_drawn_and_its_promise_holds(name, small, tmp_path):
+    run.changed_scripts(run.names()[name], tmp_path / "scripts")
+    if name in TOKENIZERS:
+        size = ["--codebook-size", "1000", "--code-dim", "4"] if name == "fsq" else ["--codebook-size", "64"]
+        calls = [["train_vq.py", "--data", "shapes", "--model", "VQ-demo", "--image-size", "16", "--batch-size", "2",
+                  "--lpips-weight", "0", "--disc-weight", "0", "--max-steps", "5", "--out", "out", *size],
+                 ["vq.py", "encode", "--ckpt", "out/ckpt.pt", "--data", "shapes:2", "--out", "codes", "--workers", "0"]]
+        load = "vq.load_vq('out/ckpt.pt')"
+    else:
+        size = "toy-0.1M" if name == "model_size" else "demo"
+        calls = [["train_gpt.py", "--codes", str(small / "codes"), "--model", size, "--batch-size", "8", "--lr", "1e-2",
+                  "--max-steps", "5", "--val-images", "8", "--val-every", "5", "--out", "out"],
+                 ["sample.py", "--vq", str(small / "vq.pt"), "--gpt", "out/ckpt.pt", "--classes", "0,1",
+                  "--cfg-scale", "2", "--out", "two.png"]]
+        load = "gpt.load_gpt('out/ckpt.pt')"
+    program = PROGRAM.format(calls=calls, load=load, promise=textwrap.dedent(PROMISES[name]))
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path / "scripts", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "scripts" / ("codes/meta.json" if name in TOKENIZERS else "two.png")).exists()
+
+
+def ablate(*words):
+    """Exit code and output of run.py."""
+    command = [sys.executable, str(ROOT / "ablations" / "run.py"), *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_a_finished_run_is_not_repeated(small, tmp_path):
+    words = ["qk_norm", "--codes", small / "codes", "--steps", 2, "--seeds", 1, "--out", tmp_path / "out", "--results",
+             tmp_path / "results.json"]
+    code, text = ablate(*words)
+    assert code == 0 and text.count("> train_gpt.py") == 2, text
+    rows = json.loads((tmp_path / "results.json").read_text())
+    assert [row["ablation"] for row in rows] == ["baseline", "qk_norm"]
+    assert all(row["val_loss"] > 0 and row["seconds"] > 0 for row in rows)
+    code, text = ablate(*words)
+    assert code == 0 and "> train_gpt.py" not in text
+    assert rows == json.loads((tmp_path / "results.json").read_text())
+
+
+@pytest.mark.parametrize("words, sentence", [
+    (["rarr"], "no ablation is called 'rarr'; there are: adaln, averaged_weights"),
+    (["rar"], "rar needs --codes"),
+    (["rar", "--codes", "nowhere"], "--codes nowhere: no such file or folder"),
+    (["fsq", "--data", "shapes:20"], "fsq needs --test"),
+    (["guidance", "--gpt", "nowhere.pt"], "--gpt nowhere.pt: no such file or folder"),
+    (["rar", "--codes", "CODES", "--steps", "0"], "--steps and --seeds start at 1"),
+    (["--table", "--results", "nowhere.json"], "--results nowhere.json: no such file"),
+])
+def test_a_mistake_is_one_sentence_before_anything_is_trained(words, sentence, small, tmp_path):
+    words = [str(small / "codes") if word == "CODES" else word for word in words]
+    code, text = ablate(*words, "--out", tmp_path / "out")
+    assert code == 2 and sentence in text.splitlines()[-1] and "> train" not in text
+
+
+def test_codes_that_do_not_fit_are_refused(small, tmp_path):
+    folder = tmp_path / "codes"
+    shutil.copytree(small / "codes", folder)
+    np.save(folder / "codes.npy", np.load(folder / "codes.npy")[:40])
+    np.save(folder / "labels.npy", np.load(folder / "labels.npy")[:40])
+    code, text = ablate("rar", "--codes", folder, "--out", tmp_path / "out")
+    assert code == 2 and "more than 1000 are needed" in text.splitlines()[-1]
+    other = torch.load(small / "vq.pt")
+    other["model"]["quantize.embedding.weight"] += 1
+    torch.save(other, tmp_path / "other.pt")
+    code, text = ablate("maskgit", "--codes", small / "codes", "--vq", tmp_path / "other.pt", "--data", "shapes:20",
+                        "--out", tmp_path / "out")
+    assert code == 2 and "is not the tokenizer that made --codes" in text.splitlines()[-1]
+
+
+def test_a_diff_that_does_not_apply_names_the_file_and_the_hunk(tmp_path):
+    text = run.names()["qk_norm"].read_text().replace("self.wo = nn.Linear", "self.other = nn.Linear")
+    (tmp_path / "old.diff").write_text(text)
+    with pytest.raises(ValueError, match=r"old.diff does not apply: the hunk at line \d+ of gpt.py"):
+        run.changed_scripts(tmp_path / "old.diff", tmp_path / "scripts")
+
+
+def test_differences_are_paired_by_seed_and_called_by_their_error():
+    same = {"stage": "gpt", "steps": 5, "more": "", "data": "x", "flags": ""}
+    rows = [{**same, "ablation": name, "seed": seed, "seconds": 1, "val_loss": loss + seed + off * seed % 2}
+            for name, loss, off in (("baseline", 4.0, 0), ("rar", 4.5, 0.1)) for seed in range(2)]
+    deviation, freedom = table.spread(rows, [run.read("rar")])["gpt", "val_loss"]
+    assert freedom == 1 and abs(deviation - 0.1 / 2 ** 0.5) < 1e-9        # the seeds' own distance of 1 is not in it
+    line, = table.lines_of(rows, run.read("rar"), {("gpt", "val_loss"): (0.01, 9)})
+    assert "+0.5500 ± 0.0071 | 2 | higher: agrees" in line
+    assert table.verdict("lower", 0.5, 0.01, 9) == "higher: does not agree"
+    assert table.verdict("lower", 0.5, 0.3, 9) == "cannot be seen at this size"
+    assert table.verdict("same", 0.5, 0.1, 1) == "agrees: no difference to be seen"   # two seeds are few
+    a, b, r = table.power_law([1e5, 1e6, 1e7], [8.0, 4.0, 2.0])
+    assert abs(b - np.log10(0.5)) < 1e-9 and abs(r + 1) < 1e-9

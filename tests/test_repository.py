@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 SCRIPTS = [str(p.relative_to(ROOT)) for folder in ("", "ablations", "extras") for p in sorted((ROOT / folder).glob("*.py"))]
-SUBCOMMANDS = ("encode", "reconstruct", "stats", "recon", "clip", "export", "generate", "serve")
+SUBCOMMANDS = ("tokenizer", "sample", "edit", "encode", "reconstruct", "stats", "recon", "clip", "export", "generate", "serve")
 
 
 def commands():

@@ -1,0 +1,550 @@
+"""What extras/var.py promises: VAR's official arithmetic to the last code, and pictures that follow from their seeds."""
+import json
+import math
+import os
+import subprocess
+import sys
+import zlib
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import GOLDEN, ROOT, difference, golden
+
+import data
+import gpt
+import sample
+import train_gpt
+import vq
+
+sys.path.insert(0, str(ROOT / "extras"))
+import train_var  # noqa: E402
+import var  # noqa: E402
+import var_vq  # noqa: E402
+
+KEYS = json.loads((GOLDEN / "var" / "var_state_dict_keys.json").read_text())
+ZEROS = ("ema_vocab_hit_SV", "zero_k_bias")
+
+
+def weight(name, shape):
+    """An official tensor by the rule of golden/var/README.md."""
+    r = np.random.RandomState(zlib.crc32(("golden:" + name).encode()) & 0xFFFFFFFF)
+    r = torch.from_numpy(r.standard_normal(tuple(shape)).astype(np.float32))
+    half = ("quantize.embedding.weight", "class_emb.weight", "lvl_embed.weight", "pos_start", "pos_1LC")
+    if name.endswith(ZEROS):
+        return torch.zeros_like(r)
+    if name.endswith("scale_mul_1H11"):
+        r = math.log(4) + 0.5 * r
+        if name.startswith("blocks.0."):
+            r[0, 0, 0, 0] = 5.0
+        return r
+    if name.endswith((".q_bias", ".v_bias")):
+        return 0.2 * r
+    if name.endswith(".bias"):
+        return 0.02 * r
+    if r.dim() == 1:
+        return 1 + 0.1 * r
+    if name in half or name.endswith("ada_gss"):
+        return (0.5 if name in half else 0.3) * r
+    if name == "head.weight" or "ada_lin" in name:
+        return 2 / shape[1] ** 0.5 * r
+    return r / math.prod(shape[1:]) ** 0.5
+
+
+def official_tokenizer(meta):
+    """(our config, {official name: golden weight}) of a tokenizer with meta's sizes; our shapes under their names."""
+    config = replace(var_vq.TOKENIZERS["VAR-256"], ch=meta["ch"], z_channels=meta["Cvae"], codebook_size=meta["V"],
+                     code_dim=meta["Cvae"], scales=tuple(meta["patch_nums"]))
+    with torch.device("meta"):
+        shapes = {k: v.shape for k, v in var_vq.ScaleVQ(config).state_dict().items()}
+    state = {}
+    for name in KEYS["vae_ch160v4096z32.pth"]["keys"]:
+        ours = var_vq.released_name(name)
+        shape = shapes[ours.replace("qkv", "q")]
+        state[name] = weight(name, (3 * shape[0], *shape[1:]) if "qkv" in name else shape)
+    return config, state
+
+
+def tokenizer(meta):
+    """Our tokenizer with the golden weights."""
+    config, state = official_tokenizer(meta)
+    model = var_vq.ScaleVQ(config)
+    model.load_state_dict(var_vq.ScaleVQ.released(state)[1])
+    return model.eval()
+
+
+def transformer(meta):
+    """Our transformer with the golden weights."""
+    model = var.VAR(var.VARConfig(meta["depth"], tuple(meta["patch_nums"]), meta["V"], meta["Cvae"], meta["num_classes"],
+                                  meta["shared_aln"]))
+    keep = ("lvl_1L", "attn_bias_for_masking")
+    model.load_state_dict({k: v if k in keep else weight(k, v.shape) for k, v in model.state_dict().items()})
+    return model.eval()
+
+
+def thin(images, like):
+    """Every n-th pixel, n as in the stored picture."""
+    step = round(images.shape[-1] / like.shape[-1])
+    return images[..., ::step, ::step]
+
+
+# ---- tokenizer ------------------------------------------------------------------------------------------------------
+def test_the_tokenizer_encodes_decodes_and_learns_as_the_official_one():
+    g, meta = golden("var/var_tok_small")
+    model = tokenizer(meta)
+    q = model.quantize
+    with torch.no_grad():
+        f = model.latents(g["image"])
+        assert difference(f, g["f"]) < 1e-4
+        codes = model.encode(g["image"])
+        assert torch.equal(codes.int(), g["codes"])
+        sums = list(q.sums(codes))
+        assert difference(torch.stack(sums), g["f_hat"]) < 1e-4
+        assert difference(model.decode(codes), g["recon"]) < 1e-4
+        parts = torch.stack([thin(model.to_images(f_hat), g["recon_part"]) for f_hat in sums])
+        assert difference(parts, g["recon_part"]) < 1e-4
+        assert difference(q.teacher_input(codes), g["var_input"]) < 1e-4
+        given = g["given_codes"].long()
+        f_hat = list(q.sums(given))[-1]
+        assert difference(f_hat, g["given_f_hat"]) < 1e-4
+        assert difference(model.decoder(model.post_quant_conv(f_hat)), g["given_decoded"]) < 1e-4
+        assert difference(q.teacher_input(given), g["given_var_input"]) < 1e-4
+
+    model.train()
+    decoded, losses = model(g["image"])
+    assert difference(thin(decoded, g["train_decoded_part"]), g["train_decoded_part"]) < 1e-4
+    assert difference(losses["vq"], g["vq_loss_beta0"]) < 1e-4
+    assert difference(losses["vq"] + losses["commit"], g["vq_loss"]) < 1e-4
+    assert difference(q.ema_vocab_hit_SV, g["hits_after_1"]) < 1e-6
+    assert difference(100 * q.usage_of_scales(), g["usages_percent"]) < 1e-6
+    with torch.no_grad():
+        model(g["image"])
+    assert difference(q.ema_vocab_hit_SV, g["hits_after_2"]) < 1e-6
+
+    loss = (decoded - g["image"]).abs().mean() + losses["vq"] + losses["commit"]
+    assert difference(loss, g["grad_loss"]) < 1e-4
+    latents = model.latents(g["image"]).detach().requires_grad_()
+    model.latents = lambda images: latents
+    decoded, losses = model(g["image"])
+    ((decoded - g["image"]).abs().mean() + losses["vq"] + losses["commit"]).backward()
+    assert difference(latents.grad, g["grad_f"]) < 5e-4
+    first = q.embedding.weight.grad[codes[0, 0]]
+    assert difference(first, g["grad_codebook_first_code"]) < 5e-4
+    model.zero_grad()
+    loss.backward()
+    parameters = dict(model.named_parameters())
+    names = [var_vq.released_name(k) for k in g["grad_keys"].tolist()]
+    grads = [[parameters[k.replace("qkv", part)].grad for part in ("qkv" if "qkv" in k else "q")] for k in names]
+    norms = torch.stack([torch.cat([x.flatten() for x in group]).double().norm() for group in grads])
+    assert difference(norms, g["grad_norms"]) < 5e-4
+
+
+@pytest.fixture(scope="module")
+def full():
+    """The released size, 109M parameters, with the golden weights."""
+    g, meta = golden("var/var_tok_full")
+    return tokenizer(meta), g, meta
+
+
+def test_the_released_size_gives_the_official_codes_at_256_and_512_pixels(full):
+    model, g, meta = full
+    q = model.quantize
+    assert sum(p.numel() for p in model.parameters()) == KEYS["vae_ch160v4096z32.pth"]["parameters"]
+    with torch.no_grad():
+        f_hat, losses, codes = q(g["f"])
+        assert torch.equal(codes.int(), g["codes"])
+        assert difference(losses["vq"] + losses["commit"], g["vq_loss"]) < 1e-4
+        assert difference(f_hat, g["f_hat_last"]) < 1e-4
+        sums = torch.stack(list(q.sums(codes)))
+        assert difference(sums[:, :, ::8], g["f_hat_part"]) < 1e-4
+        assert difference(sums.double().square().mean((1, 2, 3, 4)).sqrt(), g["f_hat_rms"]) < 1e-4
+        inputs = q.teacher_input(codes)
+        assert difference(inputs[:, g["var_input_rows"].long()], g["var_input_part"]) < 1e-4
+        assert difference(inputs.square().mean().sqrt(), g["var_input_rms"]) < 1e-4
+        decoded = model.decoder(model.post_quant_conv(sums[-1]))
+        assert difference(decoded[:, :, 3::16, 5::16], g["decoded_unclamped_part"]) < 1e-4
+        recon = model.decode(codes)
+        assert difference(thin(recon, g["recon_part"]), g["recon_part"]) < 1e-4
+        assert difference(recon.square().mean().sqrt(), g["recon_rms"]) < 1e-4
+
+        q.use(meta["q512"]["patch_nums"])
+        f = np.random.RandomState(meta["q512"]["seed"]).standard_normal((1, 32, 11, 11)).astype(np.float32)
+        f = F.interpolate(torch.from_numpy(f), size=(32, 32), mode="bilinear", align_corners=False)
+        codes = q(f)[2]
+        sums = torch.stack(list(q.sums(codes)))
+        q.use(meta["patch_nums"])
+    assert torch.equal(codes.int(), g["q512_codes"])
+    assert difference(sums[-1][:, ::8], g["q512_f_hat_last_part"]) < 1e-4
+    assert difference(sums.double().square().mean((1, 2, 3, 4)).sqrt(), g["q512_f_hat_rms"]) < 1e-4
+
+
+def test_which_convolution_a_scale_takes_follows_float64_where_two_ticks_tie(full):
+    g, _ = golden("var/var_parts")
+    q = var_vq.ScaleQuantizer(var_vq.TOKENIZERS["VAR-demo"])
+    for count in (4, 5, 7, 10, 14):
+        q.use(range(1, count + 1))
+        assert q.phi == g[f"phi_of_scale_K4_S{count}"].tolist()
+    ticks, places = torch.linspace(1 / 12, 11 / 12, 4), torch.arange(10) / 9
+    assert (places[:, None] - ticks).abs().argmin(1).tolist() != g["phi_of_scale_K4_S10"].tolist()   # the trap: float32
+
+    model, g, _ = full   # one tie decided the other way changes many codes
+    phi = model.quantize.phi
+    model.quantize.phi = phi[:2] + [0] + phi[3:]
+    with torch.no_grad():
+        codes = model.quantize(g["f"])[2]
+    model.quantize.phi = phi
+    assert (codes != g["codes"]).float().mean() > 0.2
+
+
+# ---- transformer ----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("size", ["d16", "d20", "d24", "d30", "d36"])
+def test_names_shapes_and_parameter_counts_are_those_of_the_released_checkpoints(size):
+    released = KEYS[f"var_{size}.pth"]
+    with torch.device("meta"):
+        model = var.VAR(var.VAR_CONFIGS[size])
+    expected = {}
+    for name, shape in released["keys"].items():
+        for i in range(released["n_layer"] if "{i}" in name else 1):
+            expected[name.replace("{i}", str(i))] = shape
+    assert {k: list(v.shape) for k, v in model.state_dict().items()} == expected
+    assert sum(p.numel() for p in model.parameters()) == released["parameters"]
+    assert model.blocks[-1].drop == pytest.approx(released["config"]["drop_path_rate"])
+
+
+@pytest.fixture(scope="module", params=["var_d2", "var_shared", pytest.param("var_d4", marks=pytest.mark.slow)])
+def pair(request):
+    """A transformer and a tokenizer with the golden weights, and what the official code computed with them."""
+    g, meta = golden(f"var/{request.param}")
+    return transformer(meta), tokenizer(meta), g, meta
+
+
+def test_teacher_forced_logits_losses_and_gradients_are_the_official_ones(pair):
+    model, tok, g, meta = pair
+    codes, labels, scales = g["codes"].long(), g["labels"].long(), meta["patch_nums"]
+    stream = []
+    hooks = [block.register_forward_hook(lambda block, given, x: stream.append(x)) for block in model.blocks]
+    hooks.append(model.blocks[0].register_forward_pre_hook(lambda block, given: stream.append(given[0])))
+    logits = model(tok.quantize.teacher_input(codes), labels)
+    for hook in hooks:
+        hook.remove()
+    rms = torch.stack([x.double().square().mean().sqrt() for x in stream])
+    assert difference(rms, g["resid_rms"]) < 1e-4
+    pos = g["pos"].long()
+    assert difference(torch.stack([x[:, pos[:12], :8] for x in stream]), g["resid_part"]) < 1e-4
+    assert difference(logits[:, pos][..., g["vocab_sel"].long()], g["logits"]) < 1e-4
+    assert difference(logits.logsumexp(-1)[:, pos], g["lse"]) < 1e-4
+    assert torch.equal(logits.argmax(-1)[:, pos].int(), g["argmax"])
+
+    each = F.cross_entropy(logits.transpose(1, 2), codes, reduction="none")
+    loss = each.mean()
+    assert difference(loss, g["loss"]) < 1e-4
+    of_scale = torch.stack([part.mean() for part in each.split([p * p for p in scales], 1)])
+    assert difference(of_scale, g["loss_of_scale"]) < 1e-4
+    assert difference(of_scale[-1], g["loss_tail"]) < 1e-4
+    smoothed = F.cross_entropy(logits.transpose(1, 2), codes, label_smoothing=0.1)
+    assert difference(smoothed, g["loss_smoothing_0p1"]) < 1e-4
+    model.zero_grad()
+    loss.backward()
+    parameters = dict(model.named_parameters())
+    norms = torch.stack([parameters[k].grad.double().norm() for k in g["grad_keys"].tolist()])
+    assert difference(norms, g["grad_norms"]) < 5e-4
+    assert difference(parameters["blocks.0.attn.scale_mul_1H11"].grad.flatten(), g["grad_scale_mul"]) < 5e-4
+    total = torch.stack([q.grad.double().norm() for q in parameters.values()]).norm()
+    assert difference(total, g["grad_total_norm"]) < 5e-4
+
+
+def test_drawn_codes_sums_and_pictures_are_the_official_ones(pair, monkeypatch):
+    model, tok, g, meta = pair
+    monkeypatch.setattr(sample, "gumbel_noise", lambda seeds, positions, V:
+                        torch.zeros(len(seeds), positions.shape[-1], V))
+    for run in meta["runs"]:
+        labels, key = torch.tensor(run["labels"]), run["key"]
+        keep = None
+        if "box_y0x0y1x1" in run:
+            keep = g["image_codes"].long(), var.kept(run["box_y0x0y1x1"], model.config.scales, not run["inpainting"])
+            assert torch.equal(keep[1].byte(), g[f"{key}_kept"])
+        steps = list(var.draw_scales(model, tok.quantize, labels, torch.zeros(len(labels), dtype=torch.int64),
+                                     cfg_scale=run["cfg"], top_k=run["top_k"], top_p=run["top_p"] or 1.0,
+                                     more_smooth=run["more_smooth"], keep=keep))
+        if f"{key}_codes" in g:
+            assert torch.equal(torch.cat([codes for codes, _ in steps], 1).int(), g[f"{key}_codes"]), key
+        sums = torch.stack([f_hat for _, f_hat in steps])
+        last = g[f"{key}_f_hat_last"]
+        assert difference(sums[-1][:, ::sums.shape[2] // last.shape[1]], last) < 1e-4, key
+        assert difference(sums.double().square().mean((1, 2, 3, 4)).sqrt(), g[f"{key}_f_hat_rms"]) < 1e-4, key
+        part = g[f"{key}_image_part"]
+        with torch.no_grad():
+            pictures = (thin(tok.to_images(sums[-1]), part) + 1) / 2
+        assert difference(pictures, part) < 1e-4, key
+
+
+def test_evaluation_drops_no_classes_and_training_does():
+    """The official code drops them in both."""
+    torch.manual_seed(0)
+    model = var.VAR(replace(var.VAR_CONFIGS["demo"], scales=(1, 2), code_dim=4, vocab_size=16, class_dropout=1.0))
+    var.init_weights(model, gate=1.0)
+    for block in model.blocks:
+        block.drop = 0
+    inputs, labels = torch.randn(2, 4, 4), torch.tensor([3, 4])
+    none = torch.full_like(labels, 1000)
+    assert not torch.equal(model.eval()(inputs, labels), model(inputs, none))
+    assert torch.equal(model.train()(inputs, labels), model.eval()(inputs, none))
+
+
+def test_an_untrained_model_has_the_official_spread_of_weights():
+    g, meta = golden("var/var_parts")
+    for kind in ("plain", "shared"):
+        given = meta[f"init_{kind}"]
+        torch.manual_seed(0)
+        config = var.VARConfig(given["depth"], (1, 2, 3, 4), given["V"], given["Cvae"], shared_adaln=given["shared_aln"])
+        model = var.VAR(config)
+        var.init_weights(model, given["init_adaln_gamma"])
+        parameters = dict(model.named_parameters())
+        decayed = {id(q) for q in train_var.decayed(model)}
+        assert [block.drop for block in model.blocks] == pytest.approx(g[f"init_{kind}_drop_path"].tolist(), abs=1e-7)
+        seen = set()
+        for name, (numel, mean, std, _, decay) in zip(g[f"init_{kind}_names"].tolist(), g[f"init_{kind}_stats"].tolist()):
+            base, _, part = name.partition("[")
+            q = parameters[base]
+            seen.add(base)
+            assert (id(q) in decayed) == bool(decay), name
+            if part:   # gates apart from scales and shifts
+                halves = q.detach().view(6, -1)
+                q = halves[:2] if part.endswith(":2]") or part == ":2C]" else halves[2:]
+            assert q.numel() == numel, name
+            if std == 0:
+                assert float(q.detach().std()) < 1e-6 and float(q.detach().mean()) == pytest.approx(mean, abs=1e-6), name
+            else:
+                assert float(q.detach().std()) == pytest.approx(std, rel=8 / numel ** 0.5), name
+        assert seen == set(parameters)
+
+
+def test_learning_rate_and_weight_decay_follow_the_official_schedule():
+    g, meta = golden("var/var_parts")
+    for run in meta["recipes"]:
+        got = [train_var.schedule(int(step), run["max_it"], run["wpe"], run["wd_end"]) for step in g["lr_steps"]]
+        expected = g[run["key"]]
+        assert [lr * run["lr"] for lr, _ in got] == pytest.approx(expected[:, 0].tolist(), rel=1e-9)
+        assert [decay for _, decay in got] == pytest.approx(expected[:, 1].tolist(), rel=1e-9)
+
+
+def test_the_mask_the_filters_and_soft_entries_are_the_official_ones():
+    g, meta = golden("var/var_parts")
+    for name, scales in (("P1234", (1, 2, 3, 4)), ("P256", var_vq.SCALES_256), ("P512", var_vq.SCALES_512)):
+        seen = var.VAR(var.VARConfig(1, scales, 8, 4, 2)).attn_bias_for_masking[0, 0] == 0
+        packed = np.packbits(seen.numpy(), axis=1)
+        assert zlib.crc32(packed.tobytes()) == int(g[f"mask_{name}_crc32"])
+        assert torch.equal(seen.sum(1).int(), g[f"mask_{name}_visible_of_row"])
+        if f"mask_{name}_packed" in g:
+            assert np.array_equal(packed, g[f"mask_{name}_packed"].numpy())
+    for combo in meta["combos"]:
+        keep = sample.filter_logits(g["filter_logits"], combo["top_k"], combo["top_p"] or 1.0) > -torch.inf
+        assert np.array_equal(np.packbits(keep.numpy(), axis=-1), g[combo["key"]].numpy()), combo
+    for run in meta["smooth"]:
+        soft = var.soft_entries(g["smooth_logits"] * (1 + run["ratio"]), g[run["key"].replace("_h", "_gumbel")],
+                                run["tau"], g["smooth_codebook"])
+        assert difference(soft, g[run["key"]]) < 1e-4
+    for box in meta["boxes"]:
+        keep = var.kept(box["box_y0x0y1x1"], tuple(box["patch_nums"]), not box["inpainting"])
+        side = box["patch_nums"][-1]
+        assert torch.equal(keep.byte(), g[f"{box['key']}_kept"])
+        assert torch.equal(keep[-side * side:].view(side, side).byte(), g[f"{box['key']}_mask"])
+
+
+# ---- scripts --------------------------------------------------------------------------------------------------------
+def call(monkeypatch, module, *words):
+    """Run a script's main in this process."""
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, words)])
+    module.train_tokenizer() if words[0] == "tokenizer" else module.main()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with a tokenizer of three steps (vq), codes of 40 drawings (codes) and a transformer of six steps (run)
+    that was also stopped after its third and resumed (cut)."""
+    folder = tmp_path_factory.mktemp("var")
+    with pytest.MonkeyPatch.context() as patch:
+        call(patch, train_var, "tokenizer", "--data", "shapes:40", "--model", "VAR-demo", "--image-size", 24, "--lpips-weight",
+             0, "--batch-size", 8, "--disc-start", 2, "--max-steps", 3, "--ema-decay", 0.9, "--out", folder / "vq")
+        call(patch, var, "encode", "--vq", folder / "vq" / "ckpt.pt", "--data", "shapes:40", "--out", folder / "codes",
+             "--workers", 0)
+        flags = ["--vq", folder / "vq" / "ckpt.pt", "--codes", folder / "codes", "--model", "demo", "--batch-size", 4,
+                 "--max-steps", 6, "--save-every", 3, "--log-every", 1]
+        call(patch, train_var, *flags, "--out", folder / "run", "--sample-every", 6)
+        save = data.save_checkpoint
+
+        def save_and_stop(*what):
+            save(*what)
+            raise KeyboardInterrupt
+        patch.setattr(data, "save_checkpoint", save_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            call(patch, train_var, *flags, "--out", folder / "cut")
+        patch.setattr(data, "save_checkpoint", save)
+        call(patch, train_var, *flags, "--out", folder / "cut", "--resume")
+    return folder
+
+
+def pair_flags(folder):
+    return ["--vq", folder / "vq" / "ckpt.pt", "--var", folder / "run" / "ckpt.pt"]
+
+
+def test_train_vqs_own_loop_trains_the_tokenizer_with_average_and_discriminator(trained):
+    saved = data.read_checkpoint(trained / "vq" / "ckpt.pt")
+    assert saved["config"]["scales"] == (1, 2, 3, 4, 6) and saved["ema"] and saved["step"] == 3
+    records = [json.loads(line) for line in (trained / "vq" / "log.jsonl").read_text().splitlines()]
+    assert {"rec", "vq", "commit", "adv", "disc", "usage"} <= records[-1].keys()
+    assert (trained / "vq" / "recon_000003.png").exists()
+
+
+def test_codes_on_disk_are_those_of_the_tokenizer(trained):
+    codes, labels, meta = data.load_codes(trained / "codes")
+    assert codes.shape == (40, 2, 66) and codes.dtype == np.uint16 and meta["codes"] == 66 and len(labels) == 40
+    model = var_vq.load_tokenizer(trained / "vq" / "ckpt.pt")
+    crop = data.center_crop(data.open_images("shapes:40").load(7), 24)
+    assert torch.equal(model.encode(vq.to_tensor(crop)[None])[0].int(), torch.from_numpy(codes[7, 0].astype(np.int32)))
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_to_the_last_bit(trained):
+    whole, cut = (data.read_checkpoint(trained / name / "ckpt.pt") for name in ("run", "cut"))
+    assert all(torch.equal(value, cut["model"][name]) for name, value in whole["model"].items())
+    losses = [[json.loads(line)["loss"] for line in (trained / name / "log.jsonl").read_text().splitlines()]
+              for name in ("run", "cut")]
+    assert len(losses[0]) == 6 and losses[0] == losses[1] and abs(losses[0][0] - math.log(256)) < 0.1
+    assert (trained / "run" / "samples_000006.png").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_even_where_a_convolution_is_idle(trained, tmp_path):
+    """Of two scales the first takes φ 0, the last φ 3; DDP would wait for the others' gradients."""
+    run = tmp_path / "run.py"
+    run.write_text(f"""import sys
+sys.path[:0] = {[str(ROOT / "extras"), str(ROOT)]!r}
+from dataclasses import replace
+import train_vq, var_vq
+train_vq.main(var_vq.ScaleVQ, {{"two": replace(var_vq.TOKENIZERS["VAR-demo"], scales=(3, 6))}})
+""")
+    env = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    flags = ["--data", "shapes:40", "--image-size", "24", "--lpips-weight", "0", "--disc-weight", "0", "--batch-size", "8",
+             "--max-steps", "2", "--sample-every", "0", "--log-every", "1"]
+    results = []
+    for name, start in (("one", [sys.executable]), ("two", torchrun)):
+        done = subprocess.run([*start, run, *flags, "--out", tmp_path / name], env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        log = (tmp_path / name / "log.jsonl").read_text().splitlines()
+        results.append([json.loads(line)["rec"] for line in log])
+    assert results[0] == pytest.approx(results[1], abs=1e-5)
+    done = subprocess.run([*torchrun, "extras/train_var.py", *map(str, [
+        "--vq", trained / "vq" / "ckpt.pt", "--codes", trained / "codes", "--model", "demo", "--batch-size", 4,
+        "--max-steps", 2, "--micro-batch", 1, "--sample-every", 0, "--out", tmp_path / "var"])], cwd=ROOT, env=env,
+        capture_output=True, text=True)
+    assert done.returncode == 0 and (tmp_path / "var" / "ckpt.pt").exists(), done.stderr
+
+
+def test_an_image_follows_from_its_seed_whatever_the_batch_and_goes_on_after_a_stop(trained, tmp_path, monkeypatch):
+    call(monkeypatch, var, "sample", *pair_flags(trained), "--num-samples", 7, "--batch-size", 7, "--seed", 5, "--out",
+         tmp_path / "a.npz")
+    model, tokenizer = var.load_var(trained / "run" / "ckpt.pt"), var_vq.load_tokenizer(trained / "vq" / "ckpt.pt")
+    alone = var.draw_pixels(model, tokenizer, [torch.tensor([3])], [5 + 3])
+    monkeypatch.setattr(sample, "CHUNK", 3)
+    with monkeypatch.context() as patch:
+        real = np.save
+        patch.setattr(np, "save", lambda *a: (real(*a), None)[1] if "0000000" in str(a[0]) else sys.exit(9))
+        with pytest.raises(SystemExit):
+            call(patch, var, "sample", *pair_flags(trained), "--num-samples", 7, "--batch-size", 2, "--seed", 5, "--out",
+                 tmp_path / "b.npz")
+    call(monkeypatch, var, "sample", *pair_flags(trained), "--num-samples", 7, "--batch-size", 2, "--seed", 5, "--out",
+         tmp_path / "b.npz")
+    with np.load(tmp_path / "a.npz", allow_pickle=False) as a, np.load(tmp_path / "b.npz", allow_pickle=False) as b:
+        assert a["arr_0"].shape == (7, 24, 24, 3) and a["labels"].tolist() == list(range(7))
+        assert np.abs(a["arr_0"].astype(int) - b["arr_0"]).max() <= 1     # rounding of the decoder
+        assert np.abs(a["arr_0"][3].astype(int) - alone[0]).max() <= 1
+        assert len(np.unique(a["arr_0"].reshape(7, -1), axis=0)) == 7
+
+
+def test_an_edit_keeps_what_is_to_be_kept_and_pictures_are_written(trained, tmp_path, monkeypatch):
+    model, tokenizer = var.load_var(trained / "run" / "ckpt.pt"), var_vq.load_tokenizer(trained / "vq" / "ckpt.pt")
+    codes = torch.randint(256, (1, 66))
+    keep = torch.ones(66, dtype=torch.bool)
+    *_, (_, f_hat) = var.draw_scales(model, tokenizer.quantize, torch.tensor([0]), torch.tensor([0]), keep=(codes, keep),
+                                     more_smooth=True)
+    assert torch.allclose(f_hat, list(tokenizer.quantize.sums(codes))[-1], atol=1e-6)
+    crop = data.center_crop(data.draw_shape((3, 3)), 24)
+    crop.save(tmp_path / "star.png")
+    for words in (["--box", "0.5,0,1,1"], ["--box", "0.25,0.25,0.75,0.75", "--outside", "--classes", "star", "--count", 2]):
+        call(monkeypatch, var, "edit", *pair_flags(trained), *words, "--out", tmp_path / "edit.png", tmp_path / "star.png")
+        assert data.open_image(tmp_path / "edit.png").width > 300
+    call(monkeypatch, var, "reconstruct", "--vq", trained / "vq" / "ckpt.pt", "--out", tmp_path / "scales.png",
+         tmp_path / "star.png")
+    call(monkeypatch, var, "sample", *pair_flags(trained), "--classes", "star,0", "--count", 2, "--out", tmp_path / "s.png")
+    assert (tmp_path / "scales.png").exists() and (tmp_path / "s.png").exists()
+
+
+def test_released_files_load_in_every_wrapper_and_their_size_is_recognised(tmp_path, monkeypatch):
+    config = var.VARConfig(1, var_vq.SCALES_256, 12, 32, 7, shared_adaln=True)
+    state = var.VAR(config).state_dict()
+    for checkpoint in (state, {"trainer": {"var_wo_ddp": state}, "epoch": 3}):
+        torch.save(checkpoint, tmp_path / "var.pth")
+        assert var.load_var(tmp_path / "var.pth").config == config
+    small, state = official_tokenizer({"ch": 32, "Cvae": 32, "V": 16, "patch_nums": var_vq.SCALES_256})
+    torch.save(state, tmp_path / "vae.pth")
+    monkeypatch.setattr(var_vq.ScaleVQ, "released_config", small)
+    model = var_vq.load_tokenizer(tmp_path / "vae.pth", scales=var_vq.SCALES_512)
+    assert model.codes_per_image(512) == 2240 and not model.training
+    with pytest.raises(ValueError, match="do not belong together"):
+        var_vq.load_tokenizer(tmp_path / "vae.pth", scales=(1, 2, 16))
+
+
+def test_checkpoints_of_the_two_projects_are_told_apart(trained, tmp_path):
+    """LlamaGen's where VAR's is meant, and the reverse."""
+    demo = vq.VQ_CONFIGS["VQ-demo"]
+    torch.save({"model": vq.VQModel(demo).state_dict(), "config": asdict(demo)}, tmp_path / "vq.pt")
+    torch.save({"tok_embeddings.weight": torch.zeros(4, 4)}, tmp_path / "gpt.pt")
+    mine, theirs = trained / "vq" / "ckpt.pt", trained / "run" / "ckpt.pt"
+    for load, path, sentence in ((var_vq.load_tokenizer, tmp_path / "vq.pt", "is a tokenizer of LlamaGen"),
+                                 (vq.load_vq, mine, "is a tokenizer of VAR"),
+                                 (var.load_var, tmp_path / "gpt.pt", "is LlamaGen's GPT"),
+                                 (var.load_var, mine, "no pos_1LC"),
+                                 (var_vq.load_tokenizer, theirs, "is not a tokenizer checkpoint"),
+                                 (gpt.load_gpt, theirs, "is it VAR")):
+        with pytest.raises(ValueError, match=sentence):
+            load(path)
+
+
+@pytest.mark.parametrize("words, sentence", [
+    (["edit", "--box", "0.5,0.5,1.5,1"], "as fractions of the image"),
+    (["edit", "--box", "0.5,0.5,0.2,1"], "as fractions of the image"),
+    (["edit", "--box", "0.5,0.5,0.51,1"], "is empty"),
+    (["edit", "--box", "0.5,0.5"], "four numbers"),
+    (["edit", "--box", "0,0,0.5,1"], "has 64 x 64 pixels; the model edits images of 24 x 24"),
+    (["sample", "--classes", "stare"], "is no class's name"),
+    (["sample", "--top-p", "0"], "--top-p 0.0 is not between"),
+    (["sample", "--out", "x.jpg"], "ends in .png"),
+    (["encode", "--data", "shapes:4", "--image-size", "32"], "do not end at 8"),
+])
+def test_a_mistake_gets_one_sentence(trained, tmp_path, monkeypatch, capsys, words, sentence):
+    monkeypatch.chdir(tmp_path)
+    data.draw_shape((0, 0)).save("star.png")
+    flags = pair_flags(trained)[:2] if words[0] == "encode" else pair_flags(trained)
+    with pytest.raises(SystemExit) as stop:
+        call(monkeypatch, var, *words[:1], *flags, *words[1:], *(["star.png"] if words[0] == "edit" else []))
+    assert stop.value.code == 2 and sentence in capsys.readouterr().err
+
+
+def test_training_refuses_in_one_sentence(trained, tmp_path, monkeypatch, capsys):
+    flags = ["--vq", trained / "vq" / "ckpt.pt", "--codes", trained / "codes", "--model", "demo", "--batch-size", 4]
+    demo = vq.VQ_CONFIGS["VQ-demo"]
+    torch.save({"model": vq.VQModel(demo).state_dict(), "config": asdict(demo)}, tmp_path / "vq.pt")
+    for words, sentence in ((["tokenizer", "--data", "shapes", "--model", "VAR-demo", "--image-size", 32], "do not end at 8"),
+                            ([*flags, "--out", trained / "run"], "add --resume"),
+                            ([*flags, "--model", "d16", "--out", trained / "run", "--resume"], "is of another model"),
+                            ([*flags, "--micro-batch", 3], "does not divide"),
+                            ([*flags, "--vq", tmp_path / "vq.pt"], "is a tokenizer of LlamaGen")):
+        with pytest.raises(SystemExit) as stop:
+            call(monkeypatch, train_var, *words)
+        assert stop.value.code == 2 and sentence in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        call(monkeypatch, train_gpt, "--codes", trained / "codes", "--model", "demo", "--out", tmp_path / "gpt")
+    assert "for extras/train_var.py" in capsys.readouterr().err
