@@ -30,6 +30,7 @@ from conftest import ROOT, fill
 from PIL import Image
 
 import captions
+import data
 import gpt
 import sample
 import vq
@@ -756,6 +757,20 @@ class Browser:
     def text(self, element):
         return self.run(f"$('{element}').innerText")
 
+    def stroke(self, points, touch=False):
+        """Draw over the picture, with the mouse or a finger; points are in codes from its upper left corner."""
+        self.run("$('canvas').scrollIntoView({block: 'center'})")
+        box = self.run("(b => [b.left, b.top, b.width])($('canvas').getBoundingClientRect())")
+        at = [{"x": box[0] + x * box[2] / GRID, "y": box[1] + y * box[2] / GRID} for x, y in points]
+        if touch:
+            for i, point in enumerate(at):
+                self("Input.dispatchTouchEvent", type="touchMove" if i else "touchStart", touchPoints=[point])
+            self("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+        else:
+            kinds = ["mousePressed", *["mouseMoved"] * (len(at) - 1), "mouseReleased"]
+            for kind, point in zip(kinds, [*at, at[-1]]):
+                self("Input.dispatchMouseEvent", type=kind, button="left", buttons=1, clickCount=1, **point)
+
     def close(self):
         self.loop.run_until_complete(self.session.close())
         self.loop.close()
@@ -851,6 +866,46 @@ def test_the_page_tells_kindly_what_is_wrong(engine, browser):
         browser.run("$('go').click()")
         until(lambda: "The engine has stopped" in browser.text("error"))
         engine.errored = False
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_draws_a_part_of_a_picture_anew(engine, server, browser, width, tmp_path):
+    """Chosen at the wide page, where a mouse paints, and dropped on the narrow one, where a finger does."""
+    touch, image = width < 600, photo((SIDE * 5, SIDE * 3))
+    browser.open(f"{server.url}/?classes=heart&n=2&seed=7", width)
+    browser("Emulation.setTouchEmulationEnabled", enabled=touch)
+    if touch:
+        picture = base64.b64encode(file_of(image)).decode()
+        browser.run(f"""const bytes = Uint8Array.from(atob("{picture}"), c => c.charCodeAt(0)), files = new DataTransfer()
+            files.items.add(new File([bytes], "a.png", {{type: "image/png"}}))
+            document.dispatchEvent(new DragEvent("drop", {{dataTransfer: files, cancelable: true}}))""")
+    else:
+        (tmp_path / "a.png").write_bytes(file_of(image))
+        chooser = browser("Runtime.evaluate", expression="$('photo')")["result"]["objectId"]
+        browser("DOM.setFileInputFiles", files=[str(tmp_path / "a.png")], objectId=chooser)
+    until(lambda: browser.run("!$('editor').hidden && photo.width") == 3 * SIDE)
+    browser.run("$('go').click()")
+    until(lambda: "Paint over what is to be drawn anew." in browser.text("error"))
+    browser.run("$('brush').value = 1")
+    browser.stroke([(1.5, 1.5), (2.5, 1.5), (2.5, 2.5), (1.6, 2.5)], touch)
+    assert sorted(browser.run("[...hole]")) == [5, 6, 9, 10]
+    browser.stroke([(2.5, 2.5), (2.6, 2.6)], touch)                     # what begins on the hole makes it smaller
+    assert sorted(browser.run("[...hole]")) == [5, 6, 9]
+    browser.run("document.querySelector('[data-hole=middle]').click()")
+    assert sorted(browser.run("[...hole]")) == [5, 6, 9, 10]
+    engine.step.clear()
+    browser.run("$('go').click()")
+    until(lambda: browser.run("document.querySelectorAll('figure img').length") == 2)
+    assert browser.run("document.querySelector('img').style.clipPath") == ""   # what is kept is seen at once
+    engine.step.set()
+    until(lambda: browser.text("status").startswith("2 images in"))
+    middle = data.center_crop(image.crop((SIDE, 0, 4 * SIDE, 3 * SIDE)), SIDE)
+    for j, href in enumerate(browser.run("[...document.querySelectorAll('figure a')].map(a => a.href.split(',')[1])")):
+        assert np.abs(pixels(href).astype(int) - edited(middle, 1, 7 + j, MIDDLE)).max() < 12   # the browser scaled it
+    assert browser.run("document.documentElement.scrollWidth") <= width and not browser.complaints
+    browser.run("$('unload').click()")
+    assert browser.run("$('editor').hidden && !$('drop').hidden && photo === null")
+    browser("Emulation.setTouchEmulationEnabled", enabled=False)
 
 
 @pytest.mark.parametrize("width", [1280, 390])
