@@ -445,7 +445,7 @@ def within(parser, args, **limits):
 
 
 def device(name):
-    """A type for --device: its text, for "cuda" with the number of this process's own GPU (under torchrun each has one);
+    """A type for --device: its text, for "cuda" with the number of this process's GPU (under torchrun each has one);
     or argparse's error with one sentence where torch has no such device."""
     try:
         wanted = torch.device(name)
