@@ -518,6 +518,7 @@ def test_checkpoints_of_the_two_projects_are_told_apart(trained, tmp_path):
     (["edit", "--box", "0.5,0.5,0.2,1"], "as fractions of the image"),
     (["edit", "--box", "0.5,0.5,0.51,1"], "is empty"),
     (["edit", "--box", "0.5,0.5"], "four numbers"),
+    (["edit", "--box", "0,0,1,1", "--classes", "star,ring"], "2 classes for 1 pictures"),
     (["edit", "--box", "0,0,0.5,1"], "has 64 x 64 pixels; the model edits images of 24 x 24"),
     (["sample", "--classes", "stare"], "is no class's name"),
     (["sample", "--top-p", "0"], "--top-p 0.0 is not between"),
