@@ -110,7 +110,7 @@ def main():
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)   # weights stay float32
     torch.manual_seed(args.seed)
     out = Path(args.out)
-    signals = checkpoints.catch_signals() if __name__ == "__main__" else []   # a test that imports this can be ended
+    signals = checkpoints.catch_signals()
 
     def print0(text):
         if rank == 0:
