@@ -331,6 +331,8 @@ def test_a_gpu_that_is_not_there_is_refused(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         train(monkeypatch, "shapes:8", tmp_path / "run", "--device", "cuda")
     assert stop.value.code == 2 and "cuda: torch sees 2 GPUs here" in capsys.readouterr().err
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert data.device("cuda") == "cuda:1" and data.device("cuda:0") == "cuda:0" and data.device("cpu") == "cpu"
 
 
 def test_missing_lpips_files_are_named(tmp_path, monkeypatch):
