@@ -267,7 +267,8 @@ def test_the_readme_holds_what_was_measured_and_the_pictures_can_be_drawn(tmp_pa
     ideas, readme = [run.read(name) for name in run.names()], (ROOT / "ablations" / "README.md").read_text()
     scatter = table.spread(rows, ideas)
     for idea in ideas:
-        assert "\n".join(table.lines_of(rows, idea, scatter)) in readme, f"{idea['name']}: python ablations/run.py --table"
+        lines = "\n".join(table.lines_of(rows, idea, scatter))
+        assert lines in readme, f"{idea['name']}: python ablations/run.py --table"
     table.bars([("loss", False, [("a", 0.1, 0.01), ("b", -0.2, 0.0)]), ("PSNR", True, [("c", 1.0, 0.1)])],
                tmp_path / "bars.png")
     table.scaling([(1e5, 5.0), (1e6, 4.5), (1e7, 4.1)], tmp_path / "fit.png")
