@@ -28,7 +28,7 @@ test: .venv/installed
 $(RUN)/vq/ckpt.pt: | .venv/installed
 	@echo "1/4  the tokenizer: 24 x 24 pixels <-> 6 x 6 codes"
 	$(PYTHON) train_vq.py --data shapes --model VQ-demo --image-size 24 --lpips-weight 0 --batch-size 32 --max-steps 1200 \
-	    --lr 1.5e-3 --warmup-steps 100 --schedule cosine --log-every 50 --out $(RUN)/vq
+	    --lr 1.5e-3 --warmup-steps 100 --schedule cosine --ema-decay 0.9999 --log-every 50 --out $(RUN)/vq
 
 $(RUN)/codes/meta.json: $(RUN)/vq/ckpt.pt
 	@echo "2/4  the pictures as codes"
@@ -79,7 +79,7 @@ demo-text: $(TEXT)/samples.npz
 $(VAR)/vq/ckpt.pt: | .venv/installed
 	@echo "1/4  the tokenizer: 24 x 24 pixels <-> grids of 1, 2, 3, 4 and 6 codes a side"
 	$(PYTHON) extras/train_var.py tokenizer --data shapes --model VAR-demo --image-size 24 --lpips-weight 0 --batch-size 32 \
-	    --max-steps 900 --lr 1.5e-3 --warmup-steps 100 --schedule cosine --log-every 50 --out $(VAR)/vq
+	    --max-steps 900 --lr 1.5e-3 --warmup-steps 100 --schedule cosine --ema-decay 0.9999 --log-every 50 --out $(VAR)/vq
 
 $(VAR)/codes/meta.json: $(VAR)/vq/ckpt.pt
 	@echo "2/4  the pictures as codes"

@@ -9,6 +9,7 @@ folders, mistakes in flags, the embedded data set `shapes`.
 """
 import argparse
 import cmath
+import fcntl
 import hashlib
 import io
 import json
@@ -349,29 +350,35 @@ def cache_dir():
 
 
 def download(url, path, sha256=""):
-    """Fetch `url` to `path` unless it is there, with a progress bar, by way of a temporary name; returns the path.
+    """Fetch `url` to `path` unless it is there, with a progress bar, by way of a temporary name; returns the path. Of
+    several processes one fetches it while the others wait.
     `sha256` is the start of the file's hexadecimal digest. Raises OSError with one sentence."""
     path = Path(path)
     if path.exists():
         return path
     tmp = path.with_name(path.name + ".part")
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with urllib.request.urlopen(url, timeout=30) as response, open(tmp, "wb") as f:
-            size = int(response.headers.get("Content-Length", 0))
-            with progress(size or None, path.name, unit="B") as bar:
-                while block := response.read(1 << 20):
-                    f.write(block)
-                    bar.update(len(block))
-        if size and tmp.stat().st_size != size:
-            raise OSError(f"{tmp.stat().st_size:,} of {size:,} bytes came")
-        if not file_hash(tmp).startswith(sha256):
-            raise OSError("its SHA-256 is not the expected one")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path.parent / ".lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if path.exists():   # another process has fetched it meanwhile
+                return path
+            with urllib.request.urlopen(url, timeout=30) as response, open(tmp, "wb") as f:
+                size = int(response.headers.get("Content-Length", 0))
+                with progress(size or None, path.name, unit="B") as bar:
+                    while block := response.read(1 << 20):
+                        f.write(block)
+                        bar.update(len(block))
+            if size and tmp.stat().st_size != size:
+                raise OSError(f"{tmp.stat().st_size:,} of {size:,} bytes came")
+            if not file_hash(tmp).startswith(sha256):
+                raise OSError("its SHA-256 is not the expected one")
+            os.replace(tmp, path)
     except OSError as error:
-        tmp.unlink(missing_ok=True)
+        if os.path.isfile(tmp):
+            tmp.unlink()
         reason = getattr(error, "reason", error)
         raise OSError(f"could not download {url} ({reason}); fetch it elsewhere and put it at {path}") from None
-    os.replace(tmp, path)
     return path
 
 
@@ -437,13 +444,15 @@ def within(parser, args, **limits):
 
 
 def device(name):
-    """A type for --device: its text, or argparse's error with one sentence where torch has no such device."""
+    """A type for --device: its text, or argparse's error with one sentence where torch has no such device. Each process
+    of a torchrun needs a GPU of its own."""
     try:
         wanted = torch.device(name)
     except RuntimeError:
         raise argparse.ArgumentTypeError(f"{name} is not a device; cuda and cpu are") from None
-    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
-        raise argparse.ArgumentTypeError(f"{name}: torch sees {torch.cuda.device_count()} GPUs here")
+    number = int(os.environ.get("LOCAL_RANK", 0)) if wanted.index is None else wanted.index
+    if wanted.type == "cuda" and number >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(f"{name}: torch sees {torch.cuda.device_count()} GPUs here; cpu needs none")
     return name
 
 

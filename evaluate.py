@@ -548,7 +548,7 @@ RANGES = {"batch_size": (1, 1e5), "keep": (4, 1e9), "size": (1, 8192), "image_si
 
 
 def check(parser, args):
-    """Refuse flags that cannot work with one sentence, now and not after an hour; make the folders of --out and --json."""
+    """Refuse, with one sentence and before the work, flags that cannot work; make the folders of --out and --json."""
     data.within(parser, args, **{name: limits for name, limits in RANGES.items() if name in args})
     for name in ("out", "json"):
         path = getattr(args, name, None)

@@ -16,7 +16,6 @@ The loss is plain cross-entropy: every code is predicted from its class or capti
 # Shapes:  B images in this process's share of a batch   T codes per image   V codebook entries   N images   A crops
 #          c condition tokens   D features of a caption's token
 import argparse
-import importlib
 import itertools
 import json
 import math
@@ -26,7 +25,6 @@ import shutil
 import signal
 import sys
 import sysconfig
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
@@ -95,7 +93,7 @@ def parse():
     p.add_argument("--consolidate", action="store_true", help="FSDP: write ckpt.pt at every save, not only at the end")
     # the machine
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--device", choices=["cuda", "cpu"], help="(default: cuda where there is one)")
+    p.add_argument("--device", type=data.device, help="cuda or cpu (default: cuda where there is one)")
     p.add_argument("--dtype", choices=["float32", "bfloat16"], help="arithmetic (default: bfloat16 on GPU)")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile blocks (default: on GPU)")
     p.add_argument("--parallel", choices=["auto", "ddp", "fsdp"], default="auto", help="ddp: every process holds the "
@@ -143,8 +141,7 @@ def main():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     bf16 = args.dtype == "bfloat16" if args.dtype else device.type == "cuda"
-    compile_asked = args.compile if args.compile is not None else device.type == "cuda"
-    compiled = compile_asked and can_compile(device)
+    compiled = can_compile(args.compile, device)
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)   # weights stay float32
     out = Path(args.out)
     signals = catch_signals() if __name__ == "__main__" else []   # a test that imports this file can be ended
@@ -178,6 +175,7 @@ def main():
         source = {"classes": meta["classes"], "tokenizer": meta["tokenizer"], "image_size": meta["image_size"],
                   "crops": meta.get("crops"), "images": len(codes), "text": encoder}
         check_files(args, world, sharded, meta, config, source, len(usable), path, resumed, init, vq_model)
+        board = data.open_log(out, resumed["step"] if resumed else 0, args.tensorboard) if rank == 0 else None
     except (OSError, ValueError) as error:
         parser.error(str(error))
 
@@ -249,8 +247,6 @@ def main():
             f"{len(codes) - len(usable):,} images do not have" if encoder else f"{config.num_classes} classes"
     print0(f"torch {torch.__version__}, {world} process(es) on {device.type}{' with FSDP' * sharded}, "
            f"{'bfloat16' if bf16 else 'float32'}{', compiled' * compiled}")
-    if compile_asked and not compiled:
-        print0("not compiled, since there is no C compiler (on a CPU: C++), or no header files of Python")
     print0(f"{args.model}: {parameters / 1e6:.1f}M parameters; {T} codes of {config.vocab_size:,} an image, {about}")
     print0(f"{args.codes}: {len(train_ids):,} images x {codes.shape[1]} crops, {len(val_ids)} held out; {max_steps:,} "
            f"steps of {args.batch_size} images ({args.batch_size * T:,} codes) = "
@@ -262,7 +258,6 @@ def main():
     else:
         print0(f"the first loss should be {math.log(config.vocab_size):.2f} = ln({config.vocab_size}), since the "
                "output layer starts at zero")
-    board = open_log(out, first, args.tensorboard) if rank == 0 else None
 
     # ---- loop -------------------------------------------------------------------------------------------------------
     def due(every):
@@ -331,8 +326,10 @@ def main():
             record = {"step": step, "loss": float(total) / world / (step - clock_step), "val_loss": val_loss,
                       "lr": lr * scale, "norm": float(norm), "codes_per_s": args.batch_size * T / seconds,
                       "mfu": gpt.utilisation(config, args.batch_size / world / seconds, device)}
+            record = {name: value for name, value in record.items() if value is not None}
             if rank == 0:
-                log(record, seconds, max_steps, out, board)
+                data.log(record, out, board)
+                print_step(record, seconds, max_steps)
             total.zero_()
             clock, clock_step, val_loss = time.time(), step, None
         if args.vq and due(args.sample_every):
@@ -356,26 +353,16 @@ def main():
 
 
 # ---- what cannot be -------------------------------------------------------------------------------------------------
-RANGES = [(1, 1e9, "image-size batch-size micro-batch max-steps val-every log-every save-every shard-size"),
-          (0, 1e9, "warmup-steps val-images sample-every keep seed"), (1e-6, 1e6, "epochs grad-clip timeout"),
-          (0, 1e3, "lr weight-decay"), (0, 1, "class-dropout"), (0, 0.999999, "dropout ema-decay")]
-
-
 def check_flags(parser, args):
     """Refuse, with one sentence, what can be seen from the flags alone."""
-    for low, high, flags in RANGES:
-        for flag in flags.split():
-            value = getattr(args, flag.replace("-", "_"))
-            if value is not None and not low <= value <= high:   # nan is neither
-                parser.error(f"--{flag} {value}: it must lie between {low:g} and {high:g}")
-    gpus = torch.cuda.device_count()
-    if args.device == "cuda" and int(os.environ.get("LOCAL_RANK", 0)) >= gpus:
-        parser.error(f"--device cuda: PyTorch sees {gpus} GPUs, and each process needs one; --device cpu needs none")
-    if args.tensorboard:
-        try:
-            importlib.import_module("torch.utils.tensorboard")
-        except ImportError as error:
-            parser.error(f"--tensorboard: {error}; install it with: pip install tensorboard")
+    data.within(parser, args, image_size=(1, 8192), seed=(0, 2 ** 32), batch_size=(1, 2 ** 20),
+                micro_batch=(1, 2 ** 20), epochs=(1e-6, 1e6), max_steps=(1, 1e9), lr=(0, 10), warmup_steps=(0, 1e9),
+                weight_decay=(0, 10), grad_clip=(1e-9, 1e9), dropout=(0, 0.999), class_dropout=(0, 1),
+                ema_decay=(0, 0.9999999), val_images=(0, 1e9), val_every=(1, 1e9), sample_every=(0, 1e9),
+                log_every=(1, 1e9), save_every=(1, 1e9), keep=(0, 1e6), shard_size=(1, 2 ** 20), timeout=(0.01, 1e6))
+    gpus, local_rank = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
+    if gpus and args.device != "cpu" and local_rank >= gpus:
+        parser.error(f"torch sees {gpus} GPUs here, and each process needs one; --device cpu needs none")
 
 
 def check_files(args, world, sharded, meta, config, source, usable, path, resumed, init, vq_model):
@@ -436,12 +423,6 @@ def check_files(args, world, sharded, meta, config, source, usable, path, resume
             raise ValueError(f"--init {args.init} was trained on captions of another encoder "
                              f"({init.text['encoder']}) than {args.codes} ({source['text']['encoder']})")
 
-    try:
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=args.out).close()
-    except OSError as error:
-        raise ValueError(f"--out {args.out}: nothing can be written there ({error.strerror})") from None
-
 
 # ---- data -----------------------------------------------------------------------------------------------------------
 def one_ahead(items):
@@ -465,7 +446,7 @@ def shard(model, shard_size, device, bf16):
                                   cast_forward_inputs=False)
     for module in (*model.layers, model):
         fully_shard(module, mesh=mesh, mp_policy=policy)
-        module.set_force_sum_reduction_for_comms(True)   # then divide: gloo's own mean is a sum before torch 2.9
+        module.set_force_sum_reduction_for_comms(True)   # and then divide: gloo's mean is a sum in torch 2.8
 
 
 def part(value, like):
@@ -578,13 +559,18 @@ def save_shards(state, plain, out):
 
 
 # ---- how a run goes -------------------------------------------------------------------------------------------------
-def can_compile(device):
-    """Whether torch.compile finds what it needs: a compiler, for C on a GPU and C++ on a CPU, and Python's headers."""
+def can_compile(asked, device):
+    """Whether to compile: if asked to (None: on a GPU), and if there is what it takes, a compiler for C (on a CPU: C++)
+    and the header files of Python. Slim images have neither, and get a warning."""
     names = ["gcc", "clang", os.environ.get("CC", "cc")]
     if device.type == "cpu":
         names = ["g++", "clang++", os.environ.get("CXX", "c++")]
-    headers = Path(sysconfig.get_path("include")) / "Python.h"
-    return any(map(shutil.which, names)) and headers.exists()
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    ready = any(map(shutil.which, names)) and header.exists()
+    asked = device.type == "cuda" if asked is None else asked
+    if asked and not ready:
+        print(f"warning: not compiled: that needs {header} and one of {', '.join(names)}", file=sys.stderr)
+    return asked and ready
 
 
 def catch_signals():
@@ -609,26 +595,8 @@ def status(norm, asked, world):
     return not failed, bool(stop)
 
 
-def open_log(out, first, tensorboard):
-    """Keep of log.jsonl the steps up to `first`, since those after the checkpoint come again.
-    Returns TensorBoard's writer, or None."""
-    if (out / "log.jsonl").exists():
-        lines = [line for line in (out / "log.jsonl").read_text().splitlines(keepends=True) if line.endswith("}\n")]
-        (out / "log.tmp").write_text("".join(line for line in lines if json.loads(line)["step"] <= first))
-        os.replace(out / "log.tmp", out / "log.jsonl")
-    if tensorboard:
-        from torch.utils.tensorboard import SummaryWriter
-        return SummaryWriter(out, purge_step=first + 1)
-
-
-def log(record, seconds, max_steps, out, board):
-    """Print a line, and add the record, without what it does not know, to log.jsonl and to TensorBoard."""
-    record = {name: value for name, value in record.items() if value is not None}
-    with open(out / "log.jsonl", "a") as file:
-        file.write(json.dumps(record) + "\n")
-    for name in record.keys() - {"step"} if board else ():
-        board.add_scalar(name, record[name], record["step"])
-        board.flush()
+def print_step(record, seconds, max_steps):
+    """One line."""
     print(f"step {record['step']:06d}/{max_steps} | loss {record['loss']:.4f}"
           + (f" | val {record['val_loss']:.4f}" if "val_loss" in record else "")
           + f" | lr {record['lr']:.1e} | norm {record['norm']:.2f} | {seconds * 1e3:.0f} ms"
@@ -657,8 +625,8 @@ def validate(model, ids, load, micro, rank, world, device, autocast):
 
 
 def conditions(config, meta, folder, text, spans, usable):
-    """What samples are drawn from, and their titles: the first ten classes as [labels], or ten captions from among the
-    first ten thousand as [features, mask]."""
+    """What samples are drawn from, and their titles: ten classes as [labels], or ten captions, spread over the first
+    ten thousand, as [features, mask]."""
     if not config.caption_dim:
         titles = meta["classes"][:10]
         return [torch.arange(len(titles))], titles

@@ -71,7 +71,8 @@ def parse(configs):
     # the machine
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--workers", type=int, help="processes that decode images (default: 8 on GPU, 0 on CPU)")
-    p.add_argument("--device", type=data.device, help="cuda or cpu (default: cuda where there is one)")
+    p.add_argument("--device", type=data.device, default="cuda" if torch.cuda.is_available() else "cpu",
+                   help="cuda or cpu (default: cuda where there is one)")
     p.add_argument("--dtype", choices=["float32", "bfloat16"], help="arithmetic (default: bfloat16 on GPU)")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the model")
     p.add_argument("--checkpoint-activations", action="store_true", help="compute each block again in the backward "
@@ -239,7 +240,7 @@ def main(tokenizer=vq.VQModel, configs=vq.VQ_CONFIGS):
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     check_flags(parser, args, world)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(args.device)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
@@ -453,16 +454,15 @@ def check_files(args, config, resumed, init):
 
 # ---- being asked to stop --------------------------------------------------------------------------------------------
 def catch_signals():
-    """A list that gets the signals which queues send before they kill; a second one ends the process at once."""
+    """A list that gets what queues send before they kill; a second signal ends the process at once."""
     caught = []
 
     def note(number, _):
         caught.append(number)
         signal.signal(number, signal.SIG_DFL)
 
-    if __name__ == "__main__":   # where a test imports this file, let it be ended
-        signal.signal(signal.SIGTERM, note)
-        signal.signal(signal.SIGUSR1, note)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, note)
     return caught
 
 

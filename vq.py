@@ -319,7 +319,7 @@ def shuffled(n, seed, start=0):
 
 
 # ---- codes on disk --------------------------------------------------------------------------------------------------
-BLOCK = 256   # images whose codes `encode` writes as one file until all are joined
+BLOCK = 64   # images whose codes `encode` writes as one file until all are joined
 
 
 def encode(args, tokenizer=VQModel):
@@ -344,27 +344,19 @@ def encode(args, tokenizer=VQModel):
     if world > 1:   # a day: one process may have all the slow images, and the others wait for it
         dist.init_process_group("gloo", timeout=timedelta(days=1))
 
-    blocks = range(0, len(images), BLOCK)
-    parts = [out / "parts" / f"{start:09d}.npz" for start in blocks]
-    numbers = []   # of the images of each batch, none of which crosses the end of a block
-    per_batch = max(1, args.batch_size // A)
-    for start, part in list(zip(blocks, parts))[rank::world]:
-        block = range(start, min(start + BLOCK, len(images)))
-        numbers += [] if part.exists() else [block[i:i + per_batch] for i in range(0, len(block), per_batch)]
-    loader = torch.utils.data.DataLoader(data.Crops(images, size, ranges), batch_sampler=numbers, collate_fn=list,
+    blocks = [range(start, min(start + BLOCK, len(images))) for start in range(0, len(images), BLOCK)]
+    parts = [out / "parts" / f"{block.start:09d}.npz" for block in blocks]
+    todo = [block for block, part in list(zip(blocks, parts))[rank::world] if not part.exists()]
+    loader = torch.utils.data.DataLoader(data.Crops(images, size, ranges), batch_sampler=todo, collate_fn=list,
                                          num_workers=args.workers)
-    codes, states = [], []   # of this block until now
-    with data.progress(sum(map(len, numbers)), "encode" + f" (process 1 of {world})" * (world > 1), rank) as bar:
-        for batch, rows in one_late(loader, model, device):
-            codes.append(rows.reshape(-1, A, meta["codes"]).astype(np.uint16))
-            states += [data.DONE if isinstance(found, np.ndarray) else found for _, found in batch]
-            end = batch[-1][0] + 1
-            if end % BLOCK == 0 or end == len(images):
-                part = parts[(end - 1) // BLOCK]
-                np.savez(f"{part}.tmp.npz", codes=np.concatenate(codes), states=np.array(states, np.uint8))
-                os.replace(f"{part}.tmp.npz", part)
-                codes, states = [], []
-            bar.update(len(batch))
+    with data.progress(sum(map(len, todo)), "encode" + f" (process 1 of {world})" * (world > 1), rank) as bar:
+        for block, codes in one_late(loader, model, device, args.batch_size):
+            part = parts[block[0][0] // BLOCK]
+            states = [data.DONE if isinstance(found, np.ndarray) else found for _, found in block]
+            codes = codes.reshape(-1, A, meta["codes"]).astype(np.uint16)          # of those images that are DONE
+            np.savez(f"{part}.tmp.npz", codes=codes, states=np.array(states, np.uint8))
+            os.replace(f"{part}.tmp.npz", part)
+            bar.update(len(block))
     if world > 1:
         dist.barrier()
     if rank == 0:
@@ -373,24 +365,25 @@ def encode(args, tokenizer=VQModel):
         os._exit(0)
 
 
-def one_late(loader, model, device):
-    """(batch, its codes as an array) for each batch of data.Crops. While a GPU works on one, the codes of the one
+def one_late(loader, model, device, batch_size):
+    """(block, its codes as an array) for each block of data.Crops. While a GPU works on one, the codes of the one
     before come back and are written; if each was waited for, the GPU would idle in between."""
     cuda, before = torch.device(device).type == "cuda", None
-    for batch in itertools.chain(loader, [[]]):   # the empty one brings the last
-        crops = [found for _, found in batch if isinstance(found, np.ndarray)]     # of those that could be used
+    for block in itertools.chain(loader, [[]]):   # the empty one brings the last
+        crops = [found for _, found in block if isinstance(found, np.ndarray)]     # of those that could be used
         codes, ready = torch.zeros(0), None
         if crops:
-            pixels = torch.from_numpy(np.concatenate(crops))                       # (B, H, W, 3) uint8
-            pixels = (pixels.pin_memory() if cuda else pixels).to(device, non_blocking=True)
-            codes = model.encode(pixels.permute(0, 3, 1, 2).float() / 127.5 - 1).to("cpu", non_blocking=True)
+            pixels = torch.from_numpy(np.concatenate(crops))                       # (crops, H, W, 3) uint8
+            pixels = (pixels.pin_memory() if cuda else pixels).to(device, non_blocking=True).permute(0, 3, 1, 2)
+            codes = torch.cat([model.encode(batch.float() / 127.5 - 1) for batch in pixels.split(batch_size)])
+            codes = codes.to("cpu", non_blocking=True)
             ready = torch.cuda.current_stream(device).record_event() if cuda else None
         if before:
             done, its_codes, its_event = before
             if its_event:
                 its_event.synchronize()
             yield done, its_codes.numpy()
-        before = batch, codes, ready
+        before = block, codes, ready
 
 
 def begun_before(out, meta, rank):

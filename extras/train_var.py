@@ -279,11 +279,15 @@ def picture(model, tokenizer, classes, path):
 
 def train_tokenizer():
     """`tokenizer`: train_vq.py, with VAR's tokenizers in place of its own."""
-    sys.argv = ["train_var.py tokenizer", *(["--out", "runs/var-vq"] if "--out" not in sys.argv else []), *sys.argv[2:]]
-    p = argparse.ArgumentParser(add_help=False, allow_abbrev=False)   # two flags are looked at before
+    sys.argv = ["train_var.py tokenizer", "--out", "runs/var-vq", *sys.argv[2:]]   # of two --out the later one counts
+    p = argparse.ArgumentParser(add_help=False, allow_abbrev=False)                # three flags are looked at before
+    p.usage = "python extras/train_var.py tokenizer --data shapes|DIR ... (--help lists the flags)"
     p.add_argument("--model", default="VAR-256")
     p.add_argument("--image-size", type=int, default=256)
+    p.add_argument("--entropy-weight", type=float, default=0)
     args, _ = p.parse_known_args()
+    if args.entropy_weight:
+        p.error("--entropy-weight: VAR's quantizer has no such loss")
     if args.model in var_vq.TOKENIZERS:
         try:
             with torch.device("meta"):
@@ -295,6 +299,9 @@ def train_tokenizer():
 
 if __name__ == "__main__":
     try:
-        train_tokenizer() if sys.argv[1:2] == ["tokenizer"] else main()
+        if sys.argv[1:2] == ["tokenizer"]:
+            train_tokenizer()
+        else:
+            main()
     except KeyboardInterrupt:
         sys.exit(130)

@@ -6,7 +6,9 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
 import numpy as np
@@ -389,6 +391,23 @@ def test_downloads_are_checked_and_named_when_they_fail(tmp_path):
     with pytest.raises(OSError, match="SHA-256"):
         data.download((tmp_path / "gone").as_uri(), tmp_path / "other.bin", "0000")
     assert sorted(p.name for p in tmp_path.rglob("*.bin*")) == ["w.bin"]
+
+
+def test_of_several_processes_one_downloads(tmp_path, monkeypatch):
+    """Eight GPUs are eight processes, which all want the same file at the same moment."""
+    fetched, source = [], tmp_path / "source.bin"
+    source.write_bytes(b"weights" * 1000)
+    fetch = data.urllib.request.urlopen
+
+    def slow(url, **kwargs):
+        fetched.append(url)
+        time.sleep(0.2)
+        return fetch(url, **kwargs)
+
+    monkeypatch.setattr(data.urllib.request, "urlopen", slow)
+    with ThreadPoolExecutor(8) as threads:
+        paths = list(threads.map(lambda _: data.download(source.as_uri(), tmp_path / "cache" / "w.bin"), range(8)))
+    assert len(fetched) == 1 and {path.read_bytes() for path in paths} == {source.read_bytes()}
 
 
 def test_saving_to_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):

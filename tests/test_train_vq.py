@@ -326,6 +326,11 @@ def test_a_gpu_that_is_not_there_is_refused(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         train(monkeypatch, "shapes:8", tmp_path / "run", "--device", "cuda")
     assert stop.value.code == 2 and "argument --device: cuda: torch sees 0 GPUs here" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")                    # the third process of a torchrun
+    with pytest.raises(SystemExit) as stop:
+        train(monkeypatch, "shapes:8", tmp_path / "run", "--device", "cuda")
+    assert stop.value.code == 2 and "cuda: torch sees 2 GPUs here" in capsys.readouterr().err
 
 
 def test_missing_lpips_files_are_named(tmp_path, monkeypatch):
