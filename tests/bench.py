@@ -168,10 +168,10 @@ def bench_decode(name, device, dtype, roof, images):
         sample.generate(model, labels, cfg_scale=4.0, top_k=2000)
 
     weights = size(model) - size(model.tok_embeddings) - size(model.cls_embedding)
-    cache = model.new_cache(2 * images)
-    n_bytes = T * weights + (T + 1) / 2 * cache.numel() * cache.element_size()
+    cache = sum(layer.numel() * layer.element_size() for layer in model.new_cache(2 * images))   # bytes
+    n_bytes = T * weights + (T + 1) / 2 * cache
     report("decode", flops(run), seconds(run, device, 1), images, n_bytes, roof, "images/s", model=name, images=images,
-           cache_MB=round(cache.numel() * cache.element_size() / 1e6))
+           cache_MB=round(cache / 1e6))
 
 
 def bench_serve(name, device, dtype, images, requests=64):
