@@ -198,8 +198,8 @@ def ablate(*words):
 
 
 def test_a_finished_run_is_not_repeated(small, tmp_path):
-    words = ["averaged_weights", "--codes", small / "codes", "--steps", 2, "--seeds", 1, "--out", tmp_path / "out", "--results",
-             tmp_path / "results.json"]
+    words = ["averaged_weights", "--codes", small / "codes", "--steps", 2, "--seeds", 1, "--out", tmp_path / "out",
+             "--results", tmp_path / "results.json"]
     code, text = ablate(*words)
     assert code == 0 and text.count("> train_gpt.py") == 3, text          # the third measures the averaged weights
     rows = json.loads((tmp_path / "results.json").read_text())
