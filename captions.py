@@ -37,7 +37,7 @@ CAPTION_TOKENS = 120   # c of caption models: longer captions are cut, shorter o
 
 
 # ---- cleaning -------------------------------------------------------------------------------------------------------
-# DeepFloyd IF's rules, made for what stands beside pictures in web shops: a pattern and what replaces it, in this order.
+# DeepFloyd IF's rules, made for texts beside pictures in web shops: a pattern and what replaces it, in this order.
 SITE = r"[a-z\d.\-]+\.(?:com|co|ru|net|org|edu|gov|it)[\w/\-]*\b/?(?!@)"
 FILE = "(?:png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4)"
 ADDRESSES = [(rf"\b(?:{scheme}:(?:/{{1,3}}|[a-z\d%])|{SITE})", "") for scheme in ("https?", "www")]
@@ -59,7 +59,7 @@ SYMBOLS = (
 )
 ENCODING = (                                              # what the package ftfy does to text that is not garbled
     ("[\x00-\x08\x0b\x0e-\x1f\x7f\u206a-\u206f\ufeff\ufff9-\ufffc]", ""),
-    ("[ĲĳŉǄ-ǌǱ-ǳﬀ-ﬆ\u3000\uff01-\uffef]", lambda found: unicodedata.normalize("NFKC", found[0])),   # ﬁ, full width
+    ("[ĲĳŉǄ-ǌǱ-ǳﬀ-ﬆ\u3000\uff01-\uffef]", lambda found: unicodedata.normalize("NFKC", found[0])),   # ﬁ
     ("[“-‟]", '"'),
     ("[ʼ‘-‛]", "'"),
 )
@@ -75,7 +75,8 @@ SHOP = (
     (r"\s+", " "),
     (r"""^["']([\w\W]+)["']$""", r"\1"),                  # quotation marks around the whole; a lone one stays
     (r"^['_,\-:;]", ""),
-    (r"['_,\-:+]$|^\.\S+$", ""),
+    (r"['_,\-:+]$", ""),
+    (r"^\.\S+$", ""),
 )
 
 
@@ -83,7 +84,8 @@ def clean_caption(text):
     """A caption as the released text models saw it in training: the cleaning of DeepFloyd IF, twice, as LlamaGen does.
 
     Lower case, without addresses, tags, account and file names, article numbers, symbols and words of web shops. Left
-    out is one thing: the repair of text that was decoded by a wrong table (ftfy: "schÃ¶n" for "schön")."""
+    out: what follows after 3,000 characters, and ftfy's repair of text decoded by a wrong table ("schÃ¶n")."""
+    text = text[:3000]                                    # 120 tokens are some 600; the rules' time grows as a square
     for _ in range(2):                                    # the second pass finds what the first uncovered
         text = unquote_plus(text).strip().lower()         # + is a space and %20 too, as in addresses
         text = replaced(text.replace("<person>", "person"), ADDRESSES)
@@ -109,8 +111,11 @@ def without_tags(text):
     parser.handle_data = shown.append
     parser.handle_entityref = lambda name: shown.append(html5.get(f"{name};", f"&{name}"))   # &eacute; but not &me
     parser.handle_charref = lambda number: shown.append(html.unescape(f"&#{number};"))
-    parser.feed(text)
-    parser.close()                                        # hands over the rest: an unfinished tag is text
+    try:
+        parser.feed(text)
+        parser.close()                                    # hands over the rest: an unfinished tag is text
+    except AssertionError:                                # "<![": the official code raises an error, too
+        return text
     return "".join(shown)
 
 
@@ -166,7 +171,7 @@ class CaptionEncoder:
         return features
 
     def tokenize(self, texts):
-        """Clean strings -> lists of at most 120 tokens: of too many the first 119, and the last, which is an end mark."""
+        """Clean strings -> lists of at most 120 tokens: of too many the first 119 and the last, an end mark."""
         if self.model:
             rows = self.tokenizer(texts, verbose=False).input_ids
         else:
@@ -237,7 +242,9 @@ def encode(args):
     torchrun the processes take turns at parts. text.json is written last: where it is, the features are complete."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     folder, path = Path(args.codes), Path(args.codes, "captions.jsonl")
-    count = check(args)
+    count = len(data.load_codes(folder)[0])
+    if not path.is_file():
+        raise ValueError(f"--codes {folder} has no captions.jsonl: its images have classes, not captions")
     encoder = CaptionEncoder(args.t5, args.device)
     about = {**encoder.about, "images": count, "bytes": path.stat().st_size}
     if (folder / "text.json").exists():
@@ -245,7 +252,6 @@ def encode(args):
         if rank == 0:
             print(f"{folder}/text.npy is complete. Nothing to do.")
         return
-
     parts = folder / f"text.parts-{about['hash'][:8]}-{about['bytes']}"   # other encoders have other parts
     parts.mkdir(exist_ok=True)
     files = [parts / f"{first:010d}.npz" for first in range(0, count, PART)]
@@ -360,11 +366,12 @@ def main():
                          "stand-in without weights (default: google/flan-t5-xl)")
     command.add_argument("--batch-size", type=int, default=64, help="captions that go through T5 together")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    command.add_argument("--device", default=device, help="cuda or cpu (default: cuda where there is one)")
+    command.add_argument("--device", type=data.device, default=device, help="default: cuda where there is one")
     args = p.parse_args()
     if args.device == "cuda":
         args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     p.usage = "python captions.py encode --codes DIR ... (encode --help lists the flags)"
+    data.within(p, args, batch_size=(1, 1e5))
     try:
         encode(args)
     except (OSError, ValueError) as error:
@@ -374,20 +381,6 @@ def main():
 
 
 # ---- what a user can get wrong --------------------------------------------------------------------------------------
-def check(args):
-    """The number of images in --codes. Raises ValueError with one sentence for flags that cannot work."""
-    if args.batch_size < 1:
-        raise ValueError(f"--batch-size {args.batch_size}: give 1 or more")
-    try:
-        torch.empty(1, device=args.device)
-    except (RuntimeError, AssertionError) as error:       # an AssertionError where torch has no CUDA
-        raise ValueError(f"--device {args.device} cannot be used here: {str(error).splitlines()[0]}") from None
-    codes, _, _ = data.load_codes(args.codes)
-    if not Path(args.codes, "captions.jsonl").is_file():
-        raise ValueError(f"--codes {args.codes} has no captions.jsonl: its images have classes, not captions")
-    return len(codes)
-
-
 def read_about(folder, expected=()):
     """The content of a folder's text.json. Raises ValueError with one sentence when it is damaged, or tells of another
     encoder or other captions than the dict `expected`."""

@@ -8,7 +8,7 @@ $ python evaluate.py VIRTUAL_imagenet256_labeled.npz samples.npz --pr-half --jso
 $ python evaluate.py clip --prompts prompts.txt --samples t2i.npz               # do images show what captions say?
 $ torchrun --nproc_per_node=8 evaluate.py ref.npz SAMPLES                       # any of them, on several GPUs
 
-The file in order: Inception, the metrics, sets of images, what is compared with what, commands.
+The file in order: Inception, the metrics, sets of images, what is compared with what, commands, refusals.
 """
 # Shapes:  B, N, M images   H, W pixels   D features   V codebook entries   T codes per image
 import argparse
@@ -21,6 +21,7 @@ import sys
 import zipfile
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -51,13 +52,13 @@ def load_inception(path=None, device="cpu"):
     """The network of the 2015-12-05 graph: its tensors by name, float32 on `device`, and the "sha256" of their file,
     which None downloads (96 MB) to the cache folder, once. torchvision's Inception has the same names but other weights
     and 1000 classes, and is refused. Raises OSError or ValueError with one sentence."""
-    path = path or data.download(INCEPTION_URL, data.cache_dir() / Path(INCEPTION_URL).name, INCEPTION_SHA256)
+    if path is None:
+        path = data.download(INCEPTION_URL, data.cache_dir() / Path(INCEPTION_URL).name, INCEPTION_SHA256)
     state = data.read_checkpoint(path)
     items = state.items() if isinstance(state, dict) else ()
     state = {k: v for k, v in items if torch.is_tensor(v) and v.is_floating_point()}   # leaves out integer counters
     if len(state) != 472 or sum(v.numel() for v in state.values() if v.isfinite().all()) != 23_885_392:
         raise ValueError(f"{path} is damaged or not the Inception of 2015-12-05 with 1008 classes ({INCEPTION_URL})")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False   # float32 is part of the numbers
     return {"sha256": data.file_hash(path), **{k: v.to(device) for k, v in state.items()}}
 
 
@@ -73,6 +74,7 @@ def resize_tf1(x):
     return x
 
 
+@torch.backends.cudnn.flags(enabled=True, allow_tf32=False)   # full float32 within: it is part of the published numbers
 @torch.inference_mode()
 def inception(net, images):
     """uint8 (B, H, W, 3) of any size -> pool (B, 2048), the mean of the last 8x8 grid, and spatial (B, 2023), the first
@@ -146,8 +148,8 @@ def distances(u, v, half=False):
     script unless that overflows; distances then fall on steps of 0.25 to 1, and many points just touch a manifold."""
     if half:
         a, b = u.half(), v.half()
-        aa, bb = ((x * x).float().sum(1).half() for x in (a, b))
-        d = aa[:, None] - 2 * (a.float() @ b.float().T).half() + bb
+        a_squares, b_squares = ((x * x).float().sum(1).half() for x in (a, b))
+        d = a_squares[:, None] - 2 * (a.float() @ b.float().T).half() + b_squares
         if d.isfinite().all():
             return d.float().clamp_(min=0)
     return torch.addmm((u * u).sum(1)[:, None], u, v.T, alpha=-2).add_((v * v).sum(1)).clamp_(min=0)
@@ -155,8 +157,12 @@ def distances(u, v, half=False):
 
 def radii(x, k=3, half=False, block=10_000):
     """(N, D) -> (N,): the squared distance of each row to its k-th nearest neighbour."""
-    return torch.cat([torch.cat([distances(rows, others, half).topk(min(k + 1, len(others)), largest=False).values
-                                 for others in x.split(block)], 1).kthvalue(k + 1).values for rows in x.split(block)])
+    result = []
+    for rows in x.split(block):
+        nearest = [distances(rows, others, half).topk(min(k + 1, len(others)), largest=False).values
+                   for others in x.split(block)]
+        result.append(torch.cat(nearest, 1).kthvalue(k + 1).values)    # k + 1, because each row is nearest to itself
+    return torch.cat(result)
 
 
 def precision_recall(ref, gen, k=3, half=False, block=10_000, device="cpu"):
@@ -201,10 +207,12 @@ def ssim(x, y, data_range, gaussian=False):
 def code_usage(codes, V, queue=65_536):
     """Codes (N, T) -> usage: fraction of the V entries that occur; usage_queue: in 65,536 codes only, like the paper's
     queue in training (of random images, as a data set is sorted by class); perplexity: exp(entropy) of the codes."""
-    p = np.bincount(codes.ravel(), minlength=V) / codes.size
-    few = codes[np.random.default_rng(0).permutation(len(codes))[:-(-queue // codes.shape[1])]].ravel()[:queue]
-    return {"usage": (p > 0).mean().item(), "usage_queue": len(np.unique(few)) / V,
-            "perplexity": np.exp(-(p[p > 0] * np.log(p[p > 0])).sum()).item()}
+    share = np.bincount(codes.ravel(), minlength=V) / codes.size
+    used = share[share > 0]
+    images = np.random.default_rng(0).permutation(len(codes))[:-(-queue // codes.shape[1])]
+    queued = codes[images].ravel()[:queue]
+    return {"usage": len(used) / V, "usage_queue": len(np.unique(queued)) / V,
+            "perplexity": np.exp(-(used * np.log(used)).sum()).item()}
 
 
 # ---- sets of images -------------------------------------------------------------------------------------------------
@@ -292,18 +300,21 @@ def open_set(path, tokenizer=None, size=None, device="cpu"):
     return ImageSet(path, len(files), load(0).shape, partial(in_parallel, load), hashlib.sha256(names).hexdigest())
 
 
-def over(count, read, function, what, batch_size):
+def over_all(count, read, function, what, batch_size):
     """function(batch) -> tensors, for all images that read(indices) yields, joined to arrays (count, ...) on process 0;
     None on others. Under torchrun each process takes a contiguous part. Nothing but the results grows with count."""
-    mine, rows = range(count * RANK // WORLD, count * (RANK + 1) // WORLD), []
+    mine = range(count * RANK // WORLD, count * (RANK + 1) // WORLD)
+    results = []
     with tqdm(total=len(mine), desc=what, unit=" images", disable=RANK > 0) as bar:
         for batch in chunks(read(mine), batch_size):
-            rows.append([x.cpu().numpy() for x in function(batch)])
+            results.append([x.cpu().numpy() for x in function(batch)])
             bar.update(len(batch))
-    parts = [[np.concatenate(x) for x in zip(*rows)]] * WORLD
+    part = [np.concatenate(arrays) for arrays in zip(*results)]        # [] where there are more processes than images
+    parts = [part] * WORLD
     if WORLD > 1:
-        dist.gather_object(parts[0], parts if RANK == 0 else None)
-    return [np.concatenate(x) for x in zip(*filter(None, parts))] if RANK == 0 else None
+        dist.gather_object(part, parts if RANK == 0 else None)
+    if RANK == 0:
+        return [np.concatenate(arrays) for arrays in zip(*filter(None, parts))]
 
 
 def measure(images, net, batch_size):
@@ -313,9 +324,10 @@ def measure(images, net, batch_size):
         if wrong := [image.shape for image in batch if image.shape != images.shape]:
             raise ValueError(f"{images.path} mixes images of {images.shape} and {wrong[0]}; --size N crops all of them")
         return inception(net, torch.from_numpy(np.stack(batch)).to(net["fc.weight"].device))
-    arrays = over(images.count, images.read, features, f"features of {images.path.name}", batch_size)
+    arrays = over_all(images.count, images.read, features, f"features of {images.path.name}", batch_size)
     if RANK == 0:
-        return {"pool": arrays[0], **(images.stored or dict(zip(STATISTICS, sum(map(statistics, arrays), ()))))}
+        pool, spatial = arrays
+        return {"pool": pool, **(images.stored or dict(zip(STATISTICS, statistics(pool) + statistics(spatial))))}
 
 
 def score(ref, gen, net, half=False):
@@ -345,7 +357,8 @@ def describe(images):
 
 def cautions(ref, gen, net):
     """Sentences on why the scores of gen against ref may not be what they seem."""
-    adm, rebuilt, labels = ref.sha256 == ADM_SHA256, "recon" in gen.path.name.lower(), gen.labels
+    adm, labels = ref.sha256 == ADM_SHA256, gen.labels
+    rebuilt = "recon" in gen.path.name.lower()
     validation = re.search("(^|[^a-z])val", ref.path.name.lower()) or ref.count == 50_000 and not ref.stored
     in_order = labels is not None and gen.count > 5000 and (np.diff(labels) >= 0).all() and labels[0] != labels[-1]
     return [sentence for wrong, sentence in (
@@ -367,7 +380,6 @@ def report(path, metrics, warnings, **more):
     print("".join(f"warning: {w}\n" for w in warnings), end="", file=sys.stderr)
     if path:
         more |= {"command": sys.argv, "python": sys.version, "torch": torch.__version__, "numpy": np.__version__}
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(f"{path}.tmp").write_text(json.dumps({"metrics": metrics, "warnings": warnings, **more}, indent=1))
         os.replace(f"{path}.tmp", path)
 
@@ -392,13 +404,10 @@ def stats(args):
     if RANK:
         return
     keep = np.linspace(0, images.count - 1, min(args.keep, images.count)).round().astype(int).tolist()   # evenly spread
-    pixels = np.lib.format.open_memmap(f"{args.out}.pixels", "w+", np.uint8, (len(keep), *images.shape))
-    for row, image in zip(pixels, images.read(keep)):                  # on disk, because they may not fit in memory
-        row[:] = image
+    pixels = np.stack(list(images.read(keep)))                         # 10,000 of 256 pixels are 2 GB
     with open(f"{args.out}.tmp", "wb") as file:
         np.savez(file, arr_0=pixels, of=describe(images), **{k: measured[k] for k in STATISTICS})
     os.replace(f"{args.out}.tmp", args.out)
-    os.remove(f"{args.out}.pixels")
     print(f"{args.out}: statistics of {describe(images)}; {len(keep):,} of them are kept for precision and recall")
 
 
@@ -408,10 +417,13 @@ def recon(args):
     The reference of rFID is the same images, centre-cropped. SSIM takes a range of 2 for images in 0..1, because
     LlamaGen's code does so and its published values need it; SSIM_standard is the original definition."""
     model, images = vq.load_vq(args.vq, args.device), data.open_images(args.data)
-    net, size = load_inception(args.inception, args.device), args.image_size or model.image_size
-    final, N = args.eval_size or size, len(images)
+    size = args.image_size or model.image_size
+    final = args.eval_size or size
+    if size % model.config.downsample:
+        raise ValueError(f"--image-size {size} is no multiple of {model.config.downsample}, a code's pixels")
+    net = load_inception(args.inception, args.device)
 
-    def load(i):
+    def load(i):   # -> what the model sees (3, size, size) in [-1, 1], what is compared, uint8 (final, final, 3)
         image = images.load(i)
         return vq.to_tensor(data.center_crop(image, size)), torch.from_numpy(np.array(data.center_crop(image, final)))
 
@@ -427,56 +439,64 @@ def recon(args):
         x, y, truth, result, codes = reconstruct(batch)
         quality = psnr(x, y), ssim(x, y, 2.0).mean((1, 2, 3)), ssim(x, y, 1.0, gaussian=True).mean((1, 2, 3))
         return inception(net, truth)[0], inception(net, result)[0], torch.stack(quality, 1), codes.flatten(1)
-    arrays = over(N, partial(in_parallel, load), judge, "reconstructing", args.batch_size)
+    N = len(images)
+    arrays = over_all(N, partial(in_parallel, load), judge, "reconstructing", args.batch_size)
     if RANK:
         return
     real, rebuilt, quality, codes = arrays
     metrics = {"rFID": frechet_distance(*statistics(real), *statistics(rebuilt)),
                **dict(zip(("PSNR", "SSIM", "SSIM_standard"), quality.mean(0).tolist())),
                **code_usage(codes, model.config.codebook_size)}
-    order, k = np.argsort(-quality[:, 0]).tolist(), min(4, N)
-    shown = [(word, i) for word, start in (("best", 0), ("median", (N - k) // 2), ("worst", N - k))
-             for i in order[start:start + k]]
-    _, _, truth, result, _ = reconstruct([load(i) for _, i in shown])
-    data.save_grid(torch.cat([truth, result], 2).cpu().numpy(), args.out, k,
-                   [f"{word} {quality[i, 0]:.1f} dB, SSIM {quality[i, 1]:.3f}" for word, i in shown])
-    few = [f"only {N:,} images: the paper has ImageNet's 50,000 of validation"] if N < 50_000 else []
-    report(args.json, metrics, few, images=N, data=args.data, image_size=size, eval_size=final, inception=net["sha256"],
-           tokenizer=data.file_hash(args.vq))
-    print(f"{args.out}: originals, each with its reconstruction on the right")
+
+    order = np.argsort(-quality[:, 0]).tolist()                        # by PSNR, the best first
+    columns = min(4, N)
+    middle, last = (N - columns) // 2, N - columns
+    shown = [*order[:columns], *order[middle:middle + columns], *order[last:]]
+    titles = [f"{quality[i, 0]:.1f} dB, SSIM {quality[i, 1]:.3f}" for i in shown]
+    _, _, truth, result, _ = reconstruct([load(i) for i in shown])
+    data.save_grid(torch.cat([truth, result], 2).cpu().numpy(), args.out, columns, titles)
+    warnings = [f"only {N:,} images: the paper has ImageNet's 50,000 of validation"] if N < 50_000 else []
+    report(args.json, metrics, warnings, images=N, data=args.data, image_size=size, eval_size=final,
+           inception=net["sha256"], tokenizer=data.file_hash(args.vq))
+    print(f"{args.out}: originals, each with its reconstruction on the right: best, middle and worst by PSNR")
 
 
 def clip(args):
     """100 x the mean cosine between captions and their images by CLIP (arXiv:2104.08718). A sample's label is the line
-    of its caption; images without labels are in the order of the lines."""
-    model, tokenizer = captions.load_pretrained("--clip", args.clip, "CLIPModel", "AutoTokenizer")
+    of its caption; images without labels are in the order of the lines.
+
+    The defaults are the official evaluation's: ViT-B/32, and "A photo depicts " before each caption."""
     images, prompts = open_set(args.samples, size=args.size), sample.read_prompts(args.prompts)
-    lines = range(images.count) if images.labels is None else images.labels
+    lines = range(images.count) if images.labels is None else images.labels.tolist()
     if max(lines) >= len(prompts):
         raise ValueError(f"--prompts {args.prompts} has {len(prompts):,} captions, {args.samples} goes on to the "
                          f"{max(lines) + 1:,}th")
+    model, tokenizer = captions.load_pretrained("--clip", args.clip, "CLIPModel", "AutoTokenizer")
     model, side = model.to(args.device).eval(), model.config.vision_config.image_size
-    mean, std = torch.tensor([[[[0.48145466]], [[0.4578275]], [[0.40821073]]],
-                              [[[0.26862954]], [[0.26130258]], [[0.27577711]]]])
+    longest = model.config.text_config.max_position_embeddings
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)   # of the images that CLIP was trained on
+    std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+
+    def read(indices):
+        return zip(images.read(indices), (args.prefix + prompts[lines[i]] for i in indices))
 
     def judge(batch):
-        pixels = [vq.to_tensor(ImageOps.fit(Image.fromarray(x), (side, side), Image.BICUBIC)) for x, _ in batch]
-        pixels = ((torch.stack(pixels) + 1) / 2 - mean) / std            # as CLIP was trained
-        words = tokenizer([text for _, text in batch], padding=True, truncation=True, return_tensors="pt",
-                          max_length=model.config.text_config.max_position_embeddings)
+        crops = [ImageOps.fit(Image.fromarray(x), (side, side), Image.BICUBIC) for x, _ in batch]
+        pixels = (torch.stack([vq.to_tensor(crop) for crop in crops]) + 1) / 2
+        words = tokenizer([text for _, text in batch], padding=True, truncation=True, max_length=longest,
+                          return_tensors="pt")
         with torch.inference_mode():
-            out = model(**words.to(args.device), pixel_values=pixels.to(args.device))
+            out = model(**words.to(args.device), pixel_values=((pixels - mean) / std).to(args.device))
         return [100 * F.cosine_similarity(out.image_embeds, out.text_embeds)[:, None]]
-    scores = over(images.count, lambda ids: zip(images.read(ids), (prompts[lines[i]] for i in ids)), judge, "CLIP",
-                  args.batch_size)
+    scores = over_all(images.count, read, judge, "CLIP", args.batch_size)
     if RANK == 0:
-        report(args.json, {"CLIP score": scores[0].mean().item()}, [], clip=args.clip, samples=images.sha256,
-               prompts=data.file_hash(args.prompts))
+        report(args.json, {"CLIP score": scores[0].mean().item()}, [], clip=args.clip, prefix=args.prefix,
+               samples=images.sha256, prompts=data.file_hash(args.prompts))
 
 
 def main():
     """The command line; without a command, it is `compare`."""
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     images = dict(help="NPZ, folder of images, or codes folder (with --vq)")
     flags = {
         "REF": images, "SAMPLES": images, "IMAGES": images,
@@ -490,36 +510,53 @@ def main():
         "--pr-half": dict(action="store_true", help="precision and recall in float16, as in published tables"),
         "--prompts": dict(metavar="FILE", help="captions, one a line"),
         "--samples": dict(help="NPZ of sample.py --prompts, or a folder of images sorted as the captions"),
-        "--clip": dict(default="openai/clip-vit-large-patch14", help="folder or Hugging Face name of a CLIP "
-                       "(default: %(default)s)"),
+        "--clip": dict(default="openai/clip-vit-base-patch32", help="CLIP's folder or name (default: %(default)s)"),
+        "--prefix": dict(default="A photo depicts ", help="put before each caption (default: '%(default)s')"),
         "--json": dict(metavar="FILE", help="write the numbers with all that a repetition needs"),
         "--inception": dict(metavar="FILE", help="Inception weights (default: the published ones, downloaded once)"),
         "--batch-size": dict(type=int, default=64, help="images that go through the network together (default: 64)"),
-        "--device": dict(default=device, help="cuda or cpu (default: cuda where there is one)")}
+        "--device": dict(type=data.device, default=device, help="cuda or cpu (default: cuda where there is one)")}
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = p.add_subparsers(required=True)
     for run, out, names in (
-            (compare, None, "REF SAMPLES --vq --size --pr-half --json"),
-            (stats, "ref.npz", "IMAGES --out --size --keep --vq"),
-            (recon, "recon.png", "--vq! --data! --out --image-size --eval-size --json"),
-            (clip, None, "--prompts! --samples! --clip --size --json")):
+            (compare, None, "REF SAMPLES --vq --size --pr-half --json --inception"),
+            (stats, "ref.npz", "IMAGES --out --size --keep --vq --inception"),
+            (recon, "recon.png", "--vq! --data! --out --image-size --eval-size --json --inception"),
+            (clip, None, "--prompts! --samples! --clip --prefix --size --json")):
         command = commands.add_parser(run.__name__, help=run.__doc__.splitlines()[0])
         command.set_defaults(run=run, out=out)
-        for name in f"{names} {'--inception' * (run is not clip)} --batch-size --device".split():
+        for name in f"{names} --batch-size --device".split():
             must = {"required": True} if name.endswith("!") else {}
             command.add_argument(name.rstrip("!"), **flags[name.rstrip("!")], **must)
     words = sys.argv[1:]
     args = p.parse_args(words if words and words[0] in (*commands.choices, "-h", "--help") else ["compare", *words])
     p.usage = "python evaluate.py [stats|recon|clip] ... (--help lists the flags)"
+    if args.device == "cuda":
+        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        if WORLD > 1:
-            dist.init_process_group("gloo")
-        Path(args.out or ".").parent.mkdir(parents=True, exist_ok=True)   # find out now, not after an hour
+        check(p, args)
+        if WORLD > 1:   # they speak once, at the end: the fastest waits for the slowest, beyond gloo's half hour
+            dist.init_process_group("gloo", timeout=timedelta(days=7))
         args.run(args)
     except (OSError, ValueError) as error:
         p.error(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+# ---- what a user can get wrong --------------------------------------------------------------------------------------
+RANGES = {"batch_size": (1, 1e5), "keep": (4, 1e9), "size": (1, 8192), "image_size": (1, 8192), "eval_size": (11, 8192)}
+
+
+def check(parser, args):
+    """Refuse, with one sentence and before the work, flags that cannot work; make the folders of --out and --json."""
+    data.within(parser, args, **{name: limits for name, limits in RANGES.items() if name in args})
+    for name in ("out", "json"):
+        path = getattr(args, name, None)
+        if path is not None:
+            data.make_folder(Path(path).parent, f"--{name}")
+            if not path or os.path.isdir(path):
+                raise OSError(f"--{name} {path}: give the name of a file, not of a folder")
 
 
 if __name__ == "__main__":

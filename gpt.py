@@ -68,20 +68,32 @@ def rope_table(grid, head_dim, cond_tokens, base=10000.0):
 
 
 def rotate(x, rope):
-    """Turn adjacent channel pairs of x (B, L, n, d) by the table rows rope (L, d/2, 2), in float32."""
+    """Turn adjacent channel pairs of x (B, L, n, d) by rows of the table, rope (L, d/2, 2) or (B, L, d/2, 2), in
+    float32."""
     x0, x1 = x.float().unflatten(-1, (-1, 2)).unbind(-1)      # (B, L, n, d/2)
-    cos, sin = rope[:, None].unbind(-1)                       # (L, 1, d/2)
+    cos, sin = rope[..., None, :, :].unbind(-1)               # (L, 1, d/2) or (B, L, 1, d/2)
     return torch.stack([x0 * cos - x1 * sin, x1 * cos + x0 * sin], -1).flatten(-2).type_as(x)
 
 
 # ---- model ----------------------------------------------------------------------------------------------------------
-def visible(mask, start, L):
-    """Who sees whom: bool (B, 1, L, start + L), for queries at positions start .. start + L - 1 and all keys so far.
+def visible(positions, keys, mask=None):
+    """Who sees whom: bool (B or 1, 1, L, keys), for queries at positions (L,) or (B, L) and the first `keys` positions.
 
-    mask (B, c) tells a caption's tokens from padding. A position sees itself and everything before it but padding."""
-    keys = F.pad(mask, (0, start + L - mask.shape[1]), value=True)[:, None]          # (B, 1, start + L)
-    query, key = (torch.arange(first, start + L, device=mask.device) for first in (start, 0))
-    return ((key < query[:, None]) & keys | (key == query[:, None]))[:, None]
+    A position sees itself and everything before it but padding; mask (B, c) tells a caption's tokens from padding."""
+    key = torch.arange(keys, device=positions.device)
+    query = positions.view(-1, 1, positions.shape[-1], 1)
+    if mask is None:
+        return key <= query
+    keys_to_see = F.pad(mask, (0, keys - mask.shape[1]), value=True)[:, None, None]      # (B, 1, 1, keys)
+    return (key < query) & keys_to_see | (key == query)
+
+
+def attend(q, k, v, seen):
+    """Softmax attention of q (B, n, L, d) to cached k and v (B, n, keys, d), where seen allows it; d may be padded."""
+    if q.is_cuda or q.dtype != torch.float32:
+        return F.scaled_dot_product_attention(q, k, v, seen, scale=1.0)
+    scores = q @ k.transpose(-1, -2)      # on a CPU, with one query, that kernel takes twice as long as plain products
+    return torch.where(seen, scores, -torch.inf).softmax(-1) @ v
 
 
 class RMSNorm(nn.Module):
@@ -97,8 +109,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention over (B, L, C). With a cache, the L positions follow `start` earlier ones. `seen`, the
-    result of visible(), takes the place of the causal triangle."""
+    """Causal self-attention over (B, L, C). `seen`, the result of visible(), takes the place of the causal triangle."""
 
     def __init__(self, config):
         super().__init__()
@@ -107,16 +118,25 @@ class Attention(nn.Module):
         self.wo = nn.Linear(config.dim, config.dim, bias=False)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, rope, cache=None, start=0, seen=None):
+    def forward(self, x, rope, seen=None, cache=None, positions=None):
         B, L, C = x.shape
-        q, k, v = self.wqkv(x).view(B, L, 3, self.n_head, -1).unbind(2)           # each (B, L, n, d)
-        q, k = rotate(q, rope), rotate(k, rope)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)         # each (B, n, L, d)
-        if cache is not None:                                                     # (2, B, n, positions, d)
-            cache[0, :, :, start:start + L], cache[1, :, :, start:start + L] = k, v
-            k, v = cache[:, :, :, :start + L]                                     # views, nothing is copied
-        y = F.scaled_dot_product_attention(q, k, v, seen, is_causal=seen is None and L > 1)
+        qkv = self.wqkv(x).view(B, L, 3 * self.n_head, -1)
+        q, k = rotate(qkv[:, :, :2 * self.n_head], rope).chunk(2, dim=2)          # each (B, L, n, d)
+        v = qkv[:, :, 2 * self.n_head:]
+        if cache is None:
+            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)     # each (B, n, L, d)
+            y = F.scaled_dot_product_attention(q, k, v, seen, is_causal=seen is None and L > 1)
+        else:
+            y = self.attend_to_cache(q, k, v, seen, cache, positions)
         return self.dropout(self.wo(y.transpose(1, 2).reshape(B, L, C)))
+
+    def attend_to_cache(self, q, k, v, seen, cache, positions):
+        """Write k and v (B, L, n, d) into cache (2, B, n, keys, d or more) at positions (L,) or (B, L), then attend to
+        all that is there. The sizes say nothing about how far decoding is, so that a GPU can record this once."""
+        d, rows = q.shape[-1], torch.arange(len(q), device=q.device)[:, None]
+        cache[:, rows, :, positions, :d] = torch.stack([k, v], 2)
+        q = F.pad(q.transpose(1, 2) * d ** -0.5, (0, cache.shape[-1] - d))
+        return attend(q, cache[0], cache[1], seen)[..., :d]
 
 
 class FeedForward(nn.Module):
@@ -142,8 +162,8 @@ class Block(nn.Module):
         self.attention, self.feed_forward = Attention(config), FeedForward(config)
         self.attention_norm, self.ffn_norm = RMSNorm(config.dim), RMSNorm(config.dim)
 
-    def forward(self, x, rope, cache=None, start=0, seen=None):
-        x = x + self.attention(self.attention_norm(x), rope, cache, start, seen)
+    def forward(self, x, rope, seen=None, cache=None, positions=None):
+        x = x + self.attention(self.attention_norm(x), rope, seen, cache, positions)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -238,26 +258,29 @@ class GPT(nn.Module):
         x = torch.cat([self.cls_embedding(cond), self.tok_embeddings(tokens)], dim=1)   # (B, c + m, C)
         x, c = self.tok_dropout(x), x.shape[1] - tokens.shape[1]
         rope = self.rope[self.config.cond_tokens - c:self.config.cond_tokens + tokens.shape[1]]
-        seen = None if mask is None else visible(mask, 0, x.shape[1])
+        seen = None if mask is None else visible(torch.arange(x.shape[1], device=x.device), x.shape[1], mask)
         for layer in self.layers:
-            x = layer(x, rope, seen=seen)
+            x = layer(x, rope, seen)
         return self.output(self.norm(x[:, c - 1:]))
 
-    # ---- cached decoding: new_cache, then extend with the condition, then with one code after the other -------------
-    def new_cache(self, batch):
-        """Room for keys and values of every position: (n_layer, 2, B, n, c + T - 1, d); the last code is never fed."""
-        n, d, weight = self.config.n_head, self.config.dim // self.config.n_head, self.norm.weight
-        positions = self.config.cond_tokens + self.config.grid ** 2 - 1
-        return weight.new_zeros(self.config.n_layer, 2, batch, n, positions, d)
+    # ---- cached decoding: new_cache, then extend with the condition, then with codes ---------------------------------
+    def new_cache(self, batch, positions=None):
+        """Zeros for keys and values, for each layer (2, B, n, positions, d). All that can be fed are c + T - 1: the last
+        code never is. d is rounded up to a multiple of 8, or attention on a GPU would copy the cache at every step."""
+        c = self.config
+        d = -(-c.dim // c.n_head // 8) * 8
+        positions = positions or c.cond_tokens + c.grid ** 2 - 1
+        return [self.norm.weight.new_zeros(2, batch, c.n_head, positions, d) for _ in self.layers]
 
-    def extend(self, x, start, cache, mask=None):
-        """Feed embeddings x (B, L, C) at positions start .. start + L - 1, filling the cache there; L > 1 only at
-        start 0. mask as in forward, the same at every call. Returns the logits that follow the last of them, (B, V)."""
-        rope = self.rope[start:start + x.shape[1]]
-        seen = None if mask is None else visible(mask, start, x.shape[1])
+    def extend(self, x, start, cache, mask=None, last=1):
+        """Feed embeddings x (B, L, C) at positions start .. start + L - 1, filling the cache there, where later positions
+        may hold anything. start is an int, or int64 (B, 1) for rows that are not equally far; mask as in forward, the
+        same at every call. Returns the logits that follow the `last` positions, (B, last, V)."""
+        positions = start + torch.arange(x.shape[1], device=x.device)             # (L,) or (B, L)
+        rope, seen = self.rope[positions], visible(positions, cache[0].shape[3], mask)
         for layer, layer_cache in zip(self.layers, cache):
-            x = layer(x, rope, layer_cache, start, seen)
-        return self.output(self.norm(x[:, -1]))
+            x = layer(x, rope, seen, layer_cache, positions)
+        return self.output(self.norm(x[:, -last:]))
 
 
 # ---- work -----------------------------------------------------------------------------------------------------------

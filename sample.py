@@ -100,9 +100,60 @@ def draw(logits, noise, temperature=1.0, top_k=0, top_p=1.0):
     return (filter_logits(logits.float() / temperature, top_k, top_p) + noise).argmax(-1)
 
 
+# ---- decoding -------------------------------------------------------------------------------------------------------
+def choose(logits, numbers, seeds, guided, *, cfg_scale, cfg_interval, **filters):
+    """Draw codes `numbers` (B, W), given the logits (B, W, V) for them, or (2B, W, V) where images are guided."""
+    logits = logits.float()     # in bfloat16 guidance would be rounded, and codes would tie: top-k keeps all that do
+    if guided:
+        given, without = logits.chunk(2)
+        logits = without + (given - without) * cfg_scale
+        if cfg_interval >= 0:
+            logits = torch.where(numbers[..., None] <= cfg_interval + 1, logits, given)
+    return draw(logits, gumbel_noise(seeds[:, None], numbers, logits.shape[-1]), **filters)
+
+
+def decode_step(model, codes, final, seeds, cache, mask, window, settings):
+    """Make at least one more code of every image final, in place. No shape and no address depends on how far it is.
+
+    codes   (B, T) int64: of image b the first final[b] codes are drawn, the others are guesses
+    final   (B,) int64, each at least 1
+    cache   of B rows, or of 2B where images are guided; it holds what stands before the last final code
+
+    That code and the W - 1 guesses after it are fed at once, and the code after each of them is drawn. The first of
+    these is final, as it would have been alone. If it is what was guessed, then what was fed next was right and the
+    second is final, too, and so on. The others are better guesses for the next step (Jacobi iteration; with noise that
+    is fixed for each code: Teng et al., arXiv:2410.01699). The cache of wrong guesses is overwritten before it is
+    read. An image that is done computes its last codes again, until all are."""
+    B, T = codes.shape
+    copies = cache[0].shape[1] // B
+    first = final.clamp(max=T - window)[:, None]                                # (B, 1), number of the first drawn here
+    numbers = first + torch.arange(window, device=codes.device)                 # (B, W)
+    x = model.tok_embeddings(codes.gather(1, numbers - 1)).repeat(copies, 1, 1)
+    position = (first - 1 + model.config.cond_tokens).repeat(copies, 1)         # both halves see the same codes
+    logits = model.extend(x, position, cache, mask, last=window)
+    guesses = codes.gather(1, numbers)
+    drawn = choose(logits, numbers, seeds, copies == 2, **settings)
+    drawn = torch.where(numbers < final[:, None], guesses, drawn)
+    right = (drawn == guesses)[:, :-1].long().cumprod(1).sum(1)                 # how many guesses before the first wrong
+    codes.scatter_(1, numbers, drawn)
+    final.copy_(first[:, 0] + 1 + right)
+
+
+def record(step):
+    """A step as a CUDA graph: one launch in place of a thousand. What cannot be recorded is run as it is."""
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            step()
+    except RuntimeError as error:
+        print(f"warning: steps are not recorded as a CUDA graph ({str(error).splitlines()[0]})", file=sys.stderr)
+        return step
+    return graph.replay
+
+
 @torch.no_grad()
 def generate(model, cond, mask=None, *, cfg_scale=1.0, cfg_interval=-1, temperature=1.0, top_k=0, top_p=1.0, seeds=None,
-             progress=False):
+             window=1, compiled=False, progress=False, trace=None):
     """Codes for a batch of conditions, one image each.
 
     cond          (B,) int64 class ids on the model's device, or (B, c, D) features of captions, padded on the left
@@ -111,38 +162,91 @@ def generate(model, cond, mask=None, *, cfg_scale=1.0, cfg_interval=-1, temperat
     cfg_interval  -1 guides every code; k >= 0 the first and the k + 1 after it (as the released code counts)
     seeds         an int in [0, 2^63) for each image, whose codes then do not depend on the batch it is in; None: fresh
                   ones from torch's own generator
+    window        codes that are computed at once: the same codes in fewer steps, each of which does more
+    compiled      torch.compile the step
     progress      show a bar over the T steps
+    trace         a list to which each step appends (final, codes), see decode_step
     returns       (B, T) int64
     """
     B, T, c = len(cond), model.config.grid ** 2, model.config.cond_tokens
     if mask is not None and mask.shape[1] != c:
         raise ValueError(f"captions are padded to {mask.shape[1]} positions; here they need all {c}")
-    if seeds is None:
-        seeds = torch.randint(2 ** 63 - 1, (B,))
-    seeds = torch.as_tensor(list(seeds), dtype=torch.int64, device=cond.device)
+    settings = dict(cfg_scale=cfg_scale, cfg_interval=cfg_interval, temperature=temperature, top_k=top_k, top_p=top_p)
+    seeds = torch.randint(2 ** 63 - 1, (B,)) if seeds is None else torch.tensor(list(seeds), dtype=torch.int64)
+    seeds, window = seeds.to(cond.device), min(window, T - 1)
     guided = cfg_scale > 1
     if guided:   # rows 0 .. B-1 carry the condition, rows B .. 2B-1 none
         cond = torch.cat([cond, model.cls_embedding.uncond(cond)])
         mask = mask if mask is None else mask.repeat(2, 1)          # "no caption" is seen where the caption is
-    cache = model.new_cache(len(cond))
-    codes = torch.empty(B, T, dtype=torch.int64, device=cond.device)
-    x, start = model.cls_embedding(cond), 0
+    final = torch.ones_like(seeds)
+    codes = torch.zeros(B, T, dtype=torch.int64, device=cond.device)
+
+    # Attention reads the whole cache, used or not. So the cache grows in three or four steps: little is read for nothing,
+    # and the shapes that a GPU records rarely change.
+    most = c + T - 1
+    block = max(64, -(-most // 256) * 64)
+    cache = model.new_cache(len(cond), min(-(-c // block) * block, most))
+    logits = model.extend(model.cls_embedding(cond), 0, cache, mask)
+    codes[:, :1] = choose(logits, torch.zeros_like(codes[:, :1]), seeds, guided, **settings)
+
+    run = torch.compile(decode_step, dynamic=False) if compiled else decode_step
+
+    def advance():
+        run(model, codes, final, seeds, cache, mask, window, settings)
+
+    step, recorded = advance, False
+    least = greatest = 1                                            # codes that are final in every image, in any image
     bar = data.progress(T, "codes", unit=" codes") if progress else None
-    for i in range(T):
-        if guided and 0 <= cfg_interval and i > cfg_interval + 1:   # the unconditional rows are not needed any more
-            x, cache, guided, mask = x[:B], cache[:, :, :B], False, mask if mask is None else mask[:B]
-        logits = model.extend(x, start, cache, mask)                # (2B or B, V)
-        logits = logits.float()                                     # bfloat16's grid would make ties, so that top-k
-        if guided:                                                  # keeps more than k, and round what guidance adds
-            given, without = logits.chunk(2)
-            logits = without + (given - without) * cfg_scale
-        noise = gumbel_noise(seeds, torch.full_like(seeds, i), logits.shape[-1])
-        codes[:, i] = draw(logits, noise, temperature, top_k, top_p)
-        x = model.tok_embeddings(codes[:, i:i + 1].repeat(1 + guided, 1))        # both halves see the same code
-        start = c + i
+    while least < T:
+        if guided and 0 <= cfg_interval < least - 1:                # the unconditional rows are not needed any more
+            cache = [layer[:, :B].clone() for layer in cache]
+            guided, mask = False, mask if mask is None else mask[:B]
+            step, recorded = advance, False
+        needed = c + min(greatest, T - window) + window - 1         # positions, this step's included
+        room = cache[0].shape[3]
+        if needed > room:
+            more = min(-(-needed // block) * block, most) - room
+            for i, layer in enumerate(cache):                       # one after the other, to hold no second cache
+                cache[i] = F.pad(layer, (0, 0, 0, more))
+            step, recorded = advance, False
+        step()
+        if cond.is_cuda and not recorded:                           # once it has run, all that it calls is warmed up
+            step, recorded = record(advance), True
+        before = least
+        if window == 1:
+            least = greatest = least + 1                            # as is known without waiting for a GPU
+        else:
+            least, greatest = (int(n) for n in final.aminmax())
         if bar:
-            bar.update()
+            bar.update(least - before)
+        if trace is not None:
+            trace.append((final.clone(), codes.clone()))
     return codes
+
+
+class PackedLinear(torch.nn.Module):
+    """A linear layer whose weights oneDNN has laid out for products with few rows, two to three times as fast."""
+
+    def __init__(self, linear):
+        super().__init__()
+        packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
+        self.weight = torch.nn.Parameter(packed, requires_grad=False)
+
+    def forward(self, x):
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
+
+
+def pack(model):
+    """Make the linear layers of a GPT faster on a CPU, in place; afterwards it can only draw. Each layer's own weights
+    are freed at once, so that nothing is in memory twice. Where these operators are missing nothing changes."""
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, torch.nn.Linear) and child.weight.device.type == "cpu":
+                try:
+                    setattr(parent, name, PackedLinear(child))
+                except (AttributeError, RuntimeError):   # a build without oneDNN
+                    return model
+    return model
 
 
 @torch.no_grad()

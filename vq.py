@@ -1,4 +1,4 @@
-"""The image tokenizer of LlamaGen (arXiv:2406.06525, section 2.1): pixels -> integer codes -> pixels.
+"""The image tokenizer of LlamaGen (arXiv:2406.06525, section 2.2): pixels -> integer codes -> pixels.
 
 $ python vq.py encode --ckpt runs/vq/ckpt.pt --data shapes --out codes          # every image of a data set as codes
 $ python vq.py encode --ckpt runs/vq/ckpt.pt --data DIR --out codes --ten-crop --crop-range 1.1 1.05
@@ -11,11 +11,15 @@ The file in order: model, checkpoints, pixels, codes on disk, commands.
 #          C channels   A crops per image   N images in a data set
 import argparse
 import hashlib
+import itertools
 import json
 import os
+import shutil
 import sys
+import time
 from collections import OrderedDict
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +40,7 @@ class VQConfig:
     res_blocks: int = 2                # residual blocks per level (the decoder has one more)
     z_channels: int = 256              # channels of the encoder's output, before the projection to D
     codebook_size: int = 16384         # V
-    code_dim: int = 8                  # D; a small D keeps the whole codebook in use (paper, table 8)
+    code_dim: int = 8                  # D; a small D keeps the whole codebook in use (paper, table 2a)
 
     @property
     def downsample(self):
@@ -66,8 +70,10 @@ class ResBlock(nn.Module):
 
     def __init__(self, c_in, c_out):
         super().__init__()
-        self.norm1, self.conv1 = norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.norm2, self.conv2 = norm(c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.norm1 = norm(c_in)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2 = norm(c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.nin_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x):
@@ -87,8 +93,9 @@ class AttnBlock(nn.Module):
     def forward(self, x):
         B, C, h, w = x.shape
         y = self.norm(x)
-        q, k, v = (f(y).view(B, 1, C, h * w).transpose(2, 3) for f in (self.q, self.k, self.v))  # (B, 1, T, C)
-        y = F.scaled_dot_product_attention(q, k, v)
+        q, k, v = self.q(y), self.k(y), self.v(y)                                # each (B, C, h, w)
+        q, k, v = (t.view(B, 1, C, h * w).transpose(2, 3) for t in (q, k, v))    # each (B, 1, T, C): one head
+        y = F.scaled_dot_product_attention(q, k, v)                              # (B, 1, T, C)
         return x + self.proj_out(y.transpose(2, 3).reshape(B, C, h, w))
 
 
@@ -164,7 +171,7 @@ class Decoder(nn.Module):
 
 
 class Quantizer(nn.Module):
-    """Nearest entry of a learned codebook, both sides on the unit sphere (paper, section 2.1)."""
+    """Nearest entry of a learned codebook, both sides on the unit sphere (paper, section 2.2)."""
 
     def __init__(self, config):
         super().__init__()
@@ -315,98 +322,143 @@ def shuffled(n, seed, start=0):
 
 
 # ---- codes on disk --------------------------------------------------------------------------------------------------
+BLOCK = 64   # images whose codes `encode` writes as one file until all are joined
+
+
 def encode(args, tokenizer=VQModel):
     """Write the folder --out: codes.npy uint16 (N, A, T), labels.npy int32 (N,) or captions.jsonl, meta.json.
 
-    Until all is done state.npy holds one byte an image; each process of a torchrun owns every world-th image, and a
-    second start goes on where the first ended. meta.json is written last: where it is, the folder is complete."""
+    No two processes ever write one file, for two nodes that write to the same pages of one lose each other's work on
+    NFS. Each process of a torchrun makes every world-th block of images, and the first joins them at the end. A second
+    start makes the blocks that are missing. meta.json is written last: where it is, the folder is complete."""
     rank, world, device = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), args.device
     images, model, out = data.open_images(args.data), load_vq(args.ckpt, device, tokenizer), Path(args.out)
-    size = args.image_size or model.image_size
+    size, step = args.image_size or model.image_size, model.config.downsample
     ranges = args.crop_range if args.ten_crop else []
-    side, step, V = size // model.config.downsample, model.config.downsample, model.config.codebook_size
-    if min(ranges, default=1) < 1:
-        raise ValueError(f"--crop-range {min(ranges)}: crops are cut from at least 1 times the image size")
-    if size % step:
-        raise ValueError(f"--image-size {size} is not a multiple of the tokenizer's {step}; try {max(side, 1) * step}")
-    if V > 2 ** 16:
-        raise ValueError(f"{args.ckpt}: codes.npy holds uint16, but the codebook has {V:,} entries (more than 65,536)")
-    if images.captions and ranges:
-        raise ValueError("--ten-crop would cut away what captions name; leave it out")
-    plain = "centre" if images.captions else "centre and its mirror image"
-    meta = {"classes": list(images.classes), "captions": bool(images.captions), "image_size": size, "h": side,
-            "w": side, "codes": model.codes_per_image(size), "codebook_size": V,
-            "crops": {"ten_crop_ranges": ranges} if ranges else plain, "tokenizer": weights_hash(model),
+    check(args, images, model, size, ranges)
+    A = 10 * len(ranges) or (1 if images.captions else 2)
+    crops = "centre" if images.captions else "centre and its mirror image"
+    meta = {"classes": list(images.classes), "captions": bool(images.captions), "image_size": size, "h": size // step,
+            "w": size // step, "codes": model.codes_per_image(size), "codebook_size": model.config.codebook_size,
+            "crops": {"ten_crop_ranges": ranges} if ranges else crops, "tokenizer": weights_hash(model),
             "data": args.data, "images": len(images)}
-    settings, begun, finished = json.dumps(meta), out / "begun.json", out / "meta.json"
-    if finished.exists():
-        done = {"codes": side * side, **json.loads(finished.read_text())}   # which older folders do not say
-        if {k: done.get(k) for k in meta} != json.loads(settings):
-            raise ValueError(f"--out {out} holds codes made with other settings; choose another folder or delete it")
-        return print(f"{out} is complete: {done['images'] - len(done['skipped']):,} images. Nothing to do.")
-    shape = (len(images), 10 * len(ranges) or (1 if images.captions else 2), meta["codes"])
-    if rank == 0 and not begun.exists():
-        out.mkdir(parents=True, exist_ok=True)
-        np.lib.format.open_memmap(out / "codes.npy", "w+", np.uint16, shape)
-        np.lib.format.open_memmap(out / "state.npy", "w+", np.uint8, shape[:1])
-        begun.write_text(settings)
-    if world > 1:
-        dist.init_process_group("gloo")
-        dist.barrier()
-    if begun.read_text() != settings:
-        raise ValueError(f"--out {out} was begun with other settings; choose another folder or delete it")
-    codes = np.lib.format.open_memmap(out / "codes.npy", "r+")
-    state = np.lib.format.open_memmap(out / "state.npy", "r+")
+    if begun_before(out, meta, rank):
+        return
+    if world > 1:   # a day: one process may have all the slow images, and the others wait for it
+        dist.init_process_group("gloo", timeout=timedelta(days=1))
 
-    todo = [i for i in range(rank, len(images), world) if state[i] == data.TO_DO]
-    per_batch = max(1, args.batch_size // shape[1])   # images; their crops go through the encoder together
-    loader = torch.utils.data.DataLoader(data.Crops(images, size, ranges), sampler=todo, batch_size=per_batch,
-                                         collate_fn=list, num_workers=args.workers)
-    with data.progress(len(todo), "encode" + f" (process 1 of {world})" * (world > 1), rank) as bar:
-        for batch in loader:
-            good = [(i, crops) for i, crops in batch if isinstance(crops, np.ndarray)]
-            if good:
-                pixels = torch.from_numpy(np.concatenate([crops for _, crops in good])).to(device)
-                rows = model.encode(pixels.permute(0, 3, 1, 2).float() / 127.5 - 1)
-                codes[[i for i, _ in good]] = rows.view(len(good), *shape[1:]).cpu().numpy().astype(np.uint16)
-            for i, crops in batch:
-                state[i] = data.DONE if isinstance(crops, np.ndarray) else crops
-            bar.update(len(batch))
+    blocks = [range(start, min(start + BLOCK, len(images))) for start in range(0, len(images), BLOCK)]
+    parts = [out / "parts" / f"{block.start:09d}.npz" for block in blocks]
+    todo = [block for block, part in list(zip(blocks, parts))[rank::world] if not part.exists()]
+    loader = torch.utils.data.DataLoader(data.Crops(images, size, ranges), batch_sampler=todo, collate_fn=list,
+                                         num_workers=args.workers)
+    with data.progress(sum(map(len, todo)), "encode" + f" (process 1 of {world})" * (world > 1), rank) as bar:
+        for block, codes in one_late(loader, model, device, args.batch_size):
+            part = parts[block[0][0] // BLOCK]
+            states = [data.DONE if isinstance(found, np.ndarray) else found for _, found in block]
+            codes = codes.reshape(-1, A, meta["codes"]).astype(np.uint16)          # of those images that are DONE
+            np.savez(f"{part}.tmp.npz", codes=codes, states=np.array(states, np.uint8))
+            os.replace(f"{part}.tmp.npz", part)
+            bar.update(len(block))
     if world > 1:
         dist.barrier()
-        dist.destroy_process_group()
     if rank == 0:
-        finish(out, images, codes, state, meta)
+        join(out, parts, images, meta, A)
+    if world > 1:   # gloo, when it is taken down in order, hangs in one of 30 runs (torch 2.13)
+        os._exit(0)
 
 
-def finish(out, images, codes, state, meta):
-    """Complete a fully encoded folder: leave out the rows of skipped images, add labels or captions, and meta.json."""
-    keep, skipped = np.flatnonzero(state == data.DONE), np.flatnonzero(state != data.DONE)
-    counts = {why: (state == code).sum() for code, why in data.SKIPPED.items()}
+def one_late(loader, model, device, batch_size):
+    """(block, its codes as an array) for each block of data.Crops. While a GPU works on one, the codes of the one
+    before come back and are written; if each was waited for, the GPU would idle in between."""
+    cuda, before = torch.device(device).type == "cuda", None
+    for block in itertools.chain(loader, [[]]):   # the empty one brings the last
+        crops = [found for _, found in block if isinstance(found, np.ndarray)]     # of those that could be used
+        codes, ready = torch.zeros(0), None
+        if crops:
+            pixels = torch.from_numpy(np.concatenate(crops))                       # (crops, H, W, 3) uint8
+            pixels = (pixels.pin_memory() if cuda else pixels).to(device, non_blocking=True).permute(0, 3, 1, 2)
+            codes = torch.cat([model.encode(batch.float() / 127.5 - 1) for batch in pixels.split(batch_size)])
+            codes = codes.to("cpu", non_blocking=True)
+            ready = torch.cuda.current_stream(device).record_event() if cuda else None
+        if before:
+            done, its_codes, its_event = before
+            if its_event:
+                its_event.synchronize()
+            yield done, its_codes.numpy()
+        before = block, codes, ready
+
+
+def begun_before(out, meta, rank):
+    """Begin the folder, or go on with it; True if it is complete. Raises ValueError if its settings were others."""
+    settings, begun, finished = json.loads(json.dumps(meta)), out / "begun.json", out / "meta.json"
+    for file, what in (finished, "made"), (begun, "begun"):
+        there = json.loads(file.read_text()) if file.exists() else dict(settings)
+        there.setdefault("codes", meta["h"] * meta["w"])   # which older folders do not say
+        if {name: there.get(name) for name in settings} != settings:
+            raise ValueError(f"--out {out} was {what} with other settings; choose another folder or delete it")
+        if what == "made" and file.exists():
+            shutil.rmtree(out / "parts", ignore_errors=True)   # of a run that was killed in its last moment
+            if rank == 0:
+                print(f"{out} is complete: {there['images'] - len(there['skipped']):,} images. Nothing to do.")
+            return True
+    data.make_folder(out / "parts")
+    if rank == 0 and not begun.exists():
+        (out / "begun.tmp").write_text(json.dumps(meta))
+        os.replace(out / "begun.tmp", begun)
+    return False
+
+
+def join(out, parts, images, meta, A):
+    """Complete a fully encoded folder: codes of the images that could be used, their labels or captions, meta.json."""
+    for _ in range(120):   # files of another node can take a minute to be seen here (NFS)
+        if all(part.exists() for part in parts):
+            break
+        time.sleep(1)
+    states = np.concatenate([np.load(part)["states"] for part in parts])
+    keep, skipped = np.flatnonzero(states == data.DONE), np.flatnonzero(states != data.DONE)
+    counts = {why: (states == state).sum() for state, why in data.SKIPPED.items()}
     counts = ", ".join(f"{count:,} {why}" for why, count in counts.items() if count)
     if not len(keep):
+        shutil.rmtree(out / "parts")
         raise ValueError(f"none of the {len(images)} images could be used ({counts}); nothing was written")
-    if len(codes) > len(keep):   # not yet shortened by a start that ended here
-        final = np.lib.format.open_memmap(out / "codes.tmp.npy", "w+", np.uint16, (len(keep), *codes.shape[1:]))
-        for start in range(0, len(keep), 4096):
-            final[start:start + 4096] = codes[keep[start:start + 4096]]
-        final.flush()
-        os.replace(out / "codes.tmp.npy", out / "codes.npy")
+    codes, start = np.lib.format.open_memmap(out / "codes.npy", "w+", np.uint16, (len(keep), A, meta["codes"])), 0
+    for part in parts:
+        rows = np.load(part)["codes"]
+        codes[start:start + len(rows)] = rows
+        start += len(rows)
+    codes.flush()
     if images.captions:
         with open(out / "captions.jsonl", "w", encoding="utf8") as f:
             f.writelines(json.dumps(images.captions[i], ensure_ascii=False) + "\n" for i in keep)
     else:
         np.save(out / "labels.npy", np.array(images.labels, dtype=np.int32)[keep])
-    meta["skipped"] = {str(images.places[i]): data.SKIPPED[state[i]] for i in skipped}
+    meta["skipped"] = {str(images.places[i]): data.SKIPPED[states[i]] for i in skipped}
     (out / "meta.tmp").write_text(json.dumps(meta, indent=1))
     os.replace(out / "meta.tmp", out / "meta.json")
+    shutil.rmtree(out / "parts")
     (out / "begun.json").unlink()
-    (out / "state.npy").unlink()
-    print(f"{out}: {len(keep):,} images x {codes.shape[1]} crop{'s' * (codes.shape[1] > 1)} x {codes.shape[2]} codes"
-          + (f"; left out: {counts}; meta.json names them" if counts else ""))
+    print(f"{out}: {len(keep):,} images x {A} crop{'s' * (A > 1)} x {meta['codes']} codes"
+          + (f"; left out: {counts}; meta.json names them" if counts else ""), flush=True)
+
+
+def check(args, images, model, size, ranges):
+    """Raise ValueError, with one sentence, if tokenizer, images and flags do not belong together."""
+    step, V = model.config.downsample, model.config.codebook_size
+    if size % step:
+        raise ValueError(f"--image-size {size} is not a multiple of the tokenizer's {step}; "
+                         f"try {max(size // step, 1) * step}")
+    if V > 2 ** 16:
+        raise ValueError(f"{args.ckpt}: codes.npy holds uint16, but the codebook has {V:,} entries (more than 65,536)")
+    if images.captions and ranges:
+        raise ValueError("--ten-crop would cut away what captions name; leave it out")
 
 
 # ---- commands -------------------------------------------------------------------------------------------------------
+PRETRAINED = {"VQ-16": ("vq_ds16_c2i.pt",), "VQ-8": ("vq_ds8_c2i.pt",),
+              "VQ-16-text": ("vq_ds16_t2i.pt", "peizesun/llamagen_t2i")}   # file, repository if not the usual one
+
+
 def reconstruct(args):
     """Write a picture with the originals above what is left of them after encoding and decoding."""
     model = load_vq(args.ckpt, args.device)
@@ -428,23 +480,29 @@ def main():
     for c in (enc, rec):
         weights = c.add_mutually_exclusive_group(required=True)
         weights.add_argument("--ckpt", help="tokenizer checkpoint: train_vq.py's or a released file")
-        weights.add_argument("--pretrained", choices=["VQ-16", "VQ-8"], help="fetch the released tokenizer instead")
+        weights.add_argument("--pretrained", choices=PRETRAINED, help="fetch a released tokenizer instead; "
+                             "VQ-16-text goes with the models for captions")
         c.add_argument("--image-size", type=int, help="pixels a side (default: as the tokenizer was trained)")
-        c.add_argument("--device", default=device, help="cuda or cpu (default: cuda where there is one)")
+        c.add_argument("--device", type=data.device, default=device,
+                       help="cuda or cpu (default: cuda where there is one)")
     enc.add_argument("--data", required=True, help="a folder of class folders, or shapes, or shapes:N for N of them")
     enc.add_argument("--out", default="codes", help="folder to write (default: codes)")
     enc.add_argument("--ten-crop", action="store_true", help="ten crops an image, as the paper, not two")
     enc.add_argument("--crop-range", type=float, nargs="+", default=[1.1], metavar="R",
                      help="ten crops are cut from R times the image size; several R give ten each (default: 1.1)")
-    enc.add_argument("--batch-size", type=int, default=64, help="crops that go through the encoder together")
+    enc.add_argument("--batch-size", type=int, default=64 if device == "cpu" else 100, help="crops that go through the "
+                     "encoder together (default: 64 on CPU, 100 on GPU)")
     enc.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that decode images")
     rec.add_argument("--out", default="recon.png", help="PNG to write (default: recon.png)")
     rec.add_argument("images", nargs="+", metavar="IMAGE")
     args = p.parse_args()
     p.usage = "python vq.py encode|reconstruct ... (--help lists the flags)"
+    data.within(p, args, image_size=(1, 8192))
+    if args.command == "encode":
+        data.within(p, args, crop_range=(1, 8), batch_size=(1, 2 ** 20), workers=(0, 1024))
     try:
         if args.pretrained:
-            args.ckpt = data.pretrained({"VQ-16": "vq_ds16_c2i.pt", "VQ-8": "vq_ds8_c2i.pt"}[args.pretrained])
+            args.ckpt = data.pretrained(*PRETRAINED[args.pretrained])
         {"encode": encode, "reconstruct": reconstruct}[args.command](args)
     except (OSError, ValueError) as error:
         p.error(str(error))

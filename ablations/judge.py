@@ -1,6 +1,6 @@
 """Judges for toy runs, where Inception would see nothing: how faithful a tokenizer is, how real samples are.
 
-$ python ablations/judge.py recon --ckpt runs/vq/ckpt.pt --data cifar10/test           # PSNR, share of the codebook used
+$ python ablations/judge.py recon --ckpt runs/vq/ckpt.pt --data cifar10/test        # PSNR, share of the codebook used
 $ python ablations/judge.py samples samples.npz --data cifar10/train --net runs/judge.pt
 
 A small network learns the classes of --data once and is kept in --net. `accuracy` is how often it sees in a sample the
@@ -50,8 +50,9 @@ def network(classes):
     """32 x 32 pixels -> 64 features -> scores of the classes."""
     def halve(c_in, c):
         return nn.Sequential(nn.Conv2d(c_in, c, 3, 1, 1, bias=False), nn.BatchNorm2d(c), nn.ReLU(), nn.MaxPool2d(2))
-    return nn.Sequential(nn.Sequential(halve(3, 24), halve(24, 48), halve(48, 64), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
-                                       nn.Linear(256, 64), nn.ReLU()), nn.Linear(64, classes))
+    features = nn.Sequential(halve(3, 24), halve(24, 48), halve(48, 64), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
+                             nn.Linear(256, 64), nn.ReLU())
+    return nn.Sequential(features, nn.Linear(64, classes))
 
 
 def train_network(images, labels, classes, epochs=8):

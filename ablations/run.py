@@ -29,19 +29,20 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
 import data
+import vq
 
 # What every run of a stage gets: the demo's model, and a schedule that fits in a few hundred steps.
 COMMON = {
-    "gpt": "--model demo --batch-size 32 --lr 1.2e-2 --schedule cosine --warmup-steps 50 --dropout 0 --val-images 1000 "
-           "--log-every 25 --sample-every 0",
+    "gpt": "--model demo --batch-size 32 --lr 1.2e-2 --schedule cosine --warmup-steps 50 --dropout 0 "
+           "--val-images 1000 --log-every 25 --sample-every 0",
     "vq": "--model VQ-demo --codebook-size 1024 --image-size 32 --batch-size 32 --lr 1e-3 --schedule cosine "
           "--warmup-steps 50 --lpips-weight 0 --disc-weight 0 --log-every 25 --sample-every 0 --workers 0",
     "sample": "--top-k 0 --cfg-scale 2 --num-samples 1000 --batch-size 250",
 }
-MEASURES = {"val_loss": "validation loss", "psnr": "PSNR", "usage": "codebook used", "accuracy": "accuracy of samples",
-            "distance": "distance of samples"}
-DEFAULT = {"gpt": ["val_loss"], "vq": ["psnr", "usage"], "sample": ["accuracy", "distance"],
-           "codes": ["accuracy", "distance"]}
+# What is measured where the text of an ablation does not say. A stage is what is trained: a GPT, a tokenizer, a GPT on
+# other codes, or nothing, where only samples differ.
+MEASURES = {"gpt": ["val_loss"], "vq": ["psnr", "usage"], "codes": ["accuracy", "distance"],
+            "sample": ["accuracy", "distance"]}
 
 
 # ---- what the files of this folder say -----------------------------------------------------------------------------
@@ -51,14 +52,14 @@ def names():
 
 
 def read(name):
-    """The text above a diff, or all of a .txt, as a dict: its title, and what follows `idea:`, `source:`, `stage:` and so
-    on; `flags` is a list, a line a variant; `added` and `removed` count the lines of the diff."""
+    """The text above a diff, or all of a .txt, as a dict: its title, and what follows `idea:`, `source:`, `stage:` and
+    so on; `flags` is a list, a line a variant; `added` and `removed` count the lines of the diff."""
     path = names()[name]
     head, _, diff = path.read_text().partition("\ndiff --git ")
     fields = re.findall(r"^(\w+):[ ]*(.*(?:\n +.*)*)", head, re.M)
     idea = {key: " ".join(text.split()) for key, text in fields if key != "flags"}
     lines = [line[:1] for line in diff.splitlines() if not line.startswith(("+++", "---"))]
-    measures = idea.get("measure", "").split() or DEFAULT[idea["stage"]]
+    measures = idea.get("measure", "").split() or MEASURES[idea["stage"]]
     return {**idea, "name": name, "title": head.splitlines()[0], "path": path, "measure": measures,
             "flags": [text.strip() for key, text in fields if key == "flags"],
             "added": lines.count("+"), "removed": lines.count("-")}
@@ -111,29 +112,31 @@ def log(run, tokens):
 
 
 def measure(idea, flags, seed, scripts, args):
-    """Train (or only sample) once and return what was measured."""
-    run, stage, codes = scripts.parent, idea["stage"], args.codes
-    row, gpt = {}, args.gpt
-    length = ["--max-steps", args.steps, "--seed", seed, "--save-every", args.save_every, *args.more]
+    """Train (or only sample) once and return what was measured. `flags` go to the first script that is started."""
+    run, stage, codes, gpt, row = scripts.parent, idea["stage"], args.codes, args.gpt, {}
     if stage == "codes":   # other codes of the same images, from the same tokenizer
-        codes, image_size = run / "codes", flags
-        call(scripts, ["vq.py", "encode", "--ckpt", args.vq, "--data", args.data, "--out", codes, *image_size.split()])
+        codes = run / "codes"
+        call(scripts, ["vq.py", "encode", "--ckpt", args.vq, "--data", args.data, "--out", codes, *flags.split()])
         stage, flags = "gpt", ""
+
     if stage in ("gpt", "vq"):
-        script, source = {"gpt": ("train_gpt.py", ["--codes", codes]), "vq": ("train_vq.py", ["--data", args.data])}[stage]
-        resume = ["--resume"] if (run / "out" / "ckpt.pt").exists() else []
-        every = ["--val-every", args.steps] if stage == "gpt" else []
-        call(scripts, [script, *source, "--out", run / "out", *COMMON[stage].split(), *length, *every, *flags.split(),
-                       *resume], args.nproc)
+        words = ["train_vq.py", "--data", args.data]
+        if stage == "gpt":
+            words = ["train_gpt.py", "--codes", codes, "--val-every", args.steps]
+        words += ["--out", run / "out", *COMMON[stage].split(), "--max-steps", args.steps, "--seed", seed,
+                  "--save-every", args.save_every, *args.more, *flags.split()]
+        words += ["--resume"] if (run / "out" / "ckpt.pt").exists() else []
+        call(scripts, words, args.nproc)
         tokens = json.loads((Path(codes) / "meta.json").read_text())["h"] ** 2 if stage == "gpt" else 0
         row, gpt, flags = log(run / "out", tokens), run / "out" / "ckpt.pt", ""
+
     if stage == "vq":
         words = [HERE / "judge.py", "recon", "--ckpt", run / "out" / "ckpt.pt", "--data", args.test]
         row |= json.loads(call(scripts, words))
     if "averaged" in idea["measure"]:   # --init takes averaged weights where there are some; the step changes nothing
         shutil.rmtree(run / "averaged", ignore_errors=True)
-        call(scripts, ["train_gpt.py", "--codes", codes, "--init", gpt, "--out", run / "averaged", *COMMON["gpt"].split(),
-                       *args.more, "--max-steps", 1, "--val-every", 1, "--lr", 1e-30])
+        words = ["train_gpt.py", "--codes", codes, "--init", gpt, "--out", run / "averaged", *COMMON["gpt"].split()]
+        call(scripts, [*words, *args.more, "--max-steps", 1, "--val-every", 1, "--lr", 1e-30])
         row["val_loss"] = log(run / "averaged", 1)["val_loss"]
     if set(idea["measure"]) & {"accuracy", "distance"}:
         npz = run / "samples.npz"
@@ -145,7 +148,7 @@ def measure(idea, flags, seed, scripts, args):
 
 
 def key_of(idea, flags, seed, args):
-    """What makes a run the same run: the ablation and its flags, the seed, the data, the length and the common flags."""
+    """What makes a run the same run: the ablation, its flags, the seed, the data, the length and the common flags."""
     files = {"gpt": ["codes"], "vq": ["data", "test"], "sample": ["gpt", "vq"], "codes": ["vq", "data"]}[idea["stage"]]
     return {"ablation": idea["name"], "flags": flags, "seed": seed, "stage": idea["stage"], "steps": args.steps,
             "more": " ".join(args.more), "data": digest([getattr(args, name) for name in files])}
@@ -167,7 +170,7 @@ def measure_all(idea, args):
             key = key_of(what, flags, seed, args)
             rows = json.loads(args.results.read_text()) if args.results.exists() else []
             there = [row for row in rows if row.items() >= key.items()]
-            if there and {name for name in what["measure"] if name in MEASURES} <= there[0].keys():
+            if there and set(what["measure"]) - {"averaged"} <= there[0].keys():
                 continue
             run = args.out.resolve() / f"{what['name']}-{seed}-{digest(key)}"
             changed_scripts(what["path"], run / "scripts")
@@ -199,8 +202,10 @@ def check(args):
         if labels is None:
             raise ValueError(f"--codes {args.codes} was made from captions; the ablations are about classes")
         if meta["h"] != meta["w"] or len(codes) <= 1000:
-            raise ValueError(f"--codes {args.codes} holds {len(codes)} images of {meta['h']} x {meta['w']} codes; more than "
-                             "1000 are needed, and squares")
+            raise ValueError(f"--codes {args.codes} holds {len(codes)} images of {meta['h']} x {meta['w']} codes; more "
+                             "than 1000 are needed, and squares")
+        if samples and vq.weights_hash(vq.load_vq(args.vq)) != meta["tokenizer"]:
+            raise ValueError(f"--vq {args.vq} is not the tokenizer that made --codes {args.codes}")
     if args.steps < 1 or args.seeds < 1:
         raise ValueError("--steps and --seeds start at 1")
     return idea
@@ -223,9 +228,9 @@ def main():
     p.add_argument("--nproc", type=int, default=1, help="processes that train together, by torchrun (default: 1)")
     p.add_argument("--save-every", type=int, default=5000, help="steps between checkpoints (default: 5000)")
     p.add_argument("--resize", type=int, default=32, help="pixels a side at which samples are judged (default: 32)")
-    p.add_argument("--out", type=Path, default=Path("runs/ablations"), help="folder of the runs (default: runs/ablations)")
-    p.add_argument("--results", type=Path, default=HERE / "results.json", help="rows of all runs (default: results.json "
-                   "beside this file)")
+    p.add_argument("--out", type=Path, default=Path("runs/ablations"), help="folder of the runs (default: %(default)s)")
+    p.add_argument("--results", type=Path, default=HERE / "results.json", help="rows of all runs (default: results.json"
+                   " beside this file)")
     p.add_argument("--table", action="store_true", help="write the table of README.md and the pictures, run nothing")
     words = sys.argv[1:]
     split = words.index("--") if "--" in words else len(words)

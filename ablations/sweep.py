@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -49,22 +50,34 @@ def plot(rows, path):
     sheet.resize((1200, 500), Image.LANCZOS).save(path)
 
 
+def tag(*settings):
+    """Eight letters for these settings: cells of other settings get other file names."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+
+
 def sweep(args):
     """Samples and scores for every guidance scale with every top-k; a table and a picture, as the paper's Figure 3."""
-    def tag(*settings):                                                # other settings, other names
-        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-    net, tokenizer = load_inception(args.inception, args.device), vq.load_vq(args.vq, args.device)
-    ref, side = open_set(args.ref, args.vq, args.size, args.device), args.image_size or tokenizer.image_size
+    tokenizer = vq.load_vq(args.vq, args.device)
+    ref = open_set(args.ref, args.vq, args.size, args.device)
+    side = args.image_size or tokenizer.image_size
+    model = gpt.load_gpt(args.gpt, args.device, grid=side // tokenizer.config.downsample)
+    sample.check_pair(model, tokenizer, args.gpt, args.vq)
+    if args.image_size and model.config.grid * tokenizer.config.downsample != side:
+        raise ValueError(f"--image-size {side}: {args.gpt} draws {model.config.grid} x {model.config.grid} codes of "
+                         f"{tokenizer.config.downsample} pixels")
+    model = model.bfloat16() if "cuda" in args.device else model
+    net = load_inception(args.inception, args.device)
+
+    # What a cell's samples depend on stands in their file's name, what its scores depend on in theirs.
     drawn = {"vq": data.file_hash(args.vq), "gpt": data.file_hash(args.gpt), "image_size": side, "size": args.size,
              "seed": args.seed, "num_samples": args.num_samples}
     scored = {"reference": ref.sha256, "inception": net["sha256"], "pr_half": args.pr_half}
-    names = {cell: f"{args.out}/cfg{cell[0]:g}-top{cell[1]}-{tag(drawn, cell)}"
-             for cell in itertools.product(args.cfg_scale, args.top_k)}
+    names = {(scale, top_k): f"{args.out}/cfg{scale:g}-top{top_k}-{tag(drawn, (scale, top_k))}"
+             for scale, top_k in itertools.product(args.cfg_scale, args.top_k)}
     results = {cell: Path(f"{name}-{tag(scored)}.json") for cell, name in names.items()}
-    if todo := [cell for cell in names if not results[cell].exists()]:
-        model = gpt.load_gpt(args.gpt, args.device, grid=side // tokenizer.config.downsample)
-        sample.check_pair(model, tokenizer, args.gpt, args.vq)
-        model = model.bfloat16() if "cuda" in args.device else model
+    todo = [cell for cell in names if not results[cell].exists()]
+
+    if todo:
         reference = measure(ref, net, args.batch_size)
     for scale, top_k in todo:
         npz = Path(f"{names[scale, top_k]}.npz")
@@ -76,15 +89,22 @@ def sweep(args):
         if RANK == 0:
             row = {"cfg_scale": scale, "top_k": top_k, **score(reference, samples, net, args.pr_half)}
             report(results[scale, top_k], row, cautions(ref, gen, net), samples=gen.sha256, **drawn, **scored)
-    if RANK:
-        return
-    rows = [json.loads(path.read_text())["metrics"] for path in results.values()]
-    table = [list(rows[0]), *([f"{v:.4g}" for v in row.values()] for row in rows)]
-    Path(f"{args.out}/sweep.csv").write_text("".join(",".join(line) + "\n" for line in table))
-    markdown = "".join(f"| {' | '.join(line)} |\n" for line in [table[0], ["---:"] * len(rows[0]), *table[1:]])
-    Path(f"{args.out}/sweep.md").write_text(markdown)
-    plot(rows, f"{args.out}/sweep.png")
-    print(f"{markdown}{len(todo)} of {len(names)} cells were new; {args.out} has sweep.md, sweep.csv and sweep.png")
+    if RANK == 0:
+        rows = [json.loads(path.read_text())["metrics"] for path in results.values()]
+        print(write_table(rows, args.out))
+        plot(rows, f"{args.out}/sweep.png")
+        print(f"{len(todo)} of {len(names)} cells were new; {args.out} has sweep.md, sweep.csv and sweep.png")
+
+
+def write_table(rows, folder):
+    """Write sweep.csv and sweep.md to a folder; returns the latter."""
+    lines = [[f"{value:.4g}" for value in row.values()] for row in rows]
+    header = list(rows[0])
+    Path(f"{folder}/sweep.csv").write_text("".join(",".join(line) + "\n" for line in [header, *lines]))
+    ruled = [header, ["---:"] * len(header), *lines]
+    markdown = "".join(f"| {' | '.join(line)} |\n" for line in ruled)
+    Path(f"{folder}/sweep.md").write_text(markdown)
+    return markdown
 
 
 def main():
@@ -92,13 +112,16 @@ def main():
     def numbers(text):
         return [float(word) if "." in word else int(word) for word in text.split(",")]
 
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    def integers(text):
+        return [int(word) for word in text.split(",")]
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--vq", required=True, metavar="CKPT", help="tokenizer checkpoint")
     p.add_argument("--gpt", required=True, metavar="CKPT", help="GPT checkpoint")
     p.add_argument("--ref", required=True, help="NPZ, folder of images, or codes folder")
     p.add_argument("--cfg-scale", type=numbers, default=[1, 1.5, 1.75, 2, 3], help="guidance (default: 1,1.5,1.75,2,3)")
-    p.add_argument("--top-k", type=numbers, default=[0], help="numbers of likeliest codes, 0 is all (default: 0)")
+    p.add_argument("--top-k", type=integers, default=[0], help="numbers of likeliest codes, 0 is all (default: 0)")
     p.add_argument("--num-samples", type=int, default=50_000, help="samples for each cell (default: 50000)")
     p.add_argument("--seed", type=int, default=0, help="sample i is drawn from seed + i")
     p.add_argument("--image-size", type=int, help="pixels a side that the model works at (default: as it was trained)")
@@ -107,13 +130,19 @@ def main():
     p.add_argument("--pr-half", action="store_true", help="precision and recall in float16, as in published tables")
     p.add_argument("--inception", metavar="FILE", help="Inception weights (default: the published ones)")
     p.add_argument("--batch-size", type=int, default=64, help="images that go through Inception together (default: 64)")
-    p.add_argument("--device", default=device, help="cuda or cpu (default: cuda where there is one)")
+    p.add_argument("--device", type=data.device, default=device, help="cuda or cpu (default: cuda where there is one)")
     args = p.parse_args()
     p.usage = "python ablations/sweep.py --vq CKPT --gpt CKPT --ref REF ... (--help lists the flags)"
+    data.within(p, args, cfg_scale=(0, 1e3), top_k=(0, 1e6), num_samples=(4, 1e9), seed=(0, 1e18), batch_size=(1, 1e5),
+                image_size=(1, 8192), size=(1, 8192))
+    if not args.out:
+        p.error("--out is empty: give the name of a folder")
+    if args.device == "cuda":
+        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        if WORLD > 1:
-            dist.init_process_group("gloo")
-        Path(args.out).mkdir(parents=True, exist_ok=True)
+        data.make_folder(args.out)
+        if WORLD > 1:   # processes wait for the slowest, which may take longer than gloo's half hour
+            dist.init_process_group("gloo", timeout=timedelta(days=7))
         sweep(args)
     except (OSError, ValueError) as error:
         p.error(str(error))

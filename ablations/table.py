@@ -11,7 +11,7 @@ HERE = Path(__file__).resolve().parent
 ASSETS = HERE.parent / "assets"
 NAMES = {"val_loss": ("validation loss", 4), "psnr": ("PSNR", 2), "usage": ("codebook used", 3),
          "accuracy": ("accuracy", 3), "distance": ("distance", 2)}          # of a measure: its words, its decimals
-STUDENT = {2: 12.7, 3: 4.30, 4: 3.18, 5: 2.78}   # 95% of Student's t lie within, for so many seeds
+STUDENT = {1: 12.7, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36}   # 95% of t lie within; by degrees of freedom
 COLOURS = ["#1b6ca8", "#d1495b", "#3a7d44", "#edae49", "#6f4c9b"]
 
 
@@ -46,43 +46,59 @@ def variants(rows, idea):
             if (found := [r for r in mine if r["flags"] == flags and r["steps"] == longest])]
 
 
-def verdict(expected, difference, error, n):
-    """One honest word or two on a difference: what was expected is `higher`, `lower`, `same`, or nothing in particular."""
+def spread(rows, ideas):
+    """How far differences between ablation and baseline scatter from seed to seed: {(stage, measure): (standard
+    deviation, degrees of freedom)}, pooled over all ablations, since two or three seeds of one say little."""
+    found = {}
+    for idea in ideas:
+        for _, variant in variants(rows, idea):
+            both = pairs(rows, variant)
+            for name in NAMES if len(both) > 1 else ():
+                values = [b[name] - a[name] for a, b in both if name in a and name in b]
+                squares, freedom = found.get((idea["stage"], name), (0, 0))
+                if len(values) > 1:
+                    new = statistics.variance(values) * (len(values) - 1)
+                    found[idea["stage"], name] = squares + new, freedom + len(values) - 1
+    return {key: ((squares / freedom) ** 0.5, freedom) for key, (squares, freedom) in found.items()}
+
+
+def verdict(expected, difference, error, freedom):
+    """A few honest words on a difference; `expected` is higher, lower, same, or nothing in particular. It counts as
+    seen where zero lies outside of the difference's 95% interval."""
     if error is None:
         return "one seed: no error known"
-    if abs(difference) <= STUDENT.get(n, 2.5) * error:
-        return "cannot be seen at this size" if expected != "same" else "agrees: no difference to be seen"
+    if abs(difference) <= STUDENT.get(freedom, 2.3) * error:
+        return "agrees: no difference to be seen" if expected == "same" else "cannot be seen at this size"
     seen = "higher" if difference > 0 else "lower"
-    return f"{seen}: " + ("agrees" if seen == expected else "does not agree") if expected else seen
+    return f"{seen}: {'agrees' if seen == expected else 'does not agree'}" if expected else seen
 
 
-def lines_of(rows, idea):
-    """The table's lines for one ablation."""
-    link, changed = f"[{idea['name']}]({idea['path'].name})", f"+{idea['added']} -{idea['removed']}"
-    head = f"| {link} | {changed if idea['added'] else 'flags'} | {idea['title']}. {idea['source']} | {idea['reported']} |"
+def lines_of(rows, idea, scatter):
+    """The table's lines for one ablation: a line for each variant and measure."""
+    changed = f"+{idea['added']} -{idea['removed']}" if idea["added"] else "flags"
+    head = f"| [{idea['name']}]({idea['path'].name}) | {changed} |"
     found = variants(rows, idea)
-    if not found:
-        return [f"{head} | not run | | | | |"]
-    if idea["stage"] == "sample":
-        return [f"{head} see the picture | | | | |"]
+    if not found or idea["stage"] == "sample":
+        return [f"{head} | {'see the picture' if found else 'not run'} | | | | | |"]   # nothing to compare with
     out = []
     for flags, variant in found:
-        both, first = pairs(rows, variant), True
-        for name in [name for name in idea["measure"] if name in NAMES and both and name in both[0][1]]:
+        for name in [name for name in idea["measure"] if name in NAMES]:
+            both = [pair for pair in pairs(rows, variant) if name in pair[0] and name in pair[1]]
+            if not both:
+                continue
             words, decimals = NAMES[name]
-            base, mine = ([pair[i][name] for pair in both if name in pair[0]] for i in (0, 1))
-            differences = [b - a for a, b in zip(base, mine)]
-            d, error = mean_and_error(differences)
+            base, mine = ([pair[i][name] for pair in both] for i in (0, 1))
+            difference = statistics.mean(mine) - statistics.mean(base)
+            deviation, freedom = scatter.get((idea["stage"], name), (None, 0))
+            error = deviation and deviation / len(both) ** 0.5
             expected = idea["expect"].split()[0].strip(":,;") if name == idea["measure"][0] else ""
             expected = expected if expected in ("higher", "lower", "same") else ""
-            cells = [f"{words}: {written(*mean_and_error(base), decimals)}", written(*mean_and_error(mine), decimals),
-                     f"{written(d, error, decimals, '+')} (n = {len(both)})",
-                     f"{statistics.median(b['seconds'] / a['seconds'] for a, b in both):.2f}" if first else "",
-                     verdict(expected, d, error, len(both))]
-            out.append(f"{head if not out else '| | | | |'} {f'`{flags}`' if flags and first else ''} | "
-                       + " | ".join(cells) + " |")
-            first = False
-    return out
+            cells = [f"`{flags}`" if flags and name == idea["measure"][0] else "",
+                     f"{words} {written(*mean_and_error(base), decimals)}", written(*mean_and_error(mine), decimals),
+                     written(difference, error, decimals, "+"), str(len(both)),
+                     verdict(expected, difference, error, freedom)]
+            out.append(f"{'| | |' if out else head} {' | '.join(cells)} |")
+    return out or [f"{head} | not run | | | | | |"]
 
 
 # ---- pictures, drawn at twice their size and halved at the end -------------------------------------------------------
@@ -108,21 +124,21 @@ def dot(draw, x, y, colour):
 
 
 def bars(panels, path):
-    """Differences with their errors: panels are (title, [(label, difference, error or None)])."""
-    height = 120 + 60 * max(len(items) for _, items in panels)
+    """Differences with their errors, blue where they are for the better: panels are (title, whether more is better,
+    [(label, difference, error)])."""
+    height = 120 + 60 * max(len(items) for _, _, items in panels)
     image, draw = blank(560 * len(panels), height // 2)
-    for n, (title, items) in enumerate(panels):
+    for n, (title, more, items) in enumerate(panels):
         left, zero, half = 1120 * n + 40, 1120 * n + 770, 300
-        most = max(abs(d) + (error or 0) for _, d, error in items)
+        most = max(abs(d) + error for _, d, error in items) or 1
         draw.text((left, 44), title, "#333", FONT, "lm")
         draw.text((zero + half, 44), f"ends at {most:.3g}", "#777", FONT, "rm")
         draw.line((zero, 88, zero, height - 20), "#999", 2)
         for i, (label, d, error) in enumerate(items):
             y, x = 120 + 60 * i, zero + half * d / most
             draw.text((left, y), label, "#333", FONT, "lm")
-            draw.line((zero, y, x, y), COLOURS[1] if d > 0 else COLOURS[0], 24)
-            if error is not None:
-                draw.line((x - half * error / most, y, x + half * error / most, y), "#222", 4)
+            draw.line((zero, y, x, y), COLOURS[0] if (d > 0) == more else COLOURS[1], 24)
+            draw.line((x - half * error / most, y, x + half * error / most, y), "#222", 4)
     save(image, path)
 
 
@@ -154,12 +170,12 @@ def scaling(points, path):
 
 
 def guidance(cells, path):
-    """Distance and accuracy over the guidance scale, a line for each top-k: cells are (scale, k, distance, accuracy)."""
+    """Distance and accuracy over guidance, a line for each top-k: cells are (scale, k, distance, accuracy)."""
     image, draw = blank(1120, 420)
     scales, ks = (sorted({cell[i] for cell in cells}) for i in (0, 1))
-    for left, what, title in ((160, 2, "distance of samples over guidance"), (1280, 3, "accuracy of samples over guidance")):
+    for left, what, title in ((160, 2, "distance of samples"), (1280, 3, "accuracy of samples")):
         low, high = (f(cell[what] for cell in cells) for f in (min, max))
-        draw.text((left, 50), f"{title}; top-k:", "#333", FONT, "lm")
+        draw.text((left, 50), f"{title} over guidance; top-k:", "#333", FONT, "lm")
         for n in range(5):
             draw.line((left, 700 - 140 * n, left + 840, 700 - 140 * n), "#ddd", 2)
             draw.text((left - 16, 700 - 140 * n), f"{low + n / 4 * (high - low):.3g}", "#777", FONT, "rm")
@@ -182,25 +198,35 @@ def write(results, ideas):
     if not results.exists():
         raise ValueError(f"--results {results}: no such file; nothing was measured yet")
     rows = json.loads(results.read_text())
-    head = ["what", "lines", "idea and source", "reported there", "flags", "baseline", "with it", "difference",
-            "time a step", "verdict"]
-    table = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for idea in sorted(ideas.values(), key=lambda idea: (idea["stage"] != "gpt", idea["stage"], idea["path"].suffix)):
-        table += lines_of(rows, idea)
+    ordered = sorted(ideas.values(), key=lambda idea: (idea["stage"] != "gpt", idea["stage"], idea["path"].suffix))
+    scatter = spread(rows, ordered)
+    words = ["ablation", "what changes", "from", "reported there", "expected"]
+    about = [f"| {' | '.join(words)} |", "|---" * len(words) + "|"]
+    about += [f"| [{idea['name']}]({idea['path'].name}) | {idea['title']} | {idea['source']} | {idea['reported']} | "
+              f"{idea['expect']} |" for idea in ordered]
+    words = ["ablation", "lines", "flags", "baseline", "with it", "difference", "seeds", "verdict"]
+    table = [f"| {' | '.join(words)} |", "|---" * len(words) + "|"]
+    for idea in ordered:
+        table += lines_of(rows, idea, scatter)
     readme = HERE / "README.md"
     before, _, rest = readme.read_text().partition("<!-- table -->\n")
     after = rest.partition("<!-- /table -->\n")[2]
-    readme.write_text(f"{before}<!-- table -->\n" + "\n".join(table) + f"\n<!-- /table -->\n{after}")
+    readme.write_text(f"{before}<!-- table -->\n" + "\n".join([*table, "", *about]) + f"\n<!-- /table -->\n{after}")
 
     panels = []
-    for title, stage, name in (("validation loss, ablation - baseline", "gpt", "val_loss"),
-                               ("PSNR in dB, ablation - baseline", "vq", "psnr")):
-        found = [(idea["name"] + (f" {flags.split()[-1]}" if len(idea["flags"]) > 1 else ""), pairs(rows, variant))
-                 for idea in ideas.values() if idea["stage"] == stage and name in idea["measure"]
-                 for flags, variant in variants(rows, idea)]
-        panels.append((title, [(label, *mean_and_error([b[name] - a[name] for a, b in both]))
-                               for label, both in found if both]))
-    bars([panel for panel in panels if panel[1]], ASSETS / "ablations.png")
+    for title, more, stage, name in (("validation loss, ablation - baseline", False, "gpt", "val_loss"),
+                                     ("PSNR in dB, ablation - baseline", True, "vq", "psnr")):
+        deviation, _ = scatter.get((stage, name), (0, 0))
+        items = []
+        for idea in ideas.values():
+            for flags, variant in variants(rows, idea) if idea["stage"] == stage and name in idea["measure"] else ():
+                both = pairs(rows, variant)
+                difference = statistics.mean(b[name] - a[name] for a, b in both)
+                label = idea["name"] + (f" {flags.split()[-1]}" if len(idea["flags"]) > 1 else "")
+                items.append((label, difference, deviation / len(both) ** 0.5))
+        panels += [(title, more, items)] if items else []
+    if panels:
+        bars(panels, ASSETS / "ablations.png")
 
     sizes = [variant for _, variant in variants(rows, ideas["model_size"])]
     if sizes:

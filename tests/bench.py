@@ -5,7 +5,7 @@ $ python tests/bench.py encode train         # some of them
 $ python tests/bench.py train --model L --batch 64 --compile
 
 Roofline time = max(FLOPs / GEMM rate, bytes that must move / read bandwidth), both rates measured here, first. FLOPs
-are counted by torch.utils.flop_counter (for training by train_gpt.py's formula, as for MFU); the bytes are the least
+are counted by torch.utils.flop_counter (for training by gpt.py's formula, as for MFU); the bytes are the least
 possible: every weight (and for decoding every cached key and value) read once, for training also gradients and
 optimizer state written and read once.
 """
@@ -99,11 +99,12 @@ def bench_train(name, device, dtype, roof, batch, compiled):
     model = gpt.GPT(gpt.GPT_CONFIGS[name]).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     codes, labels = torch.randint(16384, (batch, 256), device=device), torch.randint(1000, (batch,), device=device)
-    forward = torch.compile(model) if compiled else model
+    for layer in model.layers if compiled else ():
+        layer.forward = torch.compile(layer.forward)
 
     def step():
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            logits = forward(codes[:, :-1], labels)
+            logits = model(codes[:, :-1], labels)
         train_gpt.cross_entropy_(logits, codes, scale=1 / codes.numel())
         logits.backward(logits.detach())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -174,9 +175,9 @@ def bench_decode(name, device, dtype, roof, images):
 
 
 def bench_serve(name, device, dtype, images, requests=64):
-    """vLLM (serve_vllm.py) against sample.generate: a batch of guided images of 256 codes; and `requests` that arrive at
-    random over a minute, which sample.generate draws one by one as they come. For that, one image is timed and the
-    queue computed, since nothing else happens in it."""
+    """vLLM (serve_vllm.py) against sample.generate: a batch of guided images of 256 codes, and how many of the codes are
+    the same; and `requests` that arrive at random over a minute, which sample.generate draws one by one as they come.
+    For that, one image is timed and the queue computed, since nothing else happens in it."""
     if importlib.util.find_spec("vllm") is None:
         return print(json.dumps({"case": "serve", "skipped": "vLLM is not installed"}))
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -194,8 +195,9 @@ def bench_serve(name, device, dtype, images, requests=64):
         model = model.to(device, dtype).eval()
 
         def plain(n):
-            sample.generate(model, torch.arange(n, device=device), cfg_scale=4.0, top_k=2000)
+            return sample.generate(model, torch.arange(n, device=device), cfg_scale=4.0, top_k=2000, seeds=range(n))
 
+        right = plain(images).tolist()
         batch_s, alone_s = seconds(lambda: plain(images), device, 1), seconds(lambda: plain(1), device, 3)
         model = None   # vLLM takes what memory there is
         torch.cuda.empty_cache()
@@ -205,22 +207,29 @@ def bench_serve(name, device, dtype, images, requests=64):
     def served(arrivals):
         """Seconds until all are drawn of as many images as there are arrivals (s, sorted)."""
         began, sent = time.perf_counter(), 0
+        drawn.clear()
         while sent < len(arrivals) or engine.has_unfinished_requests():
             while sent < len(arrivals) and arrivals[sent] <= time.perf_counter() - began:
                 engine.add_request(f"{began}/{sent}", serve_vllm.class_prompt(sent, info),
                                    serve_vllm.sampling_params(info, seed=sent))
                 sent += 1
-            engine.step() if engine.has_unfinished_requests() else time.sleep(0.01)
+            if not engine.has_unfinished_requests():
+                time.sleep(0.01)
+                continue
+            for output in engine.step():
+                drawn[int(output.request_id.split("/")[1])] = list(output.outputs[0].token_ids)
         return time.perf_counter() - began
 
+    drawn = {}   # number of a request -> its codes
     served([0] * images)
+    same = np.mean([a == b for i, codes in enumerate(right) for a, b in zip(codes, drawn[i])])
     vllm_s, arrivals, end = served([0] * images), np.sort(np.random.RandomState(0).uniform(0, 60, requests)), 0
     spread_s = served(arrivals)
     for arrival in arrivals:
         end = max(end, arrival) + alone_s
     print(json.dumps({"case": "serve", "model": name, "images": images, "images/s": round(images / vllm_s, 3),
                       "sample.generate_images/s": round(images / batch_s, 3), "ratio": round(batch_s / vllm_s, 2),
-                      "requests_in_a_minute": requests, "done_s": round(spread_s, 1), "one_by_one_s": round(end, 1),
+                      "same_codes": round(float(same), 4), "requests_in_a_minute": requests, "done_s": round(spread_s, 1), "one_by_one_s": round(end, 1),
                       "sooner": round(end / spread_s, 2), "vllm": vllm.__version__}), flush=True)
 
 

@@ -179,10 +179,10 @@ def test_with_the_diff_five_steps_are_trained_two_pictures_drawn_and_its_promise
         load = "vq.load_vq('out/ckpt.pt')"
     else:
         size = "toy-0.1M" if name == "model_size" else "demo"
-        calls = [["train_gpt.py", "--codes", str(small / "codes"), "--model", size, "--batch-size", "8", "--max-steps", "5",
-                  "--val-images", "8", "--val-every", "5", "--lr", "1e-2", "--out", "out"],
-                 ["sample.py", "--vq", str(small / "vq.pt"), "--gpt", "out/ckpt.pt", "--classes", "0,1", "--cfg-scale", "2",
-                  "--out", "two.png"]]
+        calls = [["train_gpt.py", "--codes", str(small / "codes"), "--model", size, "--batch-size", "8", "--lr", "1e-2",
+                  "--max-steps", "5", "--val-images", "8", "--val-every", "5", "--out", "out"],
+                 ["sample.py", "--vq", str(small / "vq.pt"), "--gpt", "out/ckpt.pt", "--classes", "0,1",
+                  "--cfg-scale", "2", "--out", "two.png"]]
         load = "gpt.load_gpt('out/ckpt.pt')"
     program = PROGRAM.format(calls=calls, load=load, promise=textwrap.dedent(PROMISES[name]))
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path / "scripts", capture_output=True, text=True)
@@ -232,6 +232,12 @@ def test_codes_that_do_not_fit_are_refused(small, tmp_path):
     np.save(folder / "labels.npy", np.load(folder / "labels.npy")[:40])
     code, text = ablate("rar", "--codes", folder, "--out", tmp_path / "out")
     assert code == 2 and "more than 1000 are needed" in text.splitlines()[-1]
+    other = torch.load(small / "vq.pt")
+    other["model"]["quantize.embedding.weight"] += 1
+    torch.save(other, tmp_path / "other.pt")
+    code, text = ablate("maskgit", "--codes", small / "codes", "--vq", tmp_path / "other.pt", "--data", "shapes:20",
+                        "--out", tmp_path / "out")
+    assert code == 2 and "is not the tokenizer that made --codes" in text.splitlines()[-1]
 
 
 def test_a_diff_that_does_not_apply_names_the_file_and_the_hunk(tmp_path):
@@ -243,13 +249,29 @@ def test_a_diff_that_does_not_apply_names_the_file_and_the_hunk(tmp_path):
 
 def test_differences_are_paired_by_seed_and_called_by_their_error():
     same = {"stage": "gpt", "steps": 5, "more": "", "data": "x", "flags": ""}
-    rows = [{**same, "ablation": name, "seed": seed, "val_loss": loss + seed}
-            for name, loss in (("baseline", 4.0), ("rar", 4.5)) for seed in range(3)]
-    both = table.pairs(rows, [row for row in rows if row["ablation"] == "rar"])
-    differences = [b["val_loss"] - a["val_loss"] for a, b in both]
-    assert differences == [0.5] * 3                                    # the seeds' own spread of 1 is not in it
-    assert table.verdict("higher", 0.5, 0.01, 3) == "higher: agrees"
-    assert table.verdict("lower", 0.5, 0.01, 3) == "higher: does not agree"
-    assert table.verdict("lower", 0.5, 0.2, 3) == "cannot be seen at this size"
+    rows = [{**same, "ablation": name, "seed": seed, "seconds": 1, "val_loss": loss + seed + off * seed % 2}
+            for name, loss, off in (("baseline", 4.0, 0), ("rar", 4.5, 0.1)) for seed in range(2)]
+    deviation, freedom = table.spread(rows, [run.read("rar")])["gpt", "val_loss"]
+    assert freedom == 1 and abs(deviation - 0.1 / 2 ** 0.5) < 1e-9        # the seeds' own distance of 1 is not in it
+    line, = table.lines_of(rows, run.read("rar"), {("gpt", "val_loss"): (0.01, 9)})
+    assert "+0.5500 ± 0.0071 | 2 | higher: agrees" in line
+    assert table.verdict("lower", 0.5, 0.01, 9) == "higher: does not agree"
+    assert table.verdict("lower", 0.5, 0.3, 9) == "cannot be seen at this size"
+    assert table.verdict("same", 0.5, 0.1, 1) == "agrees: no difference to be seen"   # two seeds are few
     a, b, r = table.power_law([1e5, 1e6, 1e7], [8.0, 4.0, 2.0])
     assert abs(b - np.log10(0.5)) < 1e-9 and abs(r + 1) < 1e-9
+
+
+def test_the_readme_holds_what_was_measured_and_the_pictures_can_be_drawn(tmp_path):
+    rows = json.loads((ROOT / "ablations" / "results.json").read_text())
+    ideas, readme = [run.read(name) for name in run.names()], (ROOT / "ablations" / "README.md").read_text()
+    scatter = table.spread(rows, ideas)
+    for idea in ideas:
+        lines = "\n".join(table.lines_of(rows, idea, scatter))
+        assert lines in readme, f"{idea['name']}: python ablations/run.py --table"
+    table.bars([("loss", False, [("a", 0.1, 0.01), ("b", -0.2, 0.0)]), ("PSNR", True, [("c", 1.0, 0.1)])],
+               tmp_path / "bars.png")
+    table.scaling([(1e5, 5.0), (1e6, 4.5), (1e7, 4.1)], tmp_path / "fit.png")
+    table.guidance([(s, k, s * k, 1 / s) for s in (1, 2) for k in (0, 64)], tmp_path / "guidance.png")
+    sizes = [Image.open(tmp_path / f"{name}.png").size for name in ("bars", "fit", "guidance")]
+    assert sizes == [(1120, 120), (640, 400), (1120, 420)]

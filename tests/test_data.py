@@ -6,7 +6,9 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
 import numpy as np
@@ -223,6 +225,7 @@ def test_an_interrupted_encode_goes_on_where_it_ended(tokenizer, tmp_path, monke
         return encode_batch(self, images)
 
     monkeypatch.setattr(vq.VQModel, "encode", killed_at_the_third)
+    monkeypatch.setattr(vq, "BLOCK", 2)
     with pytest.raises(KeyboardInterrupt):
         vq.encode(args)
     with pytest.raises(ValueError, match="is not finished; make it with: python vq.py encode"):
@@ -231,11 +234,38 @@ def test_an_interrupted_encode_goes_on_where_it_ended(tokenizer, tmp_path, monke
     with pytest.raises(ValueError, match="begun with other settings"):
         vq.encode(other)
     vq.encode(args)
-    assert sum(calls) == 2 + 2 + 2 + 5                     # 4 of 9 images were kept, the third pair was made again
+    assert sum(calls) == 2 + 2 + 2 + 7     # a pair of 9 images was kept; the next was still on its way from the device
     assert encode("--ckpt", tokenizer, "--data", root, "--out", tmp_path / "whole").returncode == 0
     assert contents(tmp_path / "codes") == contents(tmp_path / "whole")
     with pytest.raises(ValueError, match="other settings"):
         vq.encode(other)
+
+
+def test_two_nodes_that_do_not_see_each_others_writes_lose_nothing(tokenizer, tmp_path, monkeypatch):
+    """On NFS what a node writes reaches the others late, and of two that write to one file one wins. So each of two
+    processes gets a folder of its own here, and the files of the second reach the first when both are done, whole."""
+    root, done = folder(tmp_path / "data", each=5), []
+    monkeypatch.setattr(vq, "BLOCK", 3)
+    monkeypatch.setattr(vq.dist, "init_process_group", lambda *a, **k: None)
+    monkeypatch.setattr(vq.os, "_exit", done.append)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
+    def meet():
+        if os.environ["RANK"] == "0":
+            shutil.copytree(tmp_path / "1", tmp_path / "0", dirs_exist_ok=True)
+
+    monkeypatch.setattr(vq.dist, "barrier", meet)
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        vq.encode(vq.argparse.Namespace(data=str(root), ckpt=tokenizer, out=str(tmp_path / rank), image_size=None,
+                                        ten_crop=False, crop_range=[1.1], batch_size=4, workers=0, device="cpu"))
+        made = sorted(path.name for path in (tmp_path / rank / "parts").glob("*"))
+        assert made == ([] if rank == "0" else ["000000003.npz", "000000009.npz"])
+    assert done == [0, 0]
+    monkeypatch.undo()
+    assert encode("--ckpt", tokenizer, "--data", root, "--out", tmp_path / "whole").returncode == 0
+    assert contents(tmp_path / "0") == contents(tmp_path / "whole")
+    assert sorted(path.name for path in (tmp_path / "0").iterdir()) == ["codes.npy", "labels.npy", "meta.json"]
 
 
 def test_an_encode_killed_in_its_last_moment_still_completes(tokenizer, tmp_path, monkeypatch):
@@ -264,12 +294,57 @@ def test_an_encode_killed_in_its_last_moment_still_completes(tokenizer, tmp_path
     (["--ckpt", "CKPT", "--data", "nowhere"], "--data nowhere: no such file or folder"),
     (["--ckpt", "CKPT", "--data", "shapes:4", "--image-size", "20"], "--image-size 20 is not a multiple of the tokenizer's 8; try"),
     (["--ckpt", "CKPT", "--data", "shapes:x"], "--data shapes:x"),
-    (["--ckpt", "CKPT", "--data", "shapes:4", "--ten-crop", "--crop-range", "0.9"], "--crop-range 0.9: crops are cut"),
+    (["--ckpt", "CKPT", "--data", "shapes:4", "--ten-crop", "--crop-range", "0.9"], "--crop-range 0.9 is not between 1 and 8"),
     (["--ckpt", "README.md", "--data", "shapes:4"], "not a PyTorch checkpoint"),
 ])
 def test_a_mistake_gets_one_sentence(tokenizer, tmp_path, flags, sentence):
     result = encode(*[str(tokenizer) if f == "CKPT" else f for f in flags], "--out", tmp_path / "codes")
     assert result.returncode == 2 and sentence in result.stderr and "Traceback" not in result.stderr
+
+
+WRONG = [*((flag, value) for flag in ("--image-size", "--batch-size") for value in ("0", "-1", "nan", 10 ** 12)),
+         *((flag, value) for flag in ("--workers",) for value in ("-1", "nan", 10 ** 12)),
+         *(("--crop-range", value) for value in ("0", "-1", "nan", "inf", "1e12")),
+         ("--device", "gpu"), ("--device", "cuda:99"), ("--data", "nowhere"), ("--data", "EMPTY"), ("--data", "FILE"),
+         ("--data", "shapes:0"), ("--ckpt", "nowhere"), ("--ckpt", "EMPTY"), ("--ckpt", "FILE"), ("--out", "FILE"),
+         ("--out", "FILE/codes"), ("--out", "/proc/codes"), ("--pretrained", "VQ-17")]
+SHARED = [(flag, value) for flag, value in WRONG if flag in ("--image-size", "--device", "--ckpt", "--out", "--pretrained")]
+
+
+@pytest.mark.parametrize("command, flag, value", [*(("encode", *pair) for pair in WRONG),
+                                                  *(("reconstruct", *pair) for pair in SHARED)])
+def test_no_value_of_any_flag_ends_in_a_traceback(tokenizer, tmp_path, monkeypatch, capsys, command, flag, value):
+    """Exit code 2 and one sentence that names the flag or the file; nothing is written."""
+    places = {"FILE": tmp_path / "file.png", "EMPTY": tmp_path / "empty"}
+    places["FILE"].write_text("")
+    places["EMPTY"].mkdir()
+    first, _, rest = str(value).partition("/")
+    value = f"{places[first]}/{rest}".rstrip("/") if first in places else str(value)
+    flags = {"--ckpt": tokenizer, "--data": "shapes:2", "--out": tmp_path / "out", "--device": "cpu", "--workers": 0}
+    flags[flag] = value
+    if command == "reconstruct":
+        Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+        if flag == "--out" and value == str(places["FILE"]):
+            first, flags["--out"] = "EMPTY", places["EMPTY"]     # a folder where a picture is to be
+        flags = {name: given for name, given in flags.items() if name not in ("--data", "--workers")}
+    before = sorted(tmp_path.rglob("*"))
+    argv = ["vq.py", command, *(str(item) for pair in flags.items() for item in pair)]
+    monkeypatch.setattr(sys, "argv", argv if command == "encode" else [*argv, str(tmp_path / "a.png")])
+    with pytest.raises(SystemExit) as stop:
+        vq.main()
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and "error: " in error and any(str(name) in error for name in
+                                                                     (flag, places.get(first, value))), error
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_reconstruct_names_an_image_that_it_cannot_read(tokenizer, tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.png").write_text("")
+    for path in (tmp_path / "a.png", tmp_path / "missing.png", tmp_path):
+        monkeypatch.setattr(sys, "argv", ["vq.py", "reconstruct", "--ckpt", str(tokenizer), "--device", "cpu", str(path)])
+        with pytest.raises(SystemExit) as stop:
+            vq.main()
+        assert stop.value.code == 2 and f"error: {path}: " in capsys.readouterr().err
 
 
 def test_a_codebook_beyond_uint16_is_refused(tmp_path):
@@ -316,6 +391,23 @@ def test_downloads_are_checked_and_named_when_they_fail(tmp_path):
     with pytest.raises(OSError, match="SHA-256"):
         data.download((tmp_path / "gone").as_uri(), tmp_path / "other.bin", "0000")
     assert sorted(p.name for p in tmp_path.rglob("*.bin*")) == ["w.bin"]
+
+
+def test_of_several_processes_one_downloads(tmp_path, monkeypatch):
+    """Eight GPUs are eight processes, which all want the same file at the same moment."""
+    fetched, source = [], tmp_path / "source.bin"
+    source.write_bytes(b"weights" * 1000)
+    fetch = data.urllib.request.urlopen
+
+    def slow(url, **kwargs):
+        fetched.append(url)
+        time.sleep(0.2)
+        return fetch(url, **kwargs)
+
+    monkeypatch.setattr(data.urllib.request, "urlopen", slow)
+    with ThreadPoolExecutor(8) as threads:
+        paths = list(threads.map(lambda _: data.download(source.as_uri(), tmp_path / "cache" / "w.bin"), range(8)))
+    assert len(fetched) == 1 and {path.read_bytes() for path in paths} == {source.read_bytes()}
 
 
 def test_saving_to_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
@@ -395,6 +487,8 @@ def test_captions_of_shapes_say_what_is_drawn():
     ('{"image": "a.png"}', 'line 2: expected {"image": path, "caption": text}'),
     ("not json", 'line 2: expected {"image": path, "caption": text}'),
     ("[1]", 'line 2: expected {"image": path, "caption": text}'),
+    ('{"image": "a.png", "caption": null}', 'line 2: expected {"image": path, "caption": text}'),
+    ('{"image": 1, "caption": "a"}', 'line 2: expected {"image": path, "caption": text}'),
 ])
 def test_a_line_without_a_caption_is_named(tmp_path, line, sentence):
     (tmp_path / "list.jsonl").write_text('{"image": "a.png", "caption": "a"}\n' + line + "\n")

@@ -103,6 +103,16 @@ def test_features_are_those_of_the_tensorflow_graph(net):
         assert difference(got, golden[name]) < 1e-4, name
 
 
+def test_float32_is_full_within_inception_and_as_it_was_elsewhere(net, weights, monkeypatch):
+    """On a GPU TF32 would move FID; switched off for the whole process, it would change what a sweep decodes."""
+    seen, convolve = set(), evaluate.F.conv2d
+    monkeypatch.setattr(evaluate.F, "conv2d", lambda *a: seen.add(torch.backends.cudnn.allow_tf32) or convolve(*a))
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    evaluate.load_inception(weights)
+    evaluate.inception(net, torch.from_numpy(pictures(1)))
+    assert seen == {False} and torch.backends.cudnn.allow_tf32
+
+
 def test_the_classifiers_bias_and_the_counters_of_batch_norm_are_not_used(weights, net, tmp_path):
     state = torch.load(weights, weights_only=True)
     state["fc.bias"] += torch.randn(1008)
@@ -508,6 +518,16 @@ def test_recon_can_measure_at_another_size(tokenizer, weights, tmp_path, run):
                      "--out", tmp_path / "recon.png", "--inception", weights, "--json", tmp_path / "recon.json")
     said = json.loads((tmp_path / "recon.json").read_text())
     assert code == 0 and (said["image_size"], said["eval_size"]) == (48, 32), text
+
+
+def test_processes_wait_for_the_slowest_for_days(monkeypatch, tmp_path, run):
+    """By default gloo would end an evaluation after half an hour of waiting at its only meeting point."""
+    def meet(backend, timeout):
+        raise ValueError(f"{backend} waits {timeout.days} days")
+    monkeypatch.setattr(evaluate, "WORLD", 2)
+    monkeypatch.setattr(evaluate.dist, "init_process_group", meet)
+    code, text = run(tmp_path, tmp_path)
+    assert code == 2 and "gloo waits 7 days" in text
 
 
 @pytest.mark.parametrize("command", ["compare", "recon"])

@@ -13,9 +13,9 @@ import torch
 from conftest import ROOT
 from test_train_gpt import codes, flags_for, log, losses, torchrun, train  # noqa: F401 (codes is a fixture)
 
+import checkpoints
 import data
 import gpt
-import train_gpt
 
 STILL = ["--dropout", 0, "--class-dropout", 0, "--max-steps", 50, "--ema-decay", 0.9, "--val-images", 7, "--val-every", 25]
 pytestmark = pytest.mark.slow
@@ -92,7 +92,7 @@ def killed_often(kills, n, codes, out, *flags):  # noqa: F811
     five steps; then let it end. It saves after every step, so that many of the kills fall into a save."""
     rng, step, start_s, step_s = random.Random(kills), 1, 3.0, 0.05
     for _ in range(kills):
-        resume = ["--resume"] if train_gpt.find_checkpoint(out)[0] else []
+        resume = ["--resume"] if checkpoints.find_checkpoint(out)[0] else []
         processes, ahead = workers(n, codes, out, *flags, "--save-every", 1, *resume), rng.randrange(6)
         if ahead:
             step += ahead
@@ -153,7 +153,7 @@ def test_a_signal_to_any_process_saves_and_exits_0(codes, tmp_path, parallel, nu
     if parallel == "fsdp":                                       # --consolidate: the file holds what the shards hold
         shards, = (tmp_path / "run").glob("ckpt_[0-9]*")
         state = {k: torch.empty_like(v) for k, v in file["model"].items()}
-        train_gpt.restore({"model": state}, shards, None)
+        checkpoints.restore({"model": state}, shards, None)
         assert shards.name == f"ckpt_{file['step']:08d}"
         assert all(torch.equal(state[k], v) for k, v in file["model"].items())
 
@@ -212,9 +212,9 @@ loss, found = train_gpt.cross_entropy_, []
 
 def spy(logits, tokens, scale):
     model = next(thing for thing in gc.get_objects() if isinstance(thing, gpt.GPT))
-    found.append(all(weight.grad is not None for weight in model.parameters()))
+    found.append(all(weight.grad is not None for weight in model.layers.parameters()))
     if len(found) == 2:
-        print("gradients:", found, flush=True)
+        print(f"gradients: {found}", flush=True)
     return loss(logits, tokens, scale)
 
 train_gpt.cross_entropy_ = spy
@@ -240,7 +240,7 @@ def test_shards_of_gradients_are_all_that_a_process_keeps_between_micro_batches(
     result = torchrun(2, codes, tmp_path / "run", "--parallel", "fsdp", "--micro-batch", 2, "--max-steps", 1,
                       script=ONE_BLOCK + SPY)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("gradients: [False, True]") == 2
+    assert result.stdout.count("gradients: [False, True]") == 2, result.stdout
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")

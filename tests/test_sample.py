@@ -96,7 +96,7 @@ def test_draws_follow_the_distribution():
 def test_guidance_is_computed_in_float32(monkeypatch):
     """In bfloat16 the difference of the halves is rounded to a grid on which many codes tie, and top-k keeps more."""
     model, seen, draw = random_model().bfloat16(), [], sample.draw
-    monkeypatch.setattr(sample, "draw", lambda logits, *rest: seen.append(logits) or draw(logits, *rest))
+    monkeypatch.setattr(sample, "draw", lambda logits, *rest, **how: seen.append(logits) or draw(logits, *rest, **how))
     sample.generate(model, torch.tensor([1, 2]), cfg_scale=1.7, seeds=[0, 1])
     logits = model.extend(model.cls_embedding(torch.tensor([1, 2, 5, 5])), 0, model.new_cache(4))
     given, without = logits.float().chunk(2)

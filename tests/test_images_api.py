@@ -1,21 +1,24 @@
 """What `serve_vllm.py serve` promises: OpenAI's Images API, errors that tell what to do, and nothing left behind.
 
-Most tests talk over HTTP to the real application, whose engine is a fake one: it gives codes that follow from class
-and seed, row by row, when the test lets it. Then Chromium uses the page, and the last tests start the command itself,
-with a small model in vLLM."""
+Most tests talk over HTTP to vLLM's own application with images_api.py as its plugin, whose engine is a fake one: it
+gives codes that follow from class and seed, row by row, when the test lets it. Then Chromium uses the page, and the
+last tests start the command itself, with a small model in vLLM."""
 import asyncio
 import base64
 import contextlib
 import io
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
+import zlib
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,12 +30,21 @@ from conftest import ROOT, fill
 from PIL import Image
 
 import captions
+import data
 import gpt
 import sample
 import vq
 
 httpx, openai, uvicorn = (pytest.importorskip(m) for m in ("httpx", "openai", "uvicorn"))
-serve_vllm = pytest.importorskip("serve_vllm")
+pytest.importorskip("vllm", reason="vLLM is not installed")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+import images_api  # noqa: E402
+from vllm.entrypoints.launchers.app import build_app  # noqa: E402
+from vllm.entrypoints.launchers.cli_args import make_arg_parser  # noqa: E402
+from vllm.exceptions import QueueOverflowError  # noqa: E402
+from vllm.utils.argparse_utils import FlexibleArgumentParser  # noqa: E402
+from vllm.v1.engine.exceptions import EngineDeadError  # noqa: E402
 
 GRID, SIDE, V = 4, 16, 40
 INFO = {"grid": GRID, "captions": False, "image_size": SIDE, "codebook_size": V,
@@ -51,13 +63,19 @@ class FakeEngine:
 
     def __init__(self):
         self.step, self.live, self.aborted, self.dies, self.gives_up = threading.Event(), set(), 0, False, False
+        self.most = 100
         self.step.set()
 
     async def generate(self, prompt, params, request_id):
+        if self.errored:
+            raise EngineDeadError
+        if len(self.live) == self.most:
+            raise QueueOverflowError
         self.live.add(request_id)
         class_id = prompt["prompt_token_ids"][0] - V if "prompt_token_ids" in prompt else len(prompt["prompt_embeds"])
-        codes = codes_of(class_id, params.seed)
-        self.settings = {**params.extra_args, "top_k": params.top_k}
+        given = params.extra_args.get("given", [-1] * GRID * GRID)
+        codes = [new if old < 0 else old for old, new in zip(given, codes_of(class_id, params.seed))]
+        self.settings = params.extra_args
         delta = params.output_kind.name == "DELTA"
         try:
             for row in range(GRID):
@@ -66,7 +84,7 @@ class FakeEngine:
                     await asyncio.sleep(0.002)
                 if self.dies:
                     self.errored = True
-                    raise RuntimeError("the engine died")
+                    raise EngineDeadError
                 if delta or row == GRID - 1:
                     part = codes[row * GRID:(row + 1) * GRID] if delta else codes[:-1 if self.gives_up else None]
                     yield SimpleNamespace(outputs=[SimpleNamespace(token_ids=part)], finished=row == GRID - 1)
@@ -77,7 +95,8 @@ class FakeEngine:
             self.live.discard(request_id)
 
     async def check_health(self):
-        pass
+        if self.errored:
+            raise EngineDeadError
 
 
 def codes_of(class_id, seed):
@@ -112,9 +131,18 @@ def until(condition, seconds=10):
 
 
 @contextlib.contextmanager
-def served(engine, info=INFO, **settings):
-    """The application in a thread of this process; gives its address and itself."""
-    app = serve_vllm.make_app(engine, info, small_tokenizer(), "shapes", **settings)
+def served(engine, info=INFO, encode=None, flags=()):
+    """vLLM's application with our plugin in a thread of this process; gives its address and itself."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_PLUGINS", "nanollamagen_images")
+        app = build_app(make_arg_parser(FlexibleArgumentParser()).parse_args(list(flags)), ("generate",))
+    app.state.engine_client, app.state.server = engine, SimpleNamespace(should_exit=False)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app):
+        images_api.prepare(app.state, engine, info, small_tokenizer(), "shapes", encode)
+        yield
+    app.router.lifespan_context = lifespan
     with socket.create_server(("127.0.0.1", 0)) as sock:
         server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1))
         thread = threading.Thread(target=server.run, args=([sock],), daemon=True)
@@ -126,7 +154,7 @@ def served(engine, info=INFO, **settings):
             engine.step.set()
             server.should_exit = True
             thread.join(10)
-    assert not engine.live and not app.state.unfinished, "something was left running"
+    assert not engine.live, "something was left running"
 
 
 @pytest.fixture
@@ -136,8 +164,9 @@ def engine():
 
 def encode(caption):
     """A caption's prompt has an embedding a word, whose number the fake engine takes for the class."""
-    features, = captions.CaptionEncoder("words")([caption])
-    return {"prompt_embeds": features} if len(features) else None
+    encoder = captions.CaptionEncoder("words")
+    features, = encoder([caption])
+    return {"prompt_embeds": features} if len(features) else None, encoder.cut > 0
 
 
 @pytest.fixture
@@ -164,13 +193,11 @@ def post(server, body=None, **settings):
 
 
 def error_of(response, status):
-    """The error of an answer, which has to have this status and OpenAI's shape."""
+    """The error of an answer, which has to have this status and vLLM's shape."""
     assert response.status_code == status, response.text
     assert response.headers["content-type"] == "application/json"
     error = response.json()["error"]
-    assert set(response.json()) == {"error"} and set(error) == {"message", "type", "param", "code"}
-    assert error["type"] == ("server_error" if status >= 500 else "rate_limit_error" if status == 429 else
-                             "invalid_request_error")
+    assert set(error) == {"message", "type", "param", "code"} and error["code"] == status
     return error
 
 
@@ -211,7 +238,7 @@ def test_openais_client_sees_the_picture_grow(engine, server):
 def test_rows_that_are_not_there_yet_are_grey_and_do_not_show_in_those_above():
     codes, tokenizer = codes_of(0, 3), small_tokenizer()
     for rows in range(1, GRID):
-        part = pixels(base64.b64encode(serve_vllm.to_pngs(tokenizer, [codes[:rows * GRID]], GRID)[0]))
+        part = images_api.paint(tokenizer, [codes[:rows * GRID]], GRID)[0]
         repeated = codes[:rows * GRID] + codes[(rows - 1) * GRID:rows * GRID] * (GRID - rows)
         end = rows * SIDE // GRID
         assert same(part[:end], sample.to_pixels(tokenizer, torch.tensor([repeated]))[0, :end])
@@ -227,12 +254,33 @@ def test_a_streamed_request_may_ask_for_several_images_and_no_parts(server):
 
 def test_what_only_other_models_have_is_passed_over_and_limits_are_allowed(server):
     foreign = {"model": "shapes", "quality": "high", "style": "vivid", "user": "me", "background": "auto",
-               "moderation": "low", "output_format": "png", "output_compression": 90, "size": "auto"}
+               "moderation": "low", "size": "auto"}
     nulls = dict.fromkeys(["n", "size", "response_format", "seed", "stream", "partial_images", "cfg_scale", "model"])
     most = {"temperature": 2, "top_p": 1, "top_k": 10 ** 6, "cfg_scale": 1000, "cfg_interval": 10 ** 6, "seed": 2 ** 52}
     least = {"temperature": 0, "top_p": 1e-6, "top_k": 0, "cfg_scale": 0, "cfg_interval": -1, "seed": 0}
     for fields in (foreign, nulls, most, least):
         assert post(server, fields).status_code == 200, fields
+
+
+@pytest.mark.parametrize("output_format", ["png", "jpeg", "webp"])
+def test_the_file_has_the_format_asked_for(server, output_format):
+    """As bytes, too, where the file is asked for instead of JSON."""
+    fields = {"seed": 3, "output_format": output_format, "output_compression": 80}
+    answer = post(server, fields).json()
+    response = post(server, {**fields, "response_format": "file"})
+    assert response.headers["content-type"] == f"image/{output_format}" and response.headers["x-seed"] == "3"
+    assert base64.b64decode(answer["data"][0]["b64_json"]) == response.content
+    with Image.open(io.BytesIO(response.content)) as image:
+        assert image.format == output_format.upper() and image.size == (SIDE, SIDE)
+        off = np.abs(np.asarray(image.convert("RGB")).astype(int) - picture(0, 3)).mean()
+    assert off < (1 if output_format == "png" else 40)
+    assert answer["output_format"] == output_format
+
+
+def test_guidance_scale_is_another_name_of_cfg_scale(engine, server):
+    assert post(server, {"guidance_scale": 2.5}).status_code == 200 and engine.settings["cfg_scale"] == 2.5
+    assert error_of(post(server, {"guidance_scale": -1}), 400)["param"] == "cfg_scale"
+    assert "give one" in error_of(post(server, {"guidance_scale": 2, "cfg_scale": 3}), 400)["message"]
 
 
 def test_pictures_are_decoded_together_and_other_requests_answered_meanwhile(server, monkeypatch):
@@ -252,7 +300,7 @@ def test_pictures_are_decoded_together_and_other_requests_answered_meanwhile(ser
     go.set()
     thread.join(10)
     assert len(answers[0].json()["data"]) == 10 and sum(sizes) == 10
-    assert len(sizes) < 10 and max(sizes) <= serve_vllm.BATCH
+    assert len(sizes) < 10 and max(sizes) <= images_api.BATCH
 
 
 # ---- captions -------------------------------------------------------------------------------------------------------
@@ -261,7 +309,7 @@ def test_openais_client_gets_pictures_of_captions(engine, captioned):
     for j, image in enumerate(answer.data):
         assert same(pixels(image.b64_json), picture(3, 5 + j)) and image.revised_prompt == "A red  star."
     assert answer.usage.input_tokens == 2 * 3 and answer.usage.total_tokens == 2 * (GRID * GRID + 3)
-    assert engine.settings == {"cfg_scale": 7.5, "cfg_interval": -1, "top_k": 1000}
+    assert engine.settings == dict(cfg_scale=7.5, cfg_interval=-1, temperature=1.0, top_k=1000, top_p=1.0)
     last = list(client(captioned).images.generate(prompt="fox", stream=True, extra_body={"seed": 1, "top_k": 7}))[-1]
     assert same(pixels(last.b64_json), picture(1, 1)) and engine.settings["top_k"] == 7
 
@@ -272,6 +320,15 @@ def test_a_caption_without_words_is_refused(captioned):
         assert error["param"] == "prompt" and "has no words" in error["message"]
 
 
+def test_a_long_caption_is_cut_and_the_answer_says_so(captioned):
+    long = {"prompt": "a red star, " * 2600, "seed": 1}   # 31,200 characters
+    assert "120 tokens" in post(captioned, long).json()["warning"]
+    assert "warning" not in post(captioned, {"prompt": "a red star"}).json()
+    last = list(client(captioned).images.generate(**{"prompt": long["prompt"]}, stream=True))[-1]
+    assert "120 tokens" in last.warning
+    assert error_of(post(captioned, {"prompt": "x" * 32001}), 400)["param"] == "prompt"
+
+
 def test_captions_are_encoded_one_after_the_other_and_other_requests_answered_meanwhile(engine):
     go, began, busy = threading.Event(), [], threading.Lock()
 
@@ -280,14 +337,13 @@ def test_captions_are_encoded_one_after_the_other_and_other_requests_answered_me
         with busy:
             assert go.wait(10)
         return encode(caption)
-    with served(engine, {**INFO, "captions": True}, encode=held_up, max_queue=2) as server:
+    with served(engine, {**INFO, "captions": True}, encode=held_up) as server:
         answers = []
         threads = [threading.Thread(target=lambda: answers.append(post(server, {"seed": 0}))) for _ in range(2)]
         for thread in threads:
             thread.start()
-        until(lambda: server.app.state.unfinished == 2)
+        until(lambda: server.app.state.images.encoder._work_queue.qsize() == 1)
         assert httpx.get(f"{server.url}/health").status_code == 200 and len(began) == 1
-        error_of(post(server, {}), 429)   # what waits for the encoder counts as well
         go.set()
         for thread in threads:
             thread.join(10)
@@ -304,6 +360,184 @@ def test_a_caption_that_cannot_be_encoded_costs_only_itself(engine):
         assert post(server, {}).status_code == 200
 
 
+# ---- edits ----------------------------------------------------------------------------------------------------------
+def photo(size=(SIDE, SIDE), seed=0):
+    """A picture, RGB, smooth noise."""
+    noise = np.random.RandomState(seed).randint(0, 256, (3, 4, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize(size, Image.BICUBIC)
+
+
+def with_hole(image, box):
+    """The image with these pixels transparent."""
+    alpha = Image.new("L", image.size, 255)
+    alpha.paste(0, box)
+    image = image.convert("RGB")
+    image.putalpha(alpha)
+    return image
+
+
+def file_of(image, kind="PNG", **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def edit(server, image, mask=None, headers=None, **fields):
+    """POST /v1/images/edits."""
+    files = {"image": ("photo.png", image), **({"mask": ("mask.png", mask)} if mask else {})}
+    return httpx.post(f"{server.url}/v1/images/edits", data={"prompt": "star", **fields}, files=files, timeout=20,
+                      headers=headers)
+
+
+def edited(image, class_id, seed, hole):
+    """The pixels of an edit: the picture's own, and where codes were drawn those decoded from all codes; hole is a
+    bool array (GRID, GRID)."""
+    tokenizer, original = small_tokenizer(), np.array(image)
+    codes = tokenizer.encode(vq.to_tensor(original)[None])[0].numpy()
+    codes = np.where(hole, np.array(codes_of(class_id, seed)).reshape(GRID, GRID), codes)
+    pixels = sample.to_pixels(tokenizer, torch.tensor(codes).view(1, -1))[0]
+    return np.where(np.kron(hole[..., None], np.ones((SIDE // GRID, SIDE // GRID, 1), bool)), pixels, original)
+
+
+MIDDLE = np.pad(np.ones((2, 2), bool), 1)   # of 4 x 4 codes
+
+
+def test_openais_client_draws_a_hole_anew(server):
+    """A code of which the mask takes one pixel is drawn anew, too."""
+    image = photo()
+    mask = with_hole(Image.new("RGB", (SIDE, SIDE)), (7, 5, 9, 11))
+    answer = client(server).images.edit(image=("photo.png", file_of(image)), mask=("mask.png", file_of(mask)),
+                                        prompt="red fox", n=2, size="16x16", extra_body={"seed": 5, "cfg_scale": 2.5})
+    for j, one in enumerate(answer.data):
+        assert one.revised_prompt == "red fox, Vulpes vulpes"
+        right = edited(image, 2, 5 + j, MIDDLE)
+        assert same(pixels(one.b64_json), right)
+        assert np.array_equal(pixels(one.b64_json)[:4], np.array(image)[:4])   # to the last bit
+
+
+def test_without_a_mask_the_image_s_own_transparency_counts(server):
+    image = with_hole(photo(), (0, 8, 16, 16))
+    stream = client(server).images.edit(image=file_of(image), prompt="1", stream=True, partial_images=3,
+                                        extra_body={"seed": 9, "temperature": 0.5})
+    *partial, last = stream
+    assert {e.type for e in partial} <= {"image_edit.partial_image"} and last.type == "image_edit.completed"
+    hole = np.arange(4)[:, None].repeat(4, 1) >= 2
+    assert same(pixels(last.b64_json), edited(image.convert("RGB"), 1, 9, hole))
+    for event in partial:   # what is kept is there from the start, what is not drawn yet is grey
+        assert np.array_equal(pixels(event.b64_json)[:8], np.array(image.convert("RGB"))[:8])
+
+
+@pytest.mark.parametrize("kind, options, change", [
+    ("JPEG", {"quality": 100, "subsampling": 0}, lambda image: image),
+    ("WEBP", {"lossless": True}, lambda image: image),
+    ("PNG", {}, lambda image: image.resize((64, 64), Image.NEAREST)), ("PNG", {}, lambda image: image.quantize(256)),
+    ("PNG", {}, lambda image: Image.fromarray(np.array(image.convert("L")).astype(np.uint16) * 257)),
+    ("JPEG", {"quality": 100, "subsampling": 0, "exif": b"rotated"}, lambda image: image.transpose(Image.ROTATE_90)),
+])
+def test_pictures_of_all_kinds_are_seen_as_people_see_them(server, kind, options, change):
+    image = photo()
+    if "exif" in options:   # "turn me by 90 degrees, clockwise"
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        options = {**options, "exif": exif}
+    file = file_of(change(image), kind, **options)
+    size = Image.open(io.BytesIO(file)).size
+    mask = file_of(with_hole(Image.new("RGB", size), (0, size[1] // 2, *size)))
+    got = pixels(edit(server, file, mask, seed=1).json()["data"][0]["b64_json"])[:8]
+    seen = image.convert("L") if change(image).mode.startswith("I") else image   # 16 bits are grey
+    right = np.array(seen.convert("RGB"))[:8]
+    assert np.abs(got.astype(int) - right).mean() < 6
+
+
+def png_of(width, height):
+    """A PNG that says it has so many pixels, and has none."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 6, 0, 0, 0)
+    chunk = b"IHDR" + header
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk)) + \
+        struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
+
+
+ANIMATION = file_of(photo(), "PNG", save_all=True, append_images=[photo(seed=1)])
+HOLE = file_of(with_hole(photo(), (0, 8, 16, 16)))
+
+
+@pytest.mark.parametrize("image, mask, fields, param, sentence", [
+    (b"this is no picture", None, {}, "image", "image: no PNG, JPEG or WebP file"),
+    (HOLE[:len(HOLE) // 2], None, {}, "image", "or a damaged one"),
+    (file_of(photo(), "GIF"), None, {}, "image", "no PNG, JPEG or WebP"),
+    (png_of(20_000, 20_000), None, {}, "image", "more than 25,000,000 pixels"),
+    (png_of(5_001, 5_000), None, {}, "image", "more than 25,000,000 pixels"),
+    (ANIMATION, None, {}, "image", "an animation; send one picture"),
+    (file_of(photo(), "JPEG") + b"\xff\xda" * 2000, None, {}, "image", "too many scans"),
+    (HOLE, HOLE[:100], {}, "mask", "mask: no PNG"),
+    (HOLE, file_of(with_hole(photo((8, 8)), (0, 0, 4, 4))), {}, "mask", "8 x 8 pixels, but the image has 16 x 16"),
+    (HOLE, file_of(photo()), {}, "mask", "mask: nothing is transparent"),
+    (file_of(photo()), None, {}, "image", "image: nothing is transparent; transparent pixels are drawn anew"),
+    (b"", None, {}, "image", "image: a file is required"),
+    (HOLE, None, {"n": "eleven"}, "n", "valid integer"), (HOLE, None, {"n": "11"}, "n", "less than or equal to 10"),
+    (HOLE, None, {"cfg_scale": "nan"}, "cfg_scale", "finite"), (HOLE, None, {"prompt": "hart"}, "prompt", "close ones"),
+    (HOLE, None, {"size": "256x256"}, "size", "'auto' or '16x16'"),
+])
+def test_an_edit_that_cannot_be_is_explained(engine, server, image, mask, fields, param, sentence):
+    began = time.monotonic()
+    error = error_of(edit(server, image, mask, **fields), 400)
+    assert error["param"] == param and sentence in error["message"] and time.monotonic() - began < 5
+    assert not engine.live
+
+
+def test_uploads_that_are_no_edit_have_their_own_status(server):
+    url = f"{server.url}/v1/images/edits"
+    error_of(httpx.post(url, json={"prompt": "star"}), 415)
+    error_of(httpx.post(url, content=b"x", headers={"Content-Type": "multipart/form-data"}), 400)
+    assert "16,777,216" in error_of(edit(server, bytes(17 * 2 ** 20)), 413)["message"]
+    assert "another site" in error_of(edit(server, HOLE, headers={"Sec-Fetch-Site": "cross-site"}), 403)["message"]
+    assert edit(server, HOLE, headers={"Sec-Fetch-Site": "same-origin"}).status_code == 200
+    with pytest.raises(openai.BadRequestError):
+        client(server).images.edit(image=[("a.png", HOLE), ("b.png", HOLE), ("c.png", HOLE)], prompt="star")
+    with socket.create_connection(server.url.removeprefix("http://").split(":")) as sock:   # cut off half-way
+        sock.sendall(b"POST /v1/images/edits HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=x\r\n"
+                     b"Content-Length: 10000\r\n\r\n--x\r\nContent-Disposition: form-data; name=\"image\"; "
+                     b"filename=\"a.png\"\r\n\r\n" + HOLE[:200])
+    assert edit(server, HOLE).status_code == 200   # and the server is as it was
+
+
+def test_a_very_wide_picture_takes_little_memory(server):
+    """Scaled before it is cropped, 20,000 x 1 pixels would be 320,000 x 16."""
+    image = with_hole(photo((20_000, 1)), (0, 0, 10_001, 1))
+    assert edit(server, file_of(image), seed=1).status_code == 200
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    strip = with_hole(photo((1, 200_000)), (0, 99_000, 1, 101_000))
+    assert edit(server, file_of(strip), seed=1).status_code == 200
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000   # kB
+
+
+def test_32_clients_edit_at_once_and_a_third_leaves(engine, server):
+    """Every image is the one that the same request gets alone, and nothing stays in the engine."""
+    image = with_hole(photo(), (4, 4, 12, 12))
+
+    async def ask(http, i):
+        files, fields = {"image": ("a.png", file_of(image))}, {"prompt": str(i % 3), "seed": i, "n": 2}
+        if i % 3 == 1:
+            with contextlib.suppress(httpx.TimeoutException):
+                await http.post("/v1/images/edits", data=fields, files=files, timeout=0.3)
+            return "left"
+        data = (await http.post("/v1/images/edits", data=fields, files=files)).json()["data"]
+        return all(same(pixels(d["b64_json"]), edited(image.convert("RGB"), i % 3, i + j, MIDDLE))
+                   for j, d in enumerate(data))
+
+    async def all_clients():
+        async with httpx.AsyncClient(base_url=server.url, timeout=60) as http:
+            tasks = [asyncio.create_task(ask(http, i)) for i in range(32)]
+            await asyncio.sleep(1)
+            engine.step.set()
+            return await asyncio.gather(*tasks)
+
+    engine.step.clear()
+    answers = asyncio.run(all_clients())
+    assert answers.count("left") == 11 and answers.count(True) == 21
+    until(lambda: not engine.live)
+
+
 # ---- mistakes -------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("fields, param, sentence", [
     ({"prompt": "hart"}, "prompt", "class 'hart' is no class's name; close ones: 1 heart"),
@@ -316,8 +550,11 @@ def test_a_caption_that_cannot_be_encoded_costs_only_itself(engine):
     ({"n": "2"}, "n", "valid integer"),
     ({"n": True}, "n", "valid integer"),
     ({"size": "256x256"}, "size", "'auto' or '16x16'"),
-    ({"response_format": "url"}, "response_format", "should be 'b64_json'"),
-    ({"output_format": "webp"}, "output_format", "should be 'png'"),
+    ({"response_format": "url"}, "response_format", "should be 'b64_json' or 'file'"),
+    ({"response_format": "file", "n": 2}, "response_format", "'file' is one image"),
+    ({"response_format": "file", "stream": True}, "response_format", "'file' is one image"),
+    ({"output_format": "gif"}, "output_format", "should be 'png', 'jpeg' or 'webp'"),
+    ({"output_compression": 101}, "output_compression", "less than or equal to 100"),
     ({"background": "transparent"}, "background", "'auto' or 'opaque'"),
     ({"cfg_scale": -1}, "cfg_scale", "greater than or equal to 0"),
     ({"cfg_scale": "4"}, "cfg_scale", "valid number"),
@@ -348,15 +585,12 @@ def test_a_body_that_is_no_request_is_explained(server, body, sentence):
 
 def test_other_mistakes_have_their_own_status(server):
     assert "Content-Type" in error_of(post(server, content=b'{"prompt": "star"}'), 415)["message"]
-    assert "65,536" in error_of(post(server, {"prompt": "x" * 10 ** 7}), 413)["message"]
-    chunks = (b" " * 1000 for _ in range(100))   # sent without a Content-Length
+    assert "262,144" in error_of(post(server, {"prompt": "x" * 10 ** 7}), 413)["message"]
+    chunks = (b" " * 1000 for _ in range(1000))   # sent without a Content-Length
     error_of(post(server, content=chunks, headers={"Content-Type": "application/json"}), 413)
     error = error_of(post(server, {"model": "gpt-image-1"}), 404)
-    assert error["code"] == "model_not_found" and "only 'shapes'" in error["message"]
-    assert "GET /v1/engines" in error_of(httpx.get(f"{server.url}/v1/engines"), 404)["message"]
-    response = httpx.get(f"{server.url}/v1/images/generations")
-    error_of(response, 405)
-    assert response.headers["allow"] == "POST"
+    assert "only 'shapes'" in error["message"]
+    assert httpx.get(f"{server.url}/v1/images/generations").status_code == 405
     assert post(server, {}).status_code == 200   # and the server is as it was
 
 
@@ -367,17 +601,29 @@ def test_openais_client_raises_its_own_exceptions(server):
         client(server).images.generate(prompt="star", model="gpt-image-1")
 
 
+def test_only_what_the_model_can_do_is_served(server):
+    """vLLM's application has dozens of routes; the others would fail, or draw codes past the key."""
+    paths = {getattr(route, "path", "/") for route in server.app.routes}
+    assert len(paths) > 20 and paths > {"/v1/chat/completions", "/invocations", "/ping", "/tokenize", "/docs"}
+    for path in paths - set(images_api.ROUTES):
+        for method in ("GET", "POST"):
+            error = error_of(httpx.request(method, server.url + re.sub("{.*}", "x", path)), 404)
+            assert "is not here; there are /, /health" in error["message"]
+
+
 def test_with_an_api_key_only_its_owners_draw(engine):
-    with served(engine, api_keys=["first", "second"]) as server:
+    """Nothing but the page and /health answers without it."""
+    with served(engine, flags=["--api-key", "first", "second"]) as server:
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "first"},
                         {"Authorization": "Basic first"}, {"Authorization": "Bearer f\xfcr"}):
             raw = {k: v.encode("latin-1") for k, v in headers.items()}
-            response = post(server, {}, headers=raw)
-            assert error_of(response, 401)["code"] == "invalid_api_key"
-            assert response.headers["www-authenticate"] == "Bearer"
-            error_of(httpx.get(f"{server.url}/v1/models", headers=raw), 401)
+            for path in {getattr(route, "path", "/") for route in server.app.routes} - {"/", "/health"}:
+                for method in ("GET", "POST"):
+                    status = httpx.request(method, server.url + path, headers=raw).status_code
+                    assert status == 401 or status == 404 and path not in images_api.ROUTES, path
         assert len(client(server, "second").images.generate(prompt="star").data) == 1
         assert httpx.get(f"{server.url}/health").status_code == 200
+        assert httpx.get(f"{server.url}/version", headers={"Authorization": "Bearer first"}).status_code == 200
         assert '"key": true' in httpx.get(server.url).text   # so the page asks for it
 
 
@@ -400,20 +646,20 @@ def test_a_client_that_goes_takes_its_images_along(engine, server, stream):
     assert same(pixels(answers[0].json()["data"][0]["b64_json"]), picture(0, 3))   # the other's is unharmed
 
 
-def test_a_full_queue_says_when_to_come_back(engine):
-    with served(engine, max_queue=4) as server:
-        engine.step.clear()
-        threads = [threading.Thread(target=post, args=(server, {"n": n})) for n in (3, 1)]
-        for i, thread in enumerate(threads):
-            thread.start()
-            until(lambda: len(engine.live) == (3, 4)[i])
-        response = post(server, {})
-        assert error_of(response, 429)["code"] == "queue_full"
-        assert 1 <= int(response.headers["retry-after"]) <= 60
-        engine.step.set()
-        for thread in threads:
-            thread.join(10)
-        assert len(post(server, {"n": 10}).json()["data"]) == 10   # an idle server takes any request
+def test_a_full_queue_is_told_and_nothing_stays(engine, server):
+    """A request of which only some images find room is refused whole."""
+    engine.most = 4
+    engine.step.clear()
+    thread = threading.Thread(target=post, args=(server, {"n": 3}))
+    thread.start()
+    until(lambda: len(engine.live) == 3)
+    assert "busy" in error_of(post(server, {"n": 2}), 503)["message"]
+    with pytest.raises(openai.APIError, match="busy"):
+        list(client(server).images.generate(prompt="star", n=2, stream=True))
+    until(lambda: len(engine.live) == 3)
+    engine.step.set()
+    thread.join(10)
+    assert len(post(server, {"n": 4}).json()["data"]) == 4
 
 
 def test_an_engine_that_dies_is_reported(engine, server):
@@ -422,10 +668,10 @@ def test_an_engine_that_dies_is_reported(engine, server):
     assert next(iter(events)).type == "image_generation.partial_image"
     engine.dies = True
     engine.step.set()
-    with pytest.raises(openai.APIError, match="engine has stopped"):
+    with pytest.raises(openai.APIError, match="the engine has stopped"):
         list(events)
-    assert error_of(post(server, {}), 503)["code"] == "engine_stopped"
-    error_of(httpx.get(f"{server.url}/health"), 503)
+    error_of(post(server, {}), 500)
+    assert httpx.get(f"{server.url}/health").status_code == 503
 
 
 def test_an_image_that_the_engine_leaves_unfinished_is_no_image(engine, server, capfd):
@@ -445,9 +691,7 @@ def test_a_picture_that_cannot_be_decoded_costs_only_itself(server, monkeypatch,
 
 
 # ---- the rest of the server -----------------------------------------------------------------------------------------
-def test_models_health_metrics_and_the_page_are_there(server):
-    models = client(server).models.list().data
-    assert [m.id for m in models] == ["shapes"] and models[0].classes == INFO["classes"]
+def test_health_metrics_and_the_page_are_there(server):
     assert httpx.get(f"{server.url}/health").status_code == 200
     metrics = httpx.get(f"{server.url}/metrics")
     assert metrics.headers["content-type"].startswith("text/plain") and "# HELP" in metrics.text
@@ -515,6 +759,20 @@ class Browser:
     def text(self, element):
         return self.run(f"$('{element}').innerText")
 
+    def stroke(self, points, touch=False):
+        """Draw over the picture, with the mouse or a finger; points are in codes from its upper left corner."""
+        self.run("$('canvas').scrollIntoView({block: 'center'})")
+        box = self.run("(b => [b.left, b.top, b.width])($('canvas').getBoundingClientRect())")
+        at = [{"x": box[0] + x * box[2] / GRID, "y": box[1] + y * box[2] / GRID} for x, y in points]
+        if touch:
+            for i, point in enumerate(at):
+                self("Input.dispatchTouchEvent", type="touchMove" if i else "touchStart", touchPoints=[point])
+            self("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+        else:
+            kinds = ["mousePressed", *["mouseMoved"] * (len(at) - 1), "mouseReleased"]
+            for kind, point in zip(kinds, [*at, at[-1]]):
+                self("Input.dispatchMouseEvent", type=kind, button="left", buttons=1, clickCount=1, **point)
+
     def close(self):
         self.loop.run_until_complete(self.session.close())
         self.loop.close()
@@ -581,7 +839,8 @@ def test_cancel_stops_the_images_in_the_engine(engine, server, browser):
 
 
 def test_the_page_tells_kindly_what_is_wrong(engine, browser):
-    with served(engine, api_keys=["secret"], max_queue=3) as server:
+    with served(engine, flags=["--api-key", "secret"]) as server:
+        engine.most = 12
         browser.open(server.url)
         for action, sentence in ((lambda: None, "Choose a class first."),
                                  (lambda: browser.type("dodo", into="query"), "No class fits “dodo”."),
@@ -596,18 +855,60 @@ def test_the_page_tells_kindly_what_is_wrong(engine, browser):
         until(lambda: browser.text("status").startswith("4 images in"))
         assert browser.run("$('error').hidden")
         engine.step.clear()
-        others = threading.Thread(target=post, args=(server, {"n": 3}),
+        others = threading.Thread(target=post, args=(server, {"n": 10}),
                                   kwargs={"headers": {"Authorization": "Bearer secret"}})
         others.start()
-        until(lambda: len(engine.live) == 3)
+        until(lambda: len(engine.live) == 10)
         browser.run("$('go').click()")
-        until(lambda: "The server is busy; try again in" in browser.text("error"))
+        until(lambda: "The engine is currently busy" in browser.text("error"))
+        until(lambda: len(engine.live) == 10)
         engine.step.set()
         others.join(10)
         engine.errored = True
         browser.run("$('go').click()")
         until(lambda: "The engine has stopped" in browser.text("error"))
         engine.errored = False
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_draws_a_part_of_a_picture_anew(engine, server, browser, width, tmp_path):
+    """Chosen at the wide page, where a mouse paints, and dropped on the narrow one, where a finger does."""
+    touch, image = width < 600, photo((SIDE * 5, SIDE * 3))
+    browser.open(f"{server.url}/?classes=heart&n=2&seed=7", width)
+    browser("Emulation.setTouchEmulationEnabled", enabled=touch)
+    if touch:
+        picture = base64.b64encode(file_of(image)).decode()
+        browser.run(f"""const bytes = Uint8Array.from(atob("{picture}"), c => c.charCodeAt(0))
+            const files = new DataTransfer()
+            files.items.add(new File([bytes], "a.png", {{type: "image/png"}}))
+            document.dispatchEvent(new DragEvent("drop", {{dataTransfer: files, cancelable: true}}))""")
+    else:
+        (tmp_path / "a.png").write_bytes(file_of(image))
+        chooser = browser("Runtime.evaluate", expression="$('photo')")["result"]["objectId"]
+        browser("DOM.setFileInputFiles", files=[str(tmp_path / "a.png")], objectId=chooser)
+    until(lambda: browser.run("!$('editor').hidden && photo.width") == 3 * SIDE)
+    browser.run("$('go').click()")
+    until(lambda: "Paint over what is to be drawn anew." in browser.text("error"))
+    browser.run("$('brush').value = 1")
+    browser.stroke([(1.5, 1.5), (2.5, 1.5), (2.5, 2.5), (1.6, 2.5)], touch)
+    assert sorted(browser.run("[...hole]")) == [5, 6, 9, 10]
+    browser.stroke([(2.5, 2.5), (2.6, 2.6)], touch)                     # what begins on the hole makes it smaller
+    assert sorted(browser.run("[...hole]")) == [5, 6, 9]
+    browser.run("document.querySelector('[data-hole=middle]').click()")
+    assert sorted(browser.run("[...hole]")) == [5, 6, 9, 10]
+    engine.step.clear()
+    browser.run("$('go').click()")
+    until(lambda: browser.run("document.querySelectorAll('figure img').length") == 2)
+    assert browser.run("document.querySelector('img').style.clipPath") == ""   # what is kept is seen at once
+    engine.step.set()
+    until(lambda: browser.text("status").startswith("2 images in"))
+    middle = data.center_crop(image.crop((SIDE, 0, 4 * SIDE, 3 * SIDE)), SIDE)
+    for j, href in enumerate(browser.run("[...document.querySelectorAll('figure a')].map(a => a.href.split(',')[1])")):
+        assert np.abs(pixels(href).astype(int) - edited(middle, 1, 7 + j, MIDDLE)).max() < 12   # the browser scaled it
+    assert browser.run("document.documentElement.scrollWidth") <= width and not browser.complaints
+    browser.run("$('unload').click()")
+    assert browser.run("$('editor').hidden && !$('drop').hidden && photo === null")
+    browser("Emulation.setTouchEmulationEnabled", enabled=False)
 
 
 @pytest.mark.parametrize("width", [1280, 390])
@@ -646,6 +947,7 @@ def test_a_caption_model_has_a_text_box_in_place_of_the_classes(captioned, brows
 def command(*args, **settings):
     """Start serve_vllm.py as a user would."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "VLLM_CPU_KVCACHE_SPACE": "1"}
+    env.pop("VLLM_PLUGINS", None)
     args = [sys.executable, "serve_vllm.py", *map(str, args)]
     return subprocess.Popen(args, cwd=ROOT, env=env, text=True, **settings)
 
@@ -668,14 +970,14 @@ def small_export(folder, classes=None, text=None, **condition):
 
 
 @contextlib.contextmanager
-def started(exported, log):
+def started(exported, log, *flags):
     """`serve_vllm.py serve` on a free port, ended when this ends at the latest; `processes` has the engine's last."""
     with open(log, "w") as file:
-        process = command("serve", exported, "--port", 0, stdout=file, stderr=subprocess.STDOUT)
+        process = command("serve", exported, "--port", 0, *flags, stdout=file, stderr=subprocess.STDOUT)
     try:
         until(lambda: "open http://" in log.read_text() or process.poll() is not None, 120)
         assert process.poll() is None, log.read_text()
-        url = log.read_text().split("open ")[1].split()[0]
+        url = re.search(r"open (http\S+)", log.read_text())[1]
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         yield SimpleNamespace(url=url, process=process, processes=[process.pid, *map(int, children)], log=log)
     finally:
@@ -710,15 +1012,40 @@ def gauge(server, name):
 
 
 def test_openais_client_draws_with_the_real_engine(real, exported):
-    """And what it gets are the pixels that the plain sampler's greedy codes have, streamed or not."""
+    """And what it gets are the pixels of the codes that the plain sampler draws from the same seed, streamed or not;
+    codes asked for by vLLM's own route are the same, too."""
     model, tokenizer = gpt.load_gpt(exported.parent / "gpt.pt"), small_tokenizer()
-    settings = {"extra_body": {"cfg_scale": 3.0, "temperature": 0}}
-    plain = sample.to_pixels(tokenizer, sample.generate(model, torch.tensor([2]), cfg_scale=3.0, top_k=1))[0]
-    answer = client(real).images.generate(prompt="red fox", size="32x32", **settings)
-    assert same(pixels(answer.data[0].b64_json), plain)
+    settings = {"extra_body": {"cfg_scale": 3.0, "top_k": 9, "seed": 6}}
+    codes = sample.generate(model, torch.tensor([2, 2]), cfg_scale=3.0, top_k=9, seeds=[6, 7])
+    plain = sample.to_pixels(tokenizer, codes)
+    answer = client(real).images.generate(prompt="red fox", size="32x32", n=2, **settings)
+    assert all(same(pixels(one.b64_json), right) for one, right in zip(answer.data, plain, strict=True))
     *partial, last = client(real).images.generate(prompt="red fox", stream=True, partial_images=7, **settings)
-    assert same(pixels(last.b64_json), plain) and partial
+    assert same(pixels(last.b64_json), plain[0]) and partial
     assert client(real).models.list().data[0].id == "small"
+    fields = {"model": "small", "prompt": [V + 2], "max_tokens": 64, "top_k": 9, "seed": 6, "return_token_ids": True}
+    answer = httpx.post(f"{real.url}/v1/completions", json={**fields, "vllm_xargs": {"cfg_scale": 3.0}}).json()
+    assert answer["choices"][0]["token_ids"] == codes[0].tolist()
+    for wrong, sentence in ({"vllm_xargs": {"cfg": 3}}, "'cfg' is no setting"), ({"min_p": 0.5}, "min_p is for words"):
+        assert sentence in error_of(httpx.post(f"{real.url}/v1/completions", json={**fields, **wrong}), 400)["message"]
+
+
+def test_the_real_engine_draws_a_hole_anew(real, exported):
+    """The upper half and one column are given; every other code is the plain sampler's draw after those before it."""
+    model, tokenizer = gpt.load_gpt(exported.parent / "gpt.pt"), small_tokenizer()
+    image = with_hole(photo((32, 32)), (4, 16, 32, 32))
+    answer = client(real).images.edit(image=file_of(image), prompt="heart", extra_body={
+        "seed": 3, "cfg_scale": 2.0, "top_k": 9})
+    codes = tokenizer.encode(vq.to_tensor(image.convert("RGB"))[None]).flatten()
+    for i in range(32, 64):
+        if i % 8:
+            with torch.no_grad():
+                cond, uncond = model(codes[None, :i].repeat(2, 1), torch.tensor([1, 3]))[:, -1]
+            noise = sample.gumbel_noise(torch.tensor(3), torch.tensor(i), V)
+            codes[i] = sample.draw(uncond + (cond - uncond) * 2.0, noise, 1.0, 9, 1.0)
+    right = sample.to_pixels(tokenizer, codes[None])[0]
+    right[:16], right[:, :4] = np.array(image.convert("RGB"))[:16], np.array(image.convert("RGB"))[:, :4]
+    assert same(pixels(answer.data[0].b64_json), right)
 
 
 def test_two_hundred_requests_and_a_third_of_the_clients_leave(real):
@@ -773,17 +1100,20 @@ def test_sigterm_finishes_what_runs_and_exits_0(real):
 
 
 @pytest.mark.slow
-def test_when_the_engine_is_killed_the_server_says_so_and_still_stops_in_order(exported, tmp_path, monkeypatch):
-    monkeypatch.setenv("VLLM_API_KEY", "secret")   # by the way: the key may come from the environment
-    with started(exported, tmp_path / "serve.log") as server:
-        error_of(post(server, {}), 401)
+def test_when_the_engine_is_killed_the_server_says_so_and_exits_with_1(exported, tmp_path, monkeypatch):
+    """So that a supervisor starts it again. By the way: the key may come from the environment, and flags are vLLM's."""
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    with started(exported, tmp_path / "serve.log", "--max-num-queued-reqs", 4, "--root-path", "/draw") as server:
+        server.url = server.url.removesuffix("/draw")
+        assert post(server, {}).status_code == 401
+        assert httpx.get(f"{server.url}/metrics").status_code == 401
         owner = {"headers": {"Authorization": "Bearer secret"}}
-        assert post(server, {}, **owner).status_code == 200
+        assert len(post(server, {"n": 4}, **owner).json()["data"]) == 4
+        assert "busy" in error_of(post(server, {"n": 5}, **owner), 503)["message"]
         os.kill(server.processes[-1], signal.SIGKILL)
         until(lambda: httpx.get(f"{server.url}/health").status_code == 503)
-        assert error_of(post(server, {}, **owner), 503)["code"] == "engine_stopped"
-        server.process.terminate()
-        assert server.process.wait(30) == 0
+        error_of(post(server, {}, **owner), 500)
+        assert server.process.wait(30) == 1 and "the engine has stopped" in server.log.read_text()
 
 
 @pytest.mark.slow

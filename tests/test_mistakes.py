@@ -1,0 +1,129 @@
+"""A mistake gets one sentence that names it, and exit code 2: every number at nonsense, every path missing or unfit.
+
+To add a script: a line in COMMANDS with words that would work, and its flags in the lists below."""
+import json
+import os
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+import captions
+import evaluate
+import gpt
+import vq
+
+sys.path.insert(0, str(ROOT / "ablations"))
+import sweep  # noqa: E402
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")                # nothing here asks a server
+GONE = "gone.pth"   # Inception's weights are not there: what is reported must have been found before they are read
+COMMANDS = {
+    "compare": (evaluate, "a.npz a.npz --inception gone.pth"),
+    "stats": (evaluate, "stats a.npz --inception gone.pth"),
+    "recon": (evaluate, "recon --vq vq.pt --data shapes:4 --inception gone.pth"),
+    "clip": (evaluate, "clip --prompts prompts.txt --samples a.npz --clip gone.pth"),
+    "captions": (captions, "encode --codes codes --t5 words"),
+    "sweep": (sweep, "--vq vq.pt --gpt gpt.pt --ref a.npz --inception gone.pth"),
+}
+NONSENSE = ["0", "-1", "nan", "1.5e300", "9" * 30, "many", ""]
+NUMBERS = [   # command, flag, which of NONSENSE mean something
+    ("compare", "--size", []), ("compare", "--batch-size", []), ("stats", "--keep", []), ("stats", "--size", []),
+    ("recon", "--image-size", []), ("recon", "--eval-size", []), ("recon", "--batch-size", []), ("clip", "--size", []),
+    ("captions", "--batch-size", []), ("sweep", "--cfg-scale", ["0"]), ("sweep", "--top-k", ["0"]),
+    ("sweep", "--num-samples", []), ("sweep", "--seed", ["0"]), ("sweep", "--image-size", []), ("sweep", "--size", []),
+    ("sweep", "--batch-size", []),
+]
+READ = [("compare", "--inception"), ("recon", "--vq"), ("recon", "--data"), ("clip", "--prompts"), ("clip", "--samples"),
+        ("captions", "--codes"), ("sweep", "--vq"), ("sweep", "--gpt"), ("sweep", "--ref")]
+WRITTEN = [("compare", "--json"), ("stats", "--out"), ("recon", "--out"), ("recon", "--json"), ("clip", "--json"),
+           ("sweep", "--out")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Small files of each kind, and some that are none."""
+    folder = tmp_path_factory.mktemp("files")
+    pictures = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
+    np.savez(folder / "a.npz", arr_0=pictures, labels=np.arange(4))
+    tokenizer = vq.VQModel(vq.VQConfig(ch=32, ch_mult=(1, 1, 1), res_blocks=1, z_channels=32, codebook_size=64))
+    torch.save({"model": tokenizer.state_dict(), "config": vars(tokenizer.config), "image_size": 16}, folder / "vq.pt")
+    model = gpt.GPT(gpt.GPTConfig(dim=32, n_layer=1, n_head=2, vocab_size=64, grid=4, num_classes=3))
+    torch.save({"model": model.state_dict(), "config": vars(model.config)}, folder / "gpt.pt")
+    (folder / "prompts.txt").write_text("one\ntwo\nthree\nfour\n")
+    (folder / "codes").mkdir()
+    np.save(folder / "codes" / "codes.npy", np.zeros((4, 1, 16), np.uint16))
+    meta = {"classes": [], "captions": True, "h": 4, "w": 4, "codebook_size": 64, "image_size": 16, "tokenizer": "0"}
+    (folder / "codes" / "meta.json").write_text(json.dumps(meta))
+    (folder / "codes" / "captions.jsonl").write_text('{"caption": "a"}\n' * 4)
+    (folder / "nothing").mkdir()
+    (folder / "empty").write_bytes(b"")
+    return folder
+
+
+@pytest.fixture
+def complaint(folder, monkeypatch, capsys):
+    """complaint(command, flag, value): the sentence that a command line ends with."""
+    def call(command, *words):
+        module, good = COMMANDS[command]
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(sys, "argv", [f"{command}.py", *good.split(), *words])
+        with pytest.raises(SystemExit) as stop:
+            module.main()
+        text = capsys.readouterr().err
+        errors = [line for line in text.splitlines() if "error: " in line]
+        assert stop.value.code == 2 and len(errors) == 1 and "Traceback" not in text, text
+        return errors[0].split("error: ", 1)[1]
+    return call
+
+
+@pytest.mark.parametrize("command, flag, allowed", NUMBERS)
+def test_a_number_out_of_range_is_named(complaint, command, flag, allowed):
+    for value in NONSENSE:
+        if value not in allowed:
+            sentence = complaint(command, f"{flag}={value}")
+            assert flag in sentence and GONE not in sentence, (value, sentence)
+
+
+@pytest.mark.parametrize("command, flag", READ)
+def test_a_path_that_is_missing_or_of_another_kind_is_named(complaint, command, flag):
+    for value in ("nowhere", "nothing", "empty", "prompts.txt", ""):
+        if (flag, value) != ("--prompts", "prompts.txt"):
+            sentence = complaint(command, f"{flag}={value}")
+            assert value in sentence and GONE not in sentence, (value, sentence)
+
+
+@pytest.mark.parametrize("command, flag", WRITTEN)
+def test_a_place_where_nothing_can_be_written_is_named_before_the_work(complaint, command, flag):
+    for value in ("empty/inside", "nothing" if command != "sweep" else "empty", "/proc/none/at/all", ""):
+        sentence = complaint(command, f"{flag}={value}")
+        assert flag in sentence and value.split("/")[0] in sentence and GONE not in sentence, (value, sentence)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_device_that_is_not_there_is_named(complaint, command):
+    for value in ("banana", "", *([] if torch.cuda.is_available() else ["cuda", "cuda:3"])):
+        assert "--device" in complaint(command, f"--device={value}")
+
+
+def test_sizes_that_the_models_do_not_have_are_named(complaint):
+    assert "--image-size 18 is no multiple of 4" in complaint("recon", "--image-size", "18")
+    assert "gpt.pt draws 4 x 4 codes" in complaint("sweep", "--image-size", "32")
+
+
+def test_damaged_features_of_captions_are_named(complaint, folder):
+    (folder / "codes" / "text.json").write_text('{"hash": "wo')
+    try:
+        assert "codes/text.json is damaged; delete it" in complaint("captions")
+        with pytest.raises(ValueError, match="is damaged"):
+            captions.load_text(folder / "codes")
+        about = {"encoder": "words", "dim": 64, "hash": "words", "images": 4, "bytes": 1, "tokens": 4}
+        (folder / "codes" / "text.json").write_text(json.dumps(about))
+        (folder / "codes" / "text.npy").write_bytes(b"")
+        with pytest.raises(ValueError, match="do not belong together"):
+            captions.load_text(folder / "codes")
+    finally:
+        for name in ("text.json", "text.npy"):
+            (folder / "codes" / name).unlink(missing_ok=True)
