@@ -28,7 +28,7 @@ test: .venv/installed
 $(RUN)/vq/ckpt.pt: | .venv/installed
 	@echo "1/4  the tokenizer: 24 x 24 pixels <-> 6 x 6 codes"
 	$(PYTHON) train_vq.py --data shapes --model VQ-demo --image-size 24 --lpips-weight 0 --batch-size 32 --max-steps 1200 \
-	    --lr 1.5e-3 --warmup-steps 100 --schedule cosine --log-every 50 --out $(RUN)/vq
+	    --lr 1.5e-3 --warmup-steps 100 --schedule cosine --ema-decay 0.9999 --log-every 50 --out $(RUN)/vq
 
 $(RUN)/codes/meta.json: $(RUN)/vq/ckpt.pt
 	@echo "2/4  the pictures as codes"
@@ -79,7 +79,7 @@ demo-text: $(TEXT)/samples.npz
 $(VAR)/vq/ckpt.pt: | .venv/installed
 	@echo "1/4  the tokenizer: 24 x 24 pixels <-> grids of 1, 2, 3, 4 and 6 codes a side"
 	$(PYTHON) extras/train_var.py tokenizer --data shapes --model VAR-demo --image-size 24 --lpips-weight 0 --batch-size 32 \
-	    --max-steps 900 --lr 1.5e-3 --warmup-steps 100 --schedule cosine --log-every 50 --out $(VAR)/vq
+	    --max-steps 600 --lr 1.5e-3 --warmup-steps 100 --schedule cosine --ema-decay 0.9999 --log-every 50 --out $(VAR)/vq
 
 $(VAR)/codes/meta.json: $(VAR)/vq/ckpt.pt
 	@echo "2/4  the pictures as codes"
@@ -95,8 +95,8 @@ $(VAR)/samples.npz: $(VAR)/var/ckpt.pt
 	$(PYTHON) extras/var.py sample --vq $(VAR)/vq/ckpt.pt --var $(VAR)/var/ckpt.pt --count 10 --batch-size 100 \
 	    --cfg-scale 2 --out $(VAR)/samples.png
 	$(PYTHON) -c "import data; [data.center_crop(data.draw_shape((3, i)), 24).save(f'$(VAR)/given{i}.png') for i in range(10)]"
-	$(PYTHON) extras/var.py edit --vq $(VAR)/vq/ckpt.pt --var $(VAR)/var/ckpt.pt --box 0,0.5,1,1 --out $(VAR)/inpainted.png \
-	    $(VAR)/given*.png
+	$(PYTHON) extras/var.py edit --vq $(VAR)/vq/ckpt.pt --var $(VAR)/var/ckpt.pt --box 0,0.5,1,1 \
+	    --classes 0,1,2,3,4,5,6,7,8,9 --out $(VAR)/inpainted.png $(VAR)/given*.png
 	$(PYTHON) extras/var.py edit --vq $(VAR)/vq/ckpt.pt --var $(VAR)/var/ckpt.pt --box 0,0,0.67,1 --outside \
 	    --out $(VAR)/outpainted.png $(VAR)/given*.png
 	$(PYTHON) extras/var.py reconstruct --vq $(VAR)/vq/ckpt.pt --out $(VAR)/scales.png $(VAR)/given[0-4].png

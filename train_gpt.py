@@ -16,17 +16,11 @@ The loss is plain cross-entropy: every code is predicted from its class or capti
 # Shapes:  B images in this process's share of a batch   T codes per image   V codebook entries   N images   A crops
 #          c condition tokens   D features of a caption's token
 import argparse
-import importlib
 import itertools
-import json
 import math
 import mmap
 import os
-import shutil
-import signal
 import sys
-import sysconfig
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
@@ -37,15 +31,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import captions
+import checkpoints
 import data
 import gpt
 import sample
@@ -95,7 +88,7 @@ def parse():
     p.add_argument("--consolidate", action="store_true", help="FSDP: write ckpt.pt at every save, not only at the end")
     # the machine
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--device", choices=["cuda", "cpu"], help="(default: cuda where there is one)")
+    p.add_argument("--device", type=data.device, help="cuda or cpu (default: cuda where there is one)")
     p.add_argument("--dtype", choices=["float32", "bfloat16"], help="arithmetic (default: bfloat16 on GPU)")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile blocks (default: on GPU)")
     p.add_argument("--parallel", choices=["auto", "ddp", "fsdp"], default="auto", help="ddp: every process holds the "
@@ -143,11 +136,10 @@ def main():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     bf16 = args.dtype == "bfloat16" if args.dtype else device.type == "cuda"
-    compile_asked = args.compile if args.compile is not None else device.type == "cuda"
-    compiled = compile_asked and can_compile(device)
+    compiled = checkpoints.can_compile(args.compile, device)
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)   # weights stay float32
     out = Path(args.out)
-    signals = catch_signals() if __name__ == "__main__" else []   # a test that imports this file can be ended
+    signals = checkpoints.catch_signals()
 
     def print0(text):
         if rank == 0:
@@ -172,12 +164,13 @@ def main():
             model = gpt.GPT(config)   # shapes only; memory comes when it is known what this process holds
         parameters = sum(weight.numel() for weight in model.parameters())
         sharded = args.parallel == "fsdp" or args.parallel == "auto" and parameters > 1e9 and world > 1
-        path, resumed = find_checkpoint(out)
+        path, resumed = checkpoints.find_checkpoint(out)
         init = gpt.load_gpt(args.init) if args.init and not resumed else None
         vq_model = vq.load_vq(args.vq, device) if args.vq and rank == 0 else None
         source = {"classes": meta["classes"], "tokenizer": meta["tokenizer"], "image_size": meta["image_size"],
                   "crops": meta.get("crops"), "images": len(codes), "text": encoder}
         check_files(args, world, sharded, meta, config, source, len(usable), path, resumed, init, vq_model)
+        board = checkpoints.open_log(out, resumed["step"] if resumed else 0, args.tensorboard) if rank == 0 else None
     except (OSError, ValueError) as error:
         parser.error(str(error))
 
@@ -227,7 +220,7 @@ def main():
     if not resumed:
         weights = model.state_dict()
         for name, value in init.state_dict().items() if init else model.initial_weights(args.seed):
-            weights[name].copy_(part(value, weights[name]))
+            weights[name].copy_(checkpoints.part(value, weights[name]))
         init = None   # lets go of its memory
     forward = model
     if world > 1 and not sharded:   # averages the gradients over the processes while the backward pass still runs
@@ -242,15 +235,13 @@ def main():
     ema = {name: value.clone() for name, value in model.state_dict().items()} if args.ema_decay else None
     first, seen = 0, 0
     if resumed:
-        first, seen = restore_run(model, optimizer, ema, path, resumed)
+        first, seen = checkpoints.restore_run(model, optimizer, ema, path, resumed)
         resumed = None   # lets go of the file
 
     about = f"captions through {encoder['encoder']} ({encoder['dim']} features a token), which " \
             f"{len(codes) - len(usable):,} images do not have" if encoder else f"{config.num_classes} classes"
     print0(f"torch {torch.__version__}, {world} process(es) on {device.type}{' with FSDP' * sharded}, "
            f"{'bfloat16' if bf16 else 'float32'}{', compiled' * compiled}")
-    if compile_asked and not compiled:
-        print0("not compiled, since there is no C compiler (on a CPU: C++), or no header files of Python")
     print0(f"{args.model}: {parameters / 1e6:.1f}M parameters; {T} codes of {config.vocab_size:,} an image, {about}")
     print0(f"{args.codes}: {len(train_ids):,} images x {codes.shape[1]} crops, {len(val_ids)} held out; {max_steps:,} "
            f"steps of {args.batch_size} images ({args.batch_size * T:,} codes) = "
@@ -262,7 +253,6 @@ def main():
     else:
         print0(f"the first loss should be {math.log(config.vocab_size):.2f} = ln({config.vocab_size}), since the "
                "output layer starts at zero")
-    board = open_log(out, first, args.tensorboard) if rank == 0 else None
 
     # ---- loop -------------------------------------------------------------------------------------------------------
     def due(every):
@@ -318,7 +308,7 @@ def main():
         #    a GPU has done all its work. So it asks rarely, though always before it shows or saves something.
         showing = any(map(due, (args.log_every, args.val_every, args.sample_every, args.save_every)))
         if showing or step % 10 == 0 or step == first + 1 or device.type == "cpu":
-            finite, stop = status(norm, bool(signals), world)
+            finite, stop = checkpoints.status(norm, bool(signals), world)
             if not finite:
                 parser.exit(2, f"train_gpt.py: the loss is not finite at step {step}; {out} holds the last good state. "
                             "A lower --lr or --dtype float32 may help\n" * (rank == 0))
@@ -331,12 +321,14 @@ def main():
             record = {"step": step, "loss": float(total) / world / (step - clock_step), "val_loss": val_loss,
                       "lr": lr * scale, "norm": float(norm), "codes_per_s": args.batch_size * T / seconds,
                       "mfu": gpt.utilisation(config, args.batch_size / world / seconds, device)}
+            record = {name: value for name, value in record.items() if value is not None}
             if rank == 0:
-                log(record, seconds, max_steps, out, board)
+                checkpoints.log(record, out, board)
+                print_step(record, seconds, max_steps)
             total.zero_()
             clock, clock_step, val_loss = time.time(), step, None
         if args.vq and due(args.sample_every):
-            weights = whole(ema or model.state_dict())
+            weights = checkpoints.whole(ema or model.state_dict())
             if rank == 0:
                 given, titles = conditions(config, meta, Path(args.codes), text, spans, usable)
                 picture(config, weights, vq_model, given, titles, device, out / f"samples_{step:06d}.png")
@@ -345,7 +337,7 @@ def main():
             state |= {"ema": ema} if ema else {}
             plain = {"step": step, "images_seen": seen, "config": asdict(config), "args": vars(args), **source}
             try:
-                save(state, plain, out, rank, sharded, args.consolidate or step == max_steps, args.keep)
+                checkpoints.save(state, plain, out, rank, sharded, args.consolidate or step == max_steps, args.keep)
             except OSError as error:
                 parser.exit(2, f"train_gpt.py: {error}\n" * (rank == 0))
     print0(f"asked to stop: saved at step {step}; --resume goes on" if step < max_steps else f"done: {out}/ckpt.pt")
@@ -356,26 +348,16 @@ def main():
 
 
 # ---- what cannot be -------------------------------------------------------------------------------------------------
-RANGES = [(1, 1e9, "image-size batch-size micro-batch max-steps val-every log-every save-every shard-size"),
-          (0, 1e9, "warmup-steps val-images sample-every keep seed"), (1e-6, 1e6, "epochs grad-clip timeout"),
-          (0, 1e3, "lr weight-decay"), (0, 1, "class-dropout"), (0, 0.999999, "dropout ema-decay")]
-
-
 def check_flags(parser, args):
     """Refuse, with one sentence, what can be seen from the flags alone."""
-    for low, high, flags in RANGES:
-        for flag in flags.split():
-            value = getattr(args, flag.replace("-", "_"))
-            if value is not None and not low <= value <= high:   # nan is neither
-                parser.error(f"--{flag} {value}: it must lie between {low:g} and {high:g}")
-    gpus = torch.cuda.device_count()
-    if args.device == "cuda" and int(os.environ.get("LOCAL_RANK", 0)) >= gpus:
-        parser.error(f"--device cuda: PyTorch sees {gpus} GPUs, and each process needs one; --device cpu needs none")
-    if args.tensorboard:
-        try:
-            importlib.import_module("torch.utils.tensorboard")
-        except ImportError as error:
-            parser.error(f"--tensorboard: {error}; install it with: pip install tensorboard")
+    data.within(parser, args, image_size=(1, 8192), seed=(0, 2 ** 32), batch_size=(1, 2 ** 20),
+                micro_batch=(1, 2 ** 20), epochs=(1e-6, 1e6), max_steps=(1, 1e9), lr=(0, 10), warmup_steps=(0, 1e9),
+                weight_decay=(0, 10), grad_clip=(1e-9, 1e9), dropout=(0, 0.999), class_dropout=(0, 1),
+                ema_decay=(0, 0.9999999), val_images=(0, 1e9), val_every=(1, 1e9), sample_every=(0, 1e9),
+                log_every=(1, 1e9), save_every=(1, 1e9), keep=(0, 1e6), shard_size=(1, 2 ** 20), timeout=(0.01, 1e6))
+    gpus, local_rank = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
+    if gpus and args.device != "cpu" and local_rank >= gpus:
+        parser.error(f"torch sees {gpus} GPUs here, and each process needs one; --device cpu needs none")
 
 
 def check_files(args, world, sharded, meta, config, source, usable, path, resumed, init, vq_model):
@@ -436,12 +418,6 @@ def check_files(args, world, sharded, meta, config, source, usable, path, resume
             raise ValueError(f"--init {args.init} was trained on captions of another encoder "
                              f"({init.text['encoder']}) than {args.codes} ({source['text']['encoder']})")
 
-    try:
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=args.out).close()
-    except OSError as error:
-        raise ValueError(f"--out {args.out}: nothing can be written there ({error.strerror})") from None
-
 
 # ---- data -----------------------------------------------------------------------------------------------------------
 def one_ahead(items):
@@ -465,170 +441,12 @@ def shard(model, shard_size, device, bf16):
                                   cast_forward_inputs=False)
     for module in (*model.layers, model):
         fully_shard(module, mesh=mesh, mp_policy=policy)
-        module.set_force_sum_reduction_for_comms(True)   # then divide: gloo's own mean is a sum before torch 2.9
-
-
-def part(value, like):
-    """What `like` holds of a whole tensor: all of it, or under FSDP this process's shard. No process sends anything."""
-    if isinstance(like, DTensor):
-        return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
-    return value
-
-
-def fill(target, source):
-    """Copy whole tensors into those of a nested dict, which may be shards; what only source has is left out."""
-    for key, value in target.items():
-        if isinstance(value, dict):
-            fill(value, source[key])
-        else:
-            value.copy_(part(source[key], value))
-
-
-def whole(tree):
-    """A nested dict with every shard replaced by its whole tensor: on the CPU of process 0, None elsewhere. All
-    processes must call it. Tensors are gathered one at a time, so that no GPU holds more than one of them."""
-    if isinstance(tree, dict):
-        return {key: whole(value) for key, value in tree.items()}
-    if isinstance(tree, DTensor):
-        value = tree.full_tensor()
-        return value.cpu() if dist.get_rank() == 0 else None
-    return tree
-
-
-# ---- checkpoints ----------------------------------------------------------------------------------------------------
-def find_checkpoint(out):
-    """The newest checkpoint of a run folder: its path, and a dict of step, config and so on, to which a file adds its
-    tensors (not yet read from disk). (None, None) if there is none.
-    Raises ValueError with one sentence for a damaged one."""
-    found = []
-    if (out / "ckpt.pt").exists():
-        found.append((out / "ckpt.pt", data.read_checkpoint(out / "ckpt.pt", mmap=True)))
-        if not isinstance(found[0][1], dict) or not {"step", "optimizer", "config"} <= found[0][1].keys():
-            raise ValueError(f"{out}/ckpt.pt is not one of train_gpt.py's; choose another --out")
-    for folder in sorted(out.glob("ckpt_[0-9]*/"))[-1:]:
-        try:
-            files = {item.relative_path for item in dcp.FileSystemReader(folder).read_metadata().storage_data.values()}
-            lost = sorted(name for name in files if not (folder / name).exists())
-            if lost:
-                raise OSError(f"{', '.join(lost)} not found")
-            found.append((folder, json.loads((folder / "plain.json").read_text())))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{folder} is damaged ({error}); remove it to resume from an earlier one") from None
-    return max(found, key=lambda pair: pair[1]["step"], default=(None, None))
-
-
-def restore(state, path, saved):
-    """Fill a nested dict of tensors, or shards, from what find_checkpoint found, of any number of processes."""
-    if path.is_dir():
-        dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
-    else:
-        fill(state, {**saved, "optimizer": saved["optimizer"]["state"]})
-
-
-def restore_run(model, optimizer, ema, path, saved):
-    """Put a checkpoint's values into model, optimizer and averaged weights; returns its step and the images seen."""
-    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    moments = {i: {"step": torch.zeros(()), "exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
-               for i, weight in enumerate(weights)}
-    state = {"model": model.state_dict(), "optimizer": moments}
-    restore(state | ({"ema": ema} if ema and saved["ema"] else {}), path, saved)
-    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    if ema and not saved["ema"]:   # the run had no averages until now
-        fill(ema, model.state_dict())
-    return saved["step"], saved["images_seen"]
-
-
-def save(state, plain, out, rank, sharded, consolidated, keep):
-    """Write tensors and plain values as ckpt.pt, or as ckpt_STEP/ under FSDP (and as ckpt.pt too if consolidated), and
-    delete older ones but for `keep`. All processes call it. Raises OSError with one sentence."""
-    if sharded:
-        save_shards(state, {**plain, "ema": "ema" in state}, out)
-    if not sharded or consolidated:
-        state = whole(state)
-        if rank == 0:
-            data.save_checkpoint({"ema": None, **state, **plain}, out / "ckpt.pt")
-    if rank > 0:
-        return
-    if keep and not sharded:   # the new ckpt.pt gets a second name, under which it stays
-        (out / f"ckpt_{plain['step']:08d}.pt").unlink(missing_ok=True)
-        os.link(out / "ckpt.pt", out / f"ckpt_{plain['step']:08d}.pt")
-    newest = 1 if keep or sharded else 0
-    for old in sorted(out.glob("ckpt_[0-9]*"), reverse=True)[newest + keep:]:
-        shutil.rmtree(old) if old.is_dir() else old.unlink()
-
-
-def save_shards(state, plain, out):
-    """Write the checkpoint folder out/ckpt_STEP: shards by every process, plain values as plain.json. The folder gets
-    its name when it is complete, so that a kill at any moment leaves the one before.
-    Raises OSError with one sentence, on every process."""
-    tmp, folder = out / "ckpt.tmp", out / f"ckpt_{plain['step']:08d}"
-    if dist.get_rank() == 0:
-        shutil.rmtree(tmp, ignore_errors=True)
-    dist.barrier()
-    try:
-        dcp.save({**state, "optimizer": state["optimizer"]["state"]}, checkpoint_id=tmp)
-    except dcp.api.CheckpointException as error:
-        reason = str(next(iter(error.failures.values()))[0]).splitlines()[0]
-        raise OSError(f"could not save {folder} ({reason}); earlier checkpoints are untouched") from None
-    if dist.get_rank() == 0:
-        (tmp / "plain.json").write_text(json.dumps(plain))
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(tmp, folder)
-    dist.barrier()
+        module.set_force_sum_reduction_for_comms(True)   # and then divide: gloo's mean is a sum in torch 2.8
 
 
 # ---- how a run goes -------------------------------------------------------------------------------------------------
-def can_compile(device):
-    """Whether torch.compile finds what it needs: a compiler, for C on a GPU and C++ on a CPU, and Python's headers."""
-    names = ["gcc", "clang", os.environ.get("CC", "cc")]
-    if device.type == "cpu":
-        names = ["g++", "clang++", os.environ.get("CXX", "c++")]
-    headers = Path(sysconfig.get_path("include")) / "Python.h"
-    return any(map(shutil.which, names)) and headers.exists()
-
-
-def catch_signals():
-    """A list that gets what queues send before they kill; a second signal ends the process at once."""
-    caught = []
-
-    def note(number, _):
-        caught.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, note)
-    return caught
-
-
-def status(norm, asked, world):
-    """Whether the gradient's norm is finite, and whether any process was asked to stop; the same answer for all."""
-    answer = torch.stack([norm.isfinite().logical_not().float(), torch.full_like(norm, asked)])
-    if world > 1:
-        dist.all_reduce(answer, dist.ReduceOp.MAX)
-    failed, stop = answer.tolist()
-    return not failed, bool(stop)
-
-
-def open_log(out, first, tensorboard):
-    """Keep of log.jsonl the steps up to `first`, since those after the checkpoint come again.
-    Returns TensorBoard's writer, or None."""
-    if (out / "log.jsonl").exists():
-        lines = [line for line in (out / "log.jsonl").read_text().splitlines(keepends=True) if line.endswith("}\n")]
-        (out / "log.tmp").write_text("".join(line for line in lines if json.loads(line)["step"] <= first))
-        os.replace(out / "log.tmp", out / "log.jsonl")
-    if tensorboard:
-        from torch.utils.tensorboard import SummaryWriter
-        return SummaryWriter(out, purge_step=first + 1)
-
-
-def log(record, seconds, max_steps, out, board):
-    """Print a line, and add the record, without what it does not know, to log.jsonl and to TensorBoard."""
-    record = {name: value for name, value in record.items() if value is not None}
-    with open(out / "log.jsonl", "a") as file:
-        file.write(json.dumps(record) + "\n")
-    for name in record.keys() - {"step"} if board else ():
-        board.add_scalar(name, record[name], record["step"])
-        board.flush()
+def print_step(record, seconds, max_steps):
+    """One line."""
     print(f"step {record['step']:06d}/{max_steps} | loss {record['loss']:.4f}"
           + (f" | val {record['val_loss']:.4f}" if "val_loss" in record else "")
           + f" | lr {record['lr']:.1e} | norm {record['norm']:.2f} | {seconds * 1e3:.0f} ms"
@@ -657,8 +475,8 @@ def validate(model, ids, load, micro, rank, world, device, autocast):
 
 
 def conditions(config, meta, folder, text, spans, usable):
-    """What samples are drawn from, and their titles: the first ten classes as [labels], or ten captions from among the
-    first ten thousand as [features, mask]."""
+    """What samples are drawn from, and their titles: ten classes as [labels], or ten captions, spread over the first
+    ten thousand, as [features, mask]."""
     if not config.caption_dim:
         titles = meta["classes"][:10]
         return [torch.arange(len(titles))], titles

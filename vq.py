@@ -70,8 +70,10 @@ class ResBlock(nn.Module):
 
     def __init__(self, c_in, c_out):
         super().__init__()
-        self.norm1, self.conv1 = norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.norm2, self.conv2 = norm(c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.norm1 = norm(c_in)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2 = norm(c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.nin_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x):
@@ -91,8 +93,9 @@ class AttnBlock(nn.Module):
     def forward(self, x):
         B, C, h, w = x.shape
         y = self.norm(x)
-        q, k, v = (f(y).view(B, 1, C, h * w).transpose(2, 3) for f in (self.q, self.k, self.v))  # (B, 1, T, C)
-        y = F.scaled_dot_product_attention(q, k, v)
+        q, k, v = self.q(y), self.k(y), self.v(y)                                # each (B, C, h, w)
+        q, k, v = (t.view(B, 1, C, h * w).transpose(2, 3) for t in (q, k, v))    # each (B, 1, T, C): one head
+        y = F.scaled_dot_product_attention(q, k, v)                              # (B, 1, T, C)
         return x + self.proj_out(y.transpose(2, 3).reshape(B, C, h, w))
 
 
@@ -319,7 +322,7 @@ def shuffled(n, seed, start=0):
 
 
 # ---- codes on disk --------------------------------------------------------------------------------------------------
-BLOCK = 256   # images whose codes `encode` writes as one file until all are joined
+BLOCK = 64   # images whose codes `encode` writes as one file until all are joined
 
 
 def encode(args, tokenizer=VQModel):
@@ -344,27 +347,19 @@ def encode(args, tokenizer=VQModel):
     if world > 1:   # a day: one process may have all the slow images, and the others wait for it
         dist.init_process_group("gloo", timeout=timedelta(days=1))
 
-    blocks = range(0, len(images), BLOCK)
-    parts = [out / "parts" / f"{start:09d}.npz" for start in blocks]
-    numbers = []   # of the images of each batch, none of which crosses the end of a block
-    per_batch = max(1, args.batch_size // A)
-    for start, part in list(zip(blocks, parts))[rank::world]:
-        block = range(start, min(start + BLOCK, len(images)))
-        numbers += [] if part.exists() else [block[i:i + per_batch] for i in range(0, len(block), per_batch)]
-    loader = torch.utils.data.DataLoader(data.Crops(images, size, ranges), batch_sampler=numbers, collate_fn=list,
+    blocks = [range(start, min(start + BLOCK, len(images))) for start in range(0, len(images), BLOCK)]
+    parts = [out / "parts" / f"{block.start:09d}.npz" for block in blocks]
+    todo = [block for block, part in list(zip(blocks, parts))[rank::world] if not part.exists()]
+    loader = torch.utils.data.DataLoader(data.Crops(images, size, ranges), batch_sampler=todo, collate_fn=list,
                                          num_workers=args.workers)
-    codes, states = [], []   # of this block until now
-    with data.progress(sum(map(len, numbers)), "encode" + f" (process 1 of {world})" * (world > 1), rank) as bar:
-        for batch, rows in one_late(loader, model, device):
-            codes.append(rows.reshape(-1, A, meta["codes"]).astype(np.uint16))
-            states += [data.DONE if isinstance(found, np.ndarray) else found for _, found in batch]
-            end = batch[-1][0] + 1
-            if end % BLOCK == 0 or end == len(images):
-                part = parts[(end - 1) // BLOCK]
-                np.savez(f"{part}.tmp.npz", codes=np.concatenate(codes), states=np.array(states, np.uint8))
-                os.replace(f"{part}.tmp.npz", part)
-                codes, states = [], []
-            bar.update(len(batch))
+    with data.progress(sum(map(len, todo)), "encode" + f" (process 1 of {world})" * (world > 1), rank) as bar:
+        for block, codes in one_late(loader, model, device, args.batch_size):
+            part = parts[block[0][0] // BLOCK]
+            states = [data.DONE if isinstance(found, np.ndarray) else found for _, found in block]
+            codes = codes.reshape(-1, A, meta["codes"]).astype(np.uint16)          # of those images that are DONE
+            np.savez(f"{part}.tmp.npz", codes=codes, states=np.array(states, np.uint8))
+            os.replace(f"{part}.tmp.npz", part)
+            bar.update(len(block))
     if world > 1:
         dist.barrier()
     if rank == 0:
@@ -373,24 +368,25 @@ def encode(args, tokenizer=VQModel):
         os._exit(0)
 
 
-def one_late(loader, model, device):
-    """(batch, its codes as an array) for each batch of data.Crops. While a GPU works on one, the codes of the one
+def one_late(loader, model, device, batch_size):
+    """(block, its codes as an array) for each block of data.Crops. While a GPU works on one, the codes of the one
     before come back and are written; if each was waited for, the GPU would idle in between."""
     cuda, before = torch.device(device).type == "cuda", None
-    for batch in itertools.chain(loader, [[]]):   # the empty one brings the last
-        crops = [found for _, found in batch if isinstance(found, np.ndarray)]     # of those that could be used
+    for block in itertools.chain(loader, [[]]):   # the empty one brings the last
+        crops = [found for _, found in block if isinstance(found, np.ndarray)]     # of those that could be used
         codes, ready = torch.zeros(0), None
         if crops:
-            pixels = torch.from_numpy(np.concatenate(crops))                       # (B, H, W, 3) uint8
-            pixels = (pixels.pin_memory() if cuda else pixels).to(device, non_blocking=True)
-            codes = model.encode(pixels.permute(0, 3, 1, 2).float() / 127.5 - 1).to("cpu", non_blocking=True)
+            pixels = torch.from_numpy(np.concatenate(crops))                       # (crops, H, W, 3) uint8
+            pixels = (pixels.pin_memory() if cuda else pixels).to(device, non_blocking=True).permute(0, 3, 1, 2)
+            codes = torch.cat([model.encode(batch.float() / 127.5 - 1) for batch in pixels.split(batch_size)])
+            codes = codes.to("cpu", non_blocking=True)
             ready = torch.cuda.current_stream(device).record_event() if cuda else None
         if before:
             done, its_codes, its_event = before
             if its_event:
                 its_event.synchronize()
             yield done, its_codes.numpy()
-        before = batch, codes, ready
+        before = block, codes, ready
 
 
 def begun_before(out, meta, rank):
@@ -403,7 +399,8 @@ def begun_before(out, meta, rank):
             raise ValueError(f"--out {out} was {what} with other settings; choose another folder or delete it")
         if what == "made" and file.exists():
             shutil.rmtree(out / "parts", ignore_errors=True)   # of a run that was killed in its last moment
-            print(f"{out} is complete: {there['images'] - len(there['skipped']):,} images. Nothing to do.")
+            if rank == 0:
+                print(f"{out} is complete: {there['images'] - len(there['skipped']):,} images. Nothing to do.")
             return True
     data.make_folder(out / "parts")
     if rank == 0 and not begun.exists():

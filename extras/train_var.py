@@ -29,8 +29,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))   # the scripts at the top
+import checkpoints
 import data
-import train_gpt
 import train_vq
 import var
 import var_vq
@@ -110,7 +110,7 @@ def main():
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)   # weights stay float32
     torch.manual_seed(args.seed)
     out = Path(args.out)
-    signals = train_gpt.catch_signals() if __name__ == "__main__" else []   # a test that imports this file can be ended
+    signals = checkpoints.catch_signals()
 
     def print0(text):
         if rank == 0:
@@ -124,7 +124,7 @@ def main():
         resumed = data.read_checkpoint(out / "ckpt.pt") if args.resume else None
         tokenizer, config = check(args, labels, meta, resumed, world, device)
         if rank == 0:
-            data.open_log(out, resumed["step"] if resumed else 0, tensorboard=False)
+            checkpoints.open_log(out, resumed["step"] if resumed else 0, tensorboard=False)
     except (OSError, ValueError) as error:
         parser.error(str(error))
     per_rank = args.batch_size // world      # images of a step that this process takes,
@@ -208,7 +208,7 @@ def main():
         step, seen = step + 1, seen + args.batch_size
 
         # 5. One line, a picture, a checkpoint; if any process was asked to stop, all do.
-        finite, stop = train_gpt.status(norm, bool(signals), world)
+        finite, stop = checkpoints.status(norm, bool(signals), world)
         if not finite:
             parser.exit(2, f"train_var.py: the loss is not finite at step {step}; {out}/ckpt.pt is the last good "
                         "state. A lower --lr or --dtype float32 may help\n" * (rank == 0))
@@ -218,7 +218,7 @@ def main():
             seconds = (time.time() - clock) / (step - clock_step)
             loss, last = (total / world / (step - clock_step)).tolist()
             if rank == 0:
-                data.log({"step": step, "loss": loss, "last_scale": last, "lr": optimizer.param_groups[0]["lr"],
+                checkpoints.log({"step": step, "loss": loss, "last_scale": last, "lr": optimizer.param_groups[0]["lr"],
                           "norm": float(norm), "images_per_s": args.batch_size / seconds}, out, None)
             print0(f"step {step:06d}/{max_steps} | loss {loss:.4f} | last scale {last:.4f} | norm {float(norm):.2f} | "
                    f"{seconds * 1e3:.0f} ms | {(max_steps - step) * seconds / 60:.1f} min left")
@@ -279,11 +279,15 @@ def picture(model, tokenizer, classes, path):
 
 def train_tokenizer():
     """`tokenizer`: train_vq.py, with VAR's tokenizers in place of its own."""
-    sys.argv = ["train_var.py tokenizer", *(["--out", "runs/var-vq"] if "--out" not in sys.argv else []), *sys.argv[2:]]
-    p = argparse.ArgumentParser(add_help=False, allow_abbrev=False)   # two flags are looked at before
+    sys.argv = ["train_var.py tokenizer", "--out", "runs/var-vq", *sys.argv[2:]]   # of two --out the later one counts
+    p = argparse.ArgumentParser(add_help=False, allow_abbrev=False)                # three flags are looked at before
+    p.usage = "python extras/train_var.py tokenizer --data shapes|DIR ... (--help lists the flags)"
     p.add_argument("--model", default="VAR-256")
     p.add_argument("--image-size", type=int, default=256)
+    p.add_argument("--entropy-weight", type=float, default=0)
     args, _ = p.parse_known_args()
+    if args.entropy_weight:
+        p.error("--entropy-weight: VAR's quantizer has no such loss")
     if args.model in var_vq.TOKENIZERS:
         try:
             with torch.device("meta"):
@@ -295,6 +299,9 @@ def train_tokenizer():
 
 if __name__ == "__main__":
     try:
-        train_tokenizer() if sys.argv[1:2] == ["tokenizer"] else main()
+        if sys.argv[1:2] == ["tokenizer"]:
+            train_tokenizer()
+        else:
+            main()
     except KeyboardInterrupt:
         sys.exit(130)

@@ -260,3 +260,18 @@ def test_differences_are_paired_by_seed_and_called_by_their_error():
     assert table.verdict("same", 0.5, 0.1, 1) == "agrees: no difference to be seen"   # two seeds are few
     a, b, r = table.power_law([1e5, 1e6, 1e7], [8.0, 4.0, 2.0])
     assert abs(b - np.log10(0.5)) < 1e-9 and abs(r + 1) < 1e-9
+
+
+def test_the_readme_holds_what_was_measured_and_the_pictures_can_be_drawn(tmp_path):
+    rows = json.loads((ROOT / "ablations" / "results.json").read_text())
+    ideas, readme = [run.read(name) for name in run.names()], (ROOT / "ablations" / "README.md").read_text()
+    scatter = table.spread(rows, ideas)
+    for idea in ideas:
+        lines = "\n".join(table.lines_of(rows, idea, scatter))
+        assert lines in readme, f"{idea['name']}: python ablations/run.py --table"
+    table.bars([("loss", False, [("a", 0.1, 0.01), ("b", -0.2, 0.0)]), ("PSNR", True, [("c", 1.0, 0.1)])],
+               tmp_path / "bars.png")
+    table.scaling([(1e5, 5.0), (1e6, 4.5), (1e7, 4.1)], tmp_path / "fit.png")
+    table.guidance([(s, k, s * k, 1 / s) for s in (1, 2) for k in (0, 64)], tmp_path / "guidance.png")
+    sizes = [Image.open(tmp_path / f"{name}.png").size for name in ("bars", "fit", "guidance")]
+    assert sizes == [(1120, 120), (640, 400), (1120, 420)]

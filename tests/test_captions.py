@@ -230,6 +230,7 @@ def t5(tmp_path_factory):
     ("\"\"\"AUSVERKAUFT\"\"\"", "ausverkauft"),
     (". . .", ". ."),
     (".hidden", ""),
+    (".--2x2", "."),
     ("ﬁne ＦＵＬＬ „low” text", "fine full \"low\" text"),
     ("-a dash, at the ends:-", "a dash, at the ends"),
     ("two\\nlines\nand\ttabs", "two lines and tabs"),
@@ -238,6 +239,12 @@ def t5(tmp_path_factory):
 ])
 def test_captions_are_cleaned_as_the_released_models_saw_them(text, clean):
     assert captions.clean_caption(text) == clean
+
+
+def test_no_caption_takes_the_cleaning_down():
+    """A served model cleans what strangers send: unfinished markup, or 32,000 characters made to be slow."""
+    assert captions.clean_caption("a <![cat") == "a <! cat"
+    assert captions.clean_caption("a. " * 10_000) == captions.clean_caption("a. " * 1000)
 
 
 @torch.no_grad()

@@ -6,7 +6,9 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
 import numpy as np
@@ -391,6 +393,23 @@ def test_downloads_are_checked_and_named_when_they_fail(tmp_path):
     assert sorted(p.name for p in tmp_path.rglob("*.bin*")) == ["w.bin"]
 
 
+def test_of_several_processes_one_downloads(tmp_path, monkeypatch):
+    """Eight GPUs are eight processes, which all want the same file at the same moment."""
+    fetched, source = [], tmp_path / "source.bin"
+    source.write_bytes(b"weights" * 1000)
+    fetch = data.urllib.request.urlopen
+
+    def slow(url, **kwargs):
+        fetched.append(url)
+        time.sleep(0.2)
+        return fetch(url, **kwargs)
+
+    monkeypatch.setattr(data.urllib.request, "urlopen", slow)
+    with ThreadPoolExecutor(8) as threads:
+        paths = list(threads.map(lambda _: data.download(source.as_uri(), tmp_path / "cache" / "w.bin"), range(8)))
+    assert len(fetched) == 1 and {path.read_bytes() for path in paths} == {source.read_bytes()}
+
+
 def test_saving_to_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "ckpt.pt"
     data.save_checkpoint({"step": 1}, path)
@@ -468,6 +487,8 @@ def test_captions_of_shapes_say_what_is_drawn():
     ('{"image": "a.png"}', 'line 2: expected {"image": path, "caption": text}'),
     ("not json", 'line 2: expected {"image": path, "caption": text}'),
     ("[1]", 'line 2: expected {"image": path, "caption": text}'),
+    ('{"image": "a.png", "caption": null}', 'line 2: expected {"image": path, "caption": text}'),
+    ('{"image": 1, "caption": "a"}', 'line 2: expected {"image": path, "caption": text}'),
 ])
 def test_a_line_without_a_caption_is_named(tmp_path, line, sentence):
     (tmp_path / "list.jsonl").write_text('{"image": "a.png", "caption": "a"}\n' + line + "\n")

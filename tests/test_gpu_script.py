@@ -6,8 +6,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-sys.path.insert(0, str(ROOT / "tests"))
-import memory  # noqa: E402
+import memory
 
 
 @pytest.mark.slow

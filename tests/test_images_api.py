@@ -9,13 +9,16 @@ import contextlib
 import io
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
+import zlib
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +30,7 @@ from conftest import ROOT, fill
 from PIL import Image
 
 import captions
+import data
 import gpt
 import sample
 import vq
@@ -69,8 +73,9 @@ class FakeEngine:
             raise QueueOverflowError
         self.live.add(request_id)
         class_id = prompt["prompt_token_ids"][0] - V if "prompt_token_ids" in prompt else len(prompt["prompt_embeds"])
-        codes = codes_of(class_id, params.seed)
-        self.settings = {**params.extra_args, "top_k": params.top_k}
+        given = params.extra_args.get("given", [-1] * GRID * GRID)
+        codes = [new if old < 0 else old for old, new in zip(given, codes_of(class_id, params.seed))]
+        self.settings = params.extra_args
         delta = params.output_kind.name == "DELTA"
         try:
             for row in range(GRID):
@@ -275,6 +280,7 @@ def test_the_file_has_the_format_asked_for(server, output_format):
 def test_guidance_scale_is_another_name_of_cfg_scale(engine, server):
     assert post(server, {"guidance_scale": 2.5}).status_code == 200 and engine.settings["cfg_scale"] == 2.5
     assert error_of(post(server, {"guidance_scale": -1}), 400)["param"] == "cfg_scale"
+    assert "give one" in error_of(post(server, {"guidance_scale": 2, "cfg_scale": 3}), 400)["message"]
 
 
 def test_pictures_are_decoded_together_and_other_requests_answered_meanwhile(server, monkeypatch):
@@ -303,7 +309,7 @@ def test_openais_client_gets_pictures_of_captions(engine, captioned):
     for j, image in enumerate(answer.data):
         assert same(pixels(image.b64_json), picture(3, 5 + j)) and image.revised_prompt == "A red  star."
     assert answer.usage.input_tokens == 2 * 3 and answer.usage.total_tokens == 2 * (GRID * GRID + 3)
-    assert engine.settings == {"cfg_scale": 7.5, "cfg_interval": -1, "top_k": 1000}
+    assert engine.settings == dict(cfg_scale=7.5, cfg_interval=-1, temperature=1.0, top_k=1000, top_p=1.0)
     last = list(client(captioned).images.generate(prompt="fox", stream=True, extra_body={"seed": 1, "top_k": 7}))[-1]
     assert same(pixels(last.b64_json), picture(1, 1)) and engine.settings["top_k"] == 7
 
@@ -352,6 +358,184 @@ def test_a_caption_that_cannot_be_encoded_costs_only_itself(engine):
     with served(engine, {**INFO, "captions": True}, encode=fails) as server:
         error_of(post(server, {"prompt": "bad"}), 500)
         assert post(server, {}).status_code == 200
+
+
+# ---- edits ----------------------------------------------------------------------------------------------------------
+def photo(size=(SIDE, SIDE), seed=0):
+    """A picture, RGB, smooth noise."""
+    noise = np.random.RandomState(seed).randint(0, 256, (3, 4, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize(size, Image.BICUBIC)
+
+
+def with_hole(image, box):
+    """The image with these pixels transparent."""
+    alpha = Image.new("L", image.size, 255)
+    alpha.paste(0, box)
+    image = image.convert("RGB")
+    image.putalpha(alpha)
+    return image
+
+
+def file_of(image, kind="PNG", **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def edit(server, image, mask=None, headers=None, **fields):
+    """POST /v1/images/edits."""
+    files = {"image": ("photo.png", image), **({"mask": ("mask.png", mask)} if mask else {})}
+    return httpx.post(f"{server.url}/v1/images/edits", data={"prompt": "star", **fields}, files=files, timeout=20,
+                      headers=headers)
+
+
+def edited(image, class_id, seed, hole):
+    """The pixels of an edit: the picture's own, and where codes were drawn those decoded from all codes; hole is a
+    bool array (GRID, GRID)."""
+    tokenizer, original = small_tokenizer(), np.array(image)
+    codes = tokenizer.encode(vq.to_tensor(original)[None])[0].numpy()
+    codes = np.where(hole, np.array(codes_of(class_id, seed)).reshape(GRID, GRID), codes)
+    pixels = sample.to_pixels(tokenizer, torch.tensor(codes).view(1, -1))[0]
+    return np.where(np.kron(hole[..., None], np.ones((SIDE // GRID, SIDE // GRID, 1), bool)), pixels, original)
+
+
+MIDDLE = np.pad(np.ones((2, 2), bool), 1)   # of 4 x 4 codes
+
+
+def test_openais_client_draws_a_hole_anew(server):
+    """A code of which the mask takes one pixel is drawn anew, too."""
+    image = photo()
+    mask = with_hole(Image.new("RGB", (SIDE, SIDE)), (7, 5, 9, 11))
+    answer = client(server).images.edit(image=("photo.png", file_of(image)), mask=("mask.png", file_of(mask)),
+                                        prompt="red fox", n=2, size="16x16", extra_body={"seed": 5, "cfg_scale": 2.5})
+    for j, one in enumerate(answer.data):
+        assert one.revised_prompt == "red fox, Vulpes vulpes"
+        right = edited(image, 2, 5 + j, MIDDLE)
+        assert same(pixels(one.b64_json), right)
+        assert np.array_equal(pixels(one.b64_json)[:4], np.array(image)[:4])   # to the last bit
+
+
+def test_without_a_mask_the_image_s_own_transparency_counts(server):
+    image = with_hole(photo(), (0, 8, 16, 16))
+    stream = client(server).images.edit(image=file_of(image), prompt="1", stream=True, partial_images=3,
+                                        extra_body={"seed": 9, "temperature": 0.5})
+    *partial, last = stream
+    assert {e.type for e in partial} <= {"image_edit.partial_image"} and last.type == "image_edit.completed"
+    hole = np.arange(4)[:, None].repeat(4, 1) >= 2
+    assert same(pixels(last.b64_json), edited(image.convert("RGB"), 1, 9, hole))
+    for event in partial:   # what is kept is there from the start, what is not drawn yet is grey
+        assert np.array_equal(pixels(event.b64_json)[:8], np.array(image.convert("RGB"))[:8])
+
+
+@pytest.mark.parametrize("kind, options, change", [
+    ("JPEG", {"quality": 100, "subsampling": 0}, lambda image: image),
+    ("WEBP", {"lossless": True}, lambda image: image),
+    ("PNG", {}, lambda image: image.resize((64, 64), Image.NEAREST)), ("PNG", {}, lambda image: image.quantize(256)),
+    ("PNG", {}, lambda image: Image.fromarray(np.array(image.convert("L")).astype(np.uint16) * 257)),
+    ("JPEG", {"quality": 100, "subsampling": 0, "exif": b"rotated"}, lambda image: image.transpose(Image.ROTATE_90)),
+])
+def test_pictures_of_all_kinds_are_seen_as_people_see_them(server, kind, options, change):
+    image = photo()
+    if "exif" in options:   # "turn me by 90 degrees, clockwise"
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        options = {**options, "exif": exif}
+    file = file_of(change(image), kind, **options)
+    size = Image.open(io.BytesIO(file)).size
+    mask = file_of(with_hole(Image.new("RGB", size), (0, size[1] // 2, *size)))
+    got = pixels(edit(server, file, mask, seed=1).json()["data"][0]["b64_json"])[:8]
+    seen = image.convert("L") if change(image).mode.startswith("I") else image   # 16 bits are grey
+    right = np.array(seen.convert("RGB"))[:8]
+    assert np.abs(got.astype(int) - right).mean() < 6
+
+
+def png_of(width, height):
+    """A PNG that says it has so many pixels, and has none."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 6, 0, 0, 0)
+    chunk = b"IHDR" + header
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk)) + \
+        struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
+
+
+ANIMATION = file_of(photo(), "PNG", save_all=True, append_images=[photo(seed=1)])
+HOLE = file_of(with_hole(photo(), (0, 8, 16, 16)))
+
+
+@pytest.mark.parametrize("image, mask, fields, param, sentence", [
+    (b"this is no picture", None, {}, "image", "image: no PNG, JPEG or WebP file"),
+    (HOLE[:len(HOLE) // 2], None, {}, "image", "or a damaged one"),
+    (file_of(photo(), "GIF"), None, {}, "image", "no PNG, JPEG or WebP"),
+    (png_of(20_000, 20_000), None, {}, "image", "more than 25,000,000 pixels"),
+    (png_of(5_001, 5_000), None, {}, "image", "more than 25,000,000 pixels"),
+    (ANIMATION, None, {}, "image", "an animation; send one picture"),
+    (file_of(photo(), "JPEG") + b"\xff\xda" * 2000, None, {}, "image", "too many scans"),
+    (HOLE, HOLE[:100], {}, "mask", "mask: no PNG"),
+    (HOLE, file_of(with_hole(photo((8, 8)), (0, 0, 4, 4))), {}, "mask", "8 x 8 pixels, but the image has 16 x 16"),
+    (HOLE, file_of(photo()), {}, "mask", "mask: nothing is transparent"),
+    (file_of(photo()), None, {}, "image", "image: nothing is transparent; transparent pixels are drawn anew"),
+    (b"", None, {}, "image", "image: a file is required"),
+    (HOLE, None, {"n": "eleven"}, "n", "valid integer"), (HOLE, None, {"n": "11"}, "n", "less than or equal to 10"),
+    (HOLE, None, {"cfg_scale": "nan"}, "cfg_scale", "finite"), (HOLE, None, {"prompt": "hart"}, "prompt", "close ones"),
+    (HOLE, None, {"size": "256x256"}, "size", "'auto' or '16x16'"),
+])
+def test_an_edit_that_cannot_be_is_explained(engine, server, image, mask, fields, param, sentence):
+    began = time.monotonic()
+    error = error_of(edit(server, image, mask, **fields), 400)
+    assert error["param"] == param and sentence in error["message"] and time.monotonic() - began < 5
+    assert not engine.live
+
+
+def test_uploads_that_are_no_edit_have_their_own_status(server):
+    url = f"{server.url}/v1/images/edits"
+    error_of(httpx.post(url, json={"prompt": "star"}), 415)
+    error_of(httpx.post(url, content=b"x", headers={"Content-Type": "multipart/form-data"}), 400)
+    assert "16,777,216" in error_of(edit(server, bytes(17 * 2 ** 20)), 413)["message"]
+    assert "another site" in error_of(edit(server, HOLE, headers={"Sec-Fetch-Site": "cross-site"}), 403)["message"]
+    assert edit(server, HOLE, headers={"Sec-Fetch-Site": "same-origin"}).status_code == 200
+    with pytest.raises(openai.BadRequestError):
+        client(server).images.edit(image=[("a.png", HOLE), ("b.png", HOLE), ("c.png", HOLE)], prompt="star")
+    with socket.create_connection(server.url.removeprefix("http://").split(":")) as sock:   # cut off half-way
+        sock.sendall(b"POST /v1/images/edits HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=x\r\n"
+                     b"Content-Length: 10000\r\n\r\n--x\r\nContent-Disposition: form-data; name=\"image\"; "
+                     b"filename=\"a.png\"\r\n\r\n" + HOLE[:200])
+    assert edit(server, HOLE).status_code == 200   # and the server is as it was
+
+
+def test_a_very_wide_picture_takes_little_memory(server):
+    """Scaled before it is cropped, 20,000 x 1 pixels would be 320,000 x 16."""
+    image = with_hole(photo((20_000, 1)), (0, 0, 10_001, 1))
+    assert edit(server, file_of(image), seed=1).status_code == 200
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    strip = with_hole(photo((1, 200_000)), (0, 99_000, 1, 101_000))
+    assert edit(server, file_of(strip), seed=1).status_code == 200
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000   # kB
+
+
+def test_32_clients_edit_at_once_and_a_third_leaves(engine, server):
+    """Every image is the one that the same request gets alone, and nothing stays in the engine."""
+    image = with_hole(photo(), (4, 4, 12, 12))
+
+    async def ask(http, i):
+        files, fields = {"image": ("a.png", file_of(image))}, {"prompt": str(i % 3), "seed": i, "n": 2}
+        if i % 3 == 1:
+            with contextlib.suppress(httpx.TimeoutException):
+                await http.post("/v1/images/edits", data=fields, files=files, timeout=0.3)
+            return "left"
+        data = (await http.post("/v1/images/edits", data=fields, files=files)).json()["data"]
+        return all(same(pixels(d["b64_json"]), edited(image.convert("RGB"), i % 3, i + j, MIDDLE))
+                   for j, d in enumerate(data))
+
+    async def all_clients():
+        async with httpx.AsyncClient(base_url=server.url, timeout=60) as http:
+            tasks = [asyncio.create_task(ask(http, i)) for i in range(32)]
+            await asyncio.sleep(1)
+            engine.step.set()
+            return await asyncio.gather(*tasks)
+
+    engine.step.clear()
+    answers = asyncio.run(all_clients())
+    assert answers.count("left") == 11 and answers.count(True) == 21
+    until(lambda: not engine.live)
 
 
 # ---- mistakes -------------------------------------------------------------------------------------------------------
@@ -575,6 +759,20 @@ class Browser:
     def text(self, element):
         return self.run(f"$('{element}').innerText")
 
+    def stroke(self, points, touch=False):
+        """Draw over the picture, with the mouse or a finger; points are in codes from its upper left corner."""
+        self.run("$('canvas').scrollIntoView({block: 'center'})")
+        box = self.run("(b => [b.left, b.top, b.width])($('canvas').getBoundingClientRect())")
+        at = [{"x": box[0] + x * box[2] / GRID, "y": box[1] + y * box[2] / GRID} for x, y in points]
+        if touch:
+            for i, point in enumerate(at):
+                self("Input.dispatchTouchEvent", type="touchMove" if i else "touchStart", touchPoints=[point])
+            self("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+        else:
+            kinds = ["mousePressed", *["mouseMoved"] * (len(at) - 1), "mouseReleased"]
+            for kind, point in zip(kinds, [*at, at[-1]]):
+                self("Input.dispatchMouseEvent", type=kind, button="left", buttons=1, clickCount=1, **point)
+
     def close(self):
         self.loop.run_until_complete(self.session.close())
         self.loop.close()
@@ -670,6 +868,47 @@ def test_the_page_tells_kindly_what_is_wrong(engine, browser):
         browser.run("$('go').click()")
         until(lambda: "The engine has stopped" in browser.text("error"))
         engine.errored = False
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_draws_a_part_of_a_picture_anew(engine, server, browser, width, tmp_path):
+    """Chosen at the wide page, where a mouse paints, and dropped on the narrow one, where a finger does."""
+    touch, image = width < 600, photo((SIDE * 5, SIDE * 3))
+    browser.open(f"{server.url}/?classes=heart&n=2&seed=7", width)
+    browser("Emulation.setTouchEmulationEnabled", enabled=touch)
+    if touch:
+        picture = base64.b64encode(file_of(image)).decode()
+        browser.run(f"""const bytes = Uint8Array.from(atob("{picture}"), c => c.charCodeAt(0))
+            const files = new DataTransfer()
+            files.items.add(new File([bytes], "a.png", {{type: "image/png"}}))
+            document.dispatchEvent(new DragEvent("drop", {{dataTransfer: files, cancelable: true}}))""")
+    else:
+        (tmp_path / "a.png").write_bytes(file_of(image))
+        chooser = browser("Runtime.evaluate", expression="$('photo')")["result"]["objectId"]
+        browser("DOM.setFileInputFiles", files=[str(tmp_path / "a.png")], objectId=chooser)
+    until(lambda: browser.run("!$('editor').hidden && photo.width") == 3 * SIDE)
+    browser.run("$('go').click()")
+    until(lambda: "Paint over what is to be drawn anew." in browser.text("error"))
+    browser.run("$('brush').value = 1")
+    browser.stroke([(1.5, 1.5), (2.5, 1.5), (2.5, 2.5), (1.6, 2.5)], touch)
+    assert sorted(browser.run("[...hole]")) == [5, 6, 9, 10]
+    browser.stroke([(2.5, 2.5), (2.6, 2.6)], touch)                     # what begins on the hole makes it smaller
+    assert sorted(browser.run("[...hole]")) == [5, 6, 9]
+    browser.run("document.querySelector('[data-hole=middle]').click()")
+    assert sorted(browser.run("[...hole]")) == [5, 6, 9, 10]
+    engine.step.clear()
+    browser.run("$('go').click()")
+    until(lambda: browser.run("document.querySelectorAll('figure img').length") == 2)
+    assert browser.run("document.querySelector('img').style.clipPath") == ""   # what is kept is seen at once
+    engine.step.set()
+    until(lambda: browser.text("status").startswith("2 images in"))
+    middle = data.center_crop(image.crop((SIDE, 0, 4 * SIDE, 3 * SIDE)), SIDE)
+    for j, href in enumerate(browser.run("[...document.querySelectorAll('figure a')].map(a => a.href.split(',')[1])")):
+        assert np.abs(pixels(href).astype(int) - edited(middle, 1, 7 + j, MIDDLE)).max() < 12   # the browser scaled it
+    assert browser.run("document.documentElement.scrollWidth") <= width and not browser.complaints
+    browser.run("$('unload').click()")
+    assert browser.run("$('editor').hidden && !$('drop').hidden && photo === null")
+    browser("Emulation.setTouchEmulationEnabled", enabled=False)
 
 
 @pytest.mark.parametrize("width", [1280, 390])
@@ -773,19 +1012,40 @@ def gauge(server, name):
 
 
 def test_openais_client_draws_with_the_real_engine(real, exported):
-    """And what it gets are the pixels that the plain sampler's greedy codes have, streamed or not."""
+    """And what it gets are the pixels of the codes that the plain sampler draws from the same seed, streamed or not;
+    codes asked for by vLLM's own route are the same, too."""
     model, tokenizer = gpt.load_gpt(exported.parent / "gpt.pt"), small_tokenizer()
-    settings = {"extra_body": {"cfg_scale": 3.0, "temperature": 0}}
-    plain = sample.to_pixels(tokenizer, sample.generate(model, torch.tensor([2]), cfg_scale=3.0, top_k=1))[0]
-    answer = client(real).images.generate(prompt="red fox", size="32x32", **settings)
-    assert same(pixels(answer.data[0].b64_json), plain)
+    settings = {"extra_body": {"cfg_scale": 3.0, "top_k": 9, "seed": 6}}
+    codes = sample.generate(model, torch.tensor([2, 2]), cfg_scale=3.0, top_k=9, seeds=[6, 7])
+    plain = sample.to_pixels(tokenizer, codes)
+    answer = client(real).images.generate(prompt="red fox", size="32x32", n=2, **settings)
+    assert all(same(pixels(one.b64_json), right) for one, right in zip(answer.data, plain, strict=True))
     *partial, last = client(real).images.generate(prompt="red fox", stream=True, partial_images=7, **settings)
-    assert same(pixels(last.b64_json), plain) and partial
+    assert same(pixels(last.b64_json), plain[0]) and partial
     assert client(real).models.list().data[0].id == "small"
-    codes = httpx.post(f"{real.url}/v1/completions", json={
-        "model": "small", "prompt": [V + 2], "max_tokens": 64, "temperature": 0, "return_token_ids": True,
-        "vllm_xargs": {"cfg_scale": 3.0}}).json()["choices"][0]["token_ids"]
-    assert same(sample.to_pixels(tokenizer, torch.tensor([codes]))[0], plain)
+    fields = {"model": "small", "prompt": [V + 2], "max_tokens": 64, "top_k": 9, "seed": 6, "return_token_ids": True}
+    answer = httpx.post(f"{real.url}/v1/completions", json={**fields, "vllm_xargs": {"cfg_scale": 3.0}}).json()
+    assert answer["choices"][0]["token_ids"] == codes[0].tolist()
+    for wrong, sentence in ({"vllm_xargs": {"cfg": 3}}, "'cfg' is no setting"), ({"min_p": 0.5}, "min_p is for words"):
+        assert sentence in error_of(httpx.post(f"{real.url}/v1/completions", json={**fields, **wrong}), 400)["message"]
+
+
+def test_the_real_engine_draws_a_hole_anew(real, exported):
+    """The upper half and one column are given; every other code is the plain sampler's draw after those before it."""
+    model, tokenizer = gpt.load_gpt(exported.parent / "gpt.pt"), small_tokenizer()
+    image = with_hole(photo((32, 32)), (4, 16, 32, 32))
+    answer = client(real).images.edit(image=file_of(image), prompt="heart", extra_body={
+        "seed": 3, "cfg_scale": 2.0, "top_k": 9})
+    codes = tokenizer.encode(vq.to_tensor(image.convert("RGB"))[None]).flatten()
+    for i in range(32, 64):
+        if i % 8:
+            with torch.no_grad():
+                cond, uncond = model(codes[None, :i].repeat(2, 1), torch.tensor([1, 3]))[:, -1]
+            noise = sample.gumbel_noise(torch.tensor(3), torch.tensor(i), V)
+            codes[i] = sample.draw(uncond + (cond - uncond) * 2.0, noise, 1.0, 9, 1.0)
+    right = sample.to_pixels(tokenizer, codes[None])[0]
+    right[:16], right[:, :4] = np.array(image.convert("RGB"))[:16], np.array(image.convert("RGB"))[:, :4]
+    assert same(pixels(answer.data[0].b64_json), right)
 
 
 def test_two_hundred_requests_and_a_third_of_the_clients_leave(real):

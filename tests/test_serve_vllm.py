@@ -140,77 +140,82 @@ def test_arrivals_and_departures_disturb_nobody(llm, tiny):
         assert codes[i] == right[:len(codes[i])] and (len(codes[i]) == T or i in (0, 4)), i
 
 
-# ---- the same distribution ------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("settings", [dict(top_k=5), dict(top_p=0.6), dict(top_k=8, top_p=0.8, temperature=1.5),
-                                      dict(top_k=0, temperature=0.5, cfg_scale=1.0)])
-def test_draws_follow_the_plain_distribution(llm, tiny, settings):
-    """Chi-square of the first two codes of 2,000 images against the plain model's joint probabilities."""
+# ---- the same draws -------------------------------------------------------------------------------------------------
+SETTINGS = [dict(top_k=5), dict(top_p=0.6), dict(top_k=8, top_p=0.8, temperature=1.5), dict(top_k=0, cfg_scale=1.0),
+            dict(top_k=0, temperature=0.5), dict(cfg_scale=7.5, top_k=20, cfg_interval=9), dict(top_k=5), dict(top_k=1)]
+
+
+def drawn(model, label, seed, cfg_scale=4.0, top_k=2000, **settings):
+    """sample.generate's codes of an image (1, T), drawn alone."""
+    return sample.generate(model, torch.tensor([label]), seeds=[seed], cfg_scale=cfg_scale, top_k=top_k, **settings)
+
+
+def test_a_seed_gives_the_plain_sampler_s_codes(llm, tiny):
+    """Eight requests that differ in every setting, of which some are drawn together; three places."""
     folder, model = tiny
-    settings = {"cfg_scale": 1.75, "top_k": 0, **settings}
-    scale, filters = settings["cfg_scale"], {k: v for k, v in settings.items() if k != "cfg_scale"}
-
-    def guided(tokens):   # (B, m) -> the distribution of the code after them
-        both = torch.tensor([1, TINY.num_classes]).repeat_interleave(len(tokens))
-        with torch.no_grad():
-            cond, uncond = model(tokens.repeat(2, 1), both)[:, -1].chunk(2)
-        return sample.probabilities(uncond + (cond - uncond) * scale, **filters).double()
-
-    first = guided(torch.zeros(1, 0, dtype=torch.long)).T                          # (V, 1)
-    joint = (first * guided(torch.arange(V)[:, None])).flatten()                   # (V * V,)
     info = serve_vllm.read_export(folder)
-    params = [serve_vllm.sampling_params(info, seed=seed, **settings) for seed in range(2000)]
-    for p in params:
-        p.max_tokens = 2
-    codes = codes_of(llm.generate([serve_vllm.class_prompt(1, info)] * 2000, params, use_tqdm=False))
-    counts = torch.bincount(codes[:, 0] * V + codes[:, 1], minlength=V * V).double()
-    assert counts[joint == 0].sum() == 0                                           # nothing that the filters exclude
-    often = 2000 * joint >= 5
-    seen = torch.cat([counts[often], counts[~often].sum()[None]])
-    wanted = 2000 * torch.cat([joint[often], joint[~often].sum()[None]])
-    seen, wanted = seen[wanted > 1e-6], wanted[wanted > 1e-6]
-    freedom = len(wanted) - 1
-    chi_square = float(((seen - wanted) ** 2 / wanted).sum())
-    assert freedom >= 3 and chi_square < freedom + 4.5 * (2 * freedom) ** 0.5 + 5, (chi_square, freedom)
+    params = [serve_vllm.sampling_params(info, seed=70 + i, **settings) for i, settings in enumerate(SETTINGS)]
+    outputs = codes_of(llm.generate([serve_vllm.class_prompt(3, info)] * 8, params, use_tqdm=False))
+    right = torch.cat([drawn(model, 3, 70 + i, **settings) for i, settings in enumerate(SETTINGS)])
+    assert torch.equal(outputs, right) and len(right.unique(dim=0)) == 8
 
 
-def test_a_seed_fixes_the_image_whatever_the_batch(llm, tiny):
-    folder, info = tiny[0], serve_vllm.read_export(tiny[0])
-    params = [serve_vllm.sampling_params(info, seed=seed) for seed in (7, 8, 9, 7)]
-    together = codes_of(llm.generate(prompts(folder, MIXED[1:2] * 4), params, use_tqdm=False))
-    alone = codes_of(llm.generate(prompts(folder, MIXED[1:2]), params[0], use_tqdm=False))
-    assert torch.equal(together[0], alone[0]) and torch.equal(together[3], alone[0])
-    assert len(together.unique(dim=0)) == 3
+def test_a_plain_request_means_what_it_says(llm, tiny):
+    """temperature, top_k, top_p, seed and n as any program says them to vLLM; only guidance stands in extra_args."""
+    folder, model = tiny
+    plain = dict(max_tokens=T, ignore_eos=True, detokenize=False, top_p=0.9, temperature=0.7)
+    params = vllm.SamplingParams(n=2, seed=2 ** 62, top_k=9, extra_args={"cfg_scale": 1.75}, **plain)
+    output, = llm.generate(prompts(folder, MIXED[1:2]), params, use_tqdm=False)
+    right = [drawn(model, 1, 2 ** 62 + i, cfg_scale=1.75, top_k=9, temperature=0.7, top_p=0.9)[0] for i in range(2)]
+    assert [o.token_ids for o in output.outputs] == [codes.tolist() for codes in right]
+    one, two = codes_of(llm.generate(prompts(folder, MIXED[1:2] * 2), vllm.SamplingParams(**plain), use_tqdm=False))
+    assert not torch.equal(one, two)   # without a seed
+    greedily = vllm.SamplingParams(**{**plain, "temperature": 0})
+    assert torch.equal(codes_of(llm.generate(prompts(folder, MIXED[:1]), greedily, use_tqdm=False)),
+                       expected(model, MIXED[:1]))
 
 
-def test_scale_one_is_exactly_the_unguided_distribution(llm, tiny):
-    folder, info = tiny[0], serve_vllm.read_export(tiny[0])
-    one, none = (serve_vllm.sampling_params(info, seed=3, cfg_scale=1) for _ in range(2))
-    none.extra_args = None
-    outputs = codes_of(llm.generate(prompts(folder, MIXED[2:3] * 2), [one, none], use_tqdm=False))
-    assert torch.equal(outputs[0], outputs[1])
+def test_given_codes_stand_and_the_others_are_drawn_after_them(llm, tiny):
+    """Every third code and the last row are given: the others are those that a plain forward pass draws there."""
+    folder, model = tiny
+    info, given = serve_vllm.read_export(folder), [(7 * i) % V if i % 3 == 0 or i >= 30 else -1 for i in range(T)]
+    params = serve_vllm.sampling_params(info, seed=8, cfg_scale=4.0, top_k=10, given=given)
+    codes, = codes_of(llm.generate([serve_vllm.class_prompt(3, info)], params, use_tqdm=False)).tolist()
+    with torch.no_grad():
+        cond, uncond = model(torch.tensor([codes[:-1]] * 2), torch.tensor([3, TINY.num_classes]))   # (T, V) each
+    noise = sample.gumbel_noise(torch.tensor([8]), torch.arange(T), V)
+    right = sample.draw(uncond + (cond - uncond) * 4.0, noise, 1.0, 10, 1.0).tolist()
+    assert codes == [new if old < 0 else old for old, new in zip(given, right)] and codes != right
+    params.extra_args["given"] = [10 ** 9] + [-1] * 3   # beyond the codebook is its last; a short list is a beginning
+    first, = codes_of(llm.generate([serve_vllm.class_prompt(3, info)], params, use_tqdm=False)).tolist()
+    assert first[0] == V - 1 and len(first) == T
 
 
-# ---- guidance and positions on their own ----------------------------------------------------------------------------
-def guidance():
+# ---- the draw and positions on their own ----------------------------------------------------------------------------
+def processor():
     config = SimpleNamespace(model_config=SimpleNamespace(hf_config=SimpleNamespace(gpt={"vocab_size": 4})))
-    return serve_vllm.Guidance(config, torch.device("cpu"), False)
+    return serve_vllm.Draw(config, torch.device("cpu"), False)
 
 
 def params(scale, interval=-1):
-    return vllm.SamplingParams(extra_args={"cfg_scale": scale, "cfg_interval": interval})
+    return vllm.SamplingParams(temperature=0, extra_args={"cfg_scale": scale, "cfg_interval": interval})
 
 
-def scales_of(processor, rows):
-    """The scale of every row, read off what the processor makes of cond 1 and uncond 0: 1 * scale."""
-    logits = torch.cat([torch.ones(rows, 4), torch.zeros(rows, 4)], 1)
-    out = processor.apply(logits)
-    assert torch.isneginf(out[:, 4:]).all()
-    return out[:, 0].tolist()
+def scales_of(draw, rows):
+    """The scale of every row, read off what it makes of logits: the guided ones are 0, s, 2.5, and 9.5 - s."""
+    out = []
+    for row in range(rows):
+        best = {s: torch.tensor([0, s, 2.5, 9.5 - s]).argmax().item() for s in (1, 2, 3, 4, 5, 7)}
+        logits = torch.tensor([[0, 1, 2.5, 8.5, 0, 0, 2.5, 9.5]]).repeat(rows, 1)
+        picked = draw.apply(logits)
+        out.append(draw.requests[row].scale())
+        assert torch.isneginf(picked).sum() == 7 * rows and picked.argmax(1)[row] == best[out[-1]]
+    return out
 
 
-def test_guidance_follows_every_change_of_the_batch():
+def test_the_draw_follows_every_change_of_the_batch():
     """Requests join, leave, move and swap; each keeps its own scale."""
-    g, swap, move = guidance(), MoveDirectionality.SWAP, MoveDirectionality.UNIDIRECTIONAL
+    g, swap, move = processor(), MoveDirectionality.SWAP, MoveDirectionality.UNIDIRECTIONAL
     g.update_state(BatchUpdate(3, [], [(row, params(scale), [1], []) for row, scale in enumerate((2, 3, 5))], []))
     assert scales_of(g, 3) == [2, 3, 5]
     g.update_state(None)
@@ -218,7 +223,7 @@ def test_guidance_follows_every_change_of_the_batch():
     assert scales_of(g, 3) == [5, 3, 2]
     g.update_state(BatchUpdate(2, [0], [], [(2, 0, move)]))                             # the last fills the gap
     assert scales_of(g, 2) == [2, 3]
-    g.update_state(BatchUpdate(3, [], [(1, params(7.0), [1], []), (2, vllm.SamplingParams(), [1], [])], []))
+    g.update_state(BatchUpdate(3, [], [(1, params(7.0), [1], []), (2, params(1), [1], [])], []))
     assert scales_of(g, 3) == [2, 7, 1]
     g.update_state(BatchUpdate(2, [0, 1], [], [(2, 0, move)]))
     assert scales_of(g, 1) == [1]
@@ -226,20 +231,13 @@ def test_guidance_follows_every_change_of_the_batch():
 
 def test_an_interval_ends_where_the_plain_sampler_s_does():
     """cfg_interval = 2 guides the first code and the three after it."""
-    g, codes = guidance(), []
+    g, codes = processor(), []
     g.update_state(BatchUpdate(1, [], [(0, params(4.0, 2), [1], codes)], []))
     seen = []
     for code in range(6):
         seen += scales_of(g, 1)
         codes.append(code)
     assert seen == [4, 4, 4, 4, 1, 1]
-
-
-def test_scale_one_leaves_the_conditional_logits_to_the_last_bit():
-    logits = torch.randn(3, 8) * 100
-    g = guidance()
-    g.update_state(BatchUpdate(3, [], [(i, params(s), [1], []) for i, s in enumerate((1, 1.0, 0.3))], []))
-    assert torch.equal(g.apply(logits.clone())[:, :4], logits[:, :4])
 
 
 def test_code_i_stands_at_position_i():
@@ -251,14 +249,22 @@ def test_code_i_stands_at_position_i():
 
 
 # ---- what the engine refuses, and what it survives ------------------------------------------------------------------
-@pytest.mark.parametrize("extra", [{"cfg_scale": "4"}, {"cfg_scale": float("nan")}, {"cfg_scale": -1},
-                                   {"cfg_scale": True}, {"cfg_scale": float("inf")}, {"cfg_interval": -2},
-                                   {"cfg_interval": None}])
-def test_bad_guidance_is_refused_and_the_engine_goes_on(llm, tiny, extra):
+@pytest.mark.parametrize("wrong, sentence", [
+    (dict(extra_args={"cfg_scale": "4"}), "cfg_scale '4' is not"), (dict(extra_args={"cfg_scale": -1}), "cfg_scale"),
+    (dict(extra_args={"cfg_scale": float("nan")}), "cfg_scale"), (dict(extra_args={"cfg_scale": True}), "cfg_scale"),
+    (dict(extra_args={"cfg_interval": -2}), "cfg_interval"), (dict(extra_args={"cfg_interval": None}), "cfg_interval"),
+    (dict(extra_args={"cfg_scael": 4}), "'cfg_scael' is no setting"),
+    (dict(extra_args={"top_k": 4}, temperature=1.0), "say top_k in the request itself"),
+    (dict(extra_args={"given": 4}), "given is a list"), (dict(extra_args={"given": [1, 2.5]}), "given is a list"),
+    (dict(min_p=0.1), "min_p is for words"), (dict(presence_penalty=1.0), "presence_penalty is for words"),
+    (dict(repetition_penalty=1.5), "repetition_penalty is"), (dict(logit_bias={3: 5.0}), "logit_bias is for words"),
+    (dict(allowed_token_ids=[3]), "allowed_token_ids is for words"), (dict(logprobs=3), "logprobs is for words"),
+    (dict(seed=-2), "seed -2 is not a number"),   # -1 is none, to vLLM
+])
+def test_what_the_draw_would_leave_out_is_refused_and_the_engine_goes_on(llm, tiny, wrong, sentence):
     folder, model = tiny
-    bad = greedy(folder, 4.0)
-    bad.extra_args = extra
-    with pytest.raises((ValueError, VLLMValidationError), match="cfg_"):
+    bad = vllm.SamplingParams(max_tokens=T, detokenize=False, **wrong)
+    with pytest.raises((ValueError, VLLMValidationError), match=sentence):
         llm.generate(prompts(folder, MIXED[:1]), bad, use_tqdm=False)
     outputs = llm.generate(prompts(folder, MIXED[:1]), greedy(folder, 1.0), use_tqdm=False)
     assert torch.equal(codes_of(outputs), expected(model, MIXED[:1]))
@@ -329,7 +335,7 @@ def test_an_export_for_captions_knows_its_encoder_and_its_settings(captioned):
     again = serve_vllm.read_model(folder, info).state_dict()
     assert all(torch.equal(again[k], v) for k, v in model.state_dict().items())
     p = serve_vllm.sampling_params(info)
-    assert p.extra_args["cfg_scale"] == 7.5 and p.top_k == 1000
+    assert p.extra_args["cfg_scale"] == 7.5 and p.extra_args["top_k"] == 1000
 
 
 def test_the_released_models_are_exported_by_name(tmp_path, monkeypatch):
@@ -364,8 +370,9 @@ def test_the_export_holds_the_weights_and_all_that_goes_with_them(tiny, capsys):
 def test_a_request_is_one_image_with_the_settings_asked_for(tiny):
     info = serve_vllm.read_export(tiny[0])
     p = serve_vllm.sampling_params(info, seed=5, cfg_scale=2.0, cfg_interval=7, temperature=0.9, top_k=10, top_p=0.5)
-    assert (p.max_tokens, p.seed, p.temperature, p.top_k, p.top_p) == (T, 5, 0.9, 10, 0.5)
-    assert p.ignore_eos and p.extra_args == {"cfg_scale": 2.0, "cfg_interval": 7} and p.output_kind.name == "FINAL_ONLY"
+    assert (p.max_tokens, p.seed, p.temperature) == (T, 5, 0)   # vLLM takes what Draw leaves
+    assert p.extra_args == dict(cfg_scale=2.0, cfg_interval=7, temperature=0.9, top_k=10, top_p=0.5)
+    assert p.ignore_eos and p.output_kind.name == "FINAL_ONLY"
     assert serve_vllm.sampling_params(info, stream=True).output_kind.name == "DELTA"
     assert serve_vllm.sampling_params(info).extra_args["cfg_scale"] == 4.0
     assert serve_vllm.class_prompt(3, info) == {"prompt_token_ids": [V + 3]}
@@ -378,8 +385,20 @@ def test_a_request_is_one_image_with_the_settings_asked_for(tiny):
     ("export --gpt DIR/gpt.pt --vq DIR/other.pt --out OUT", "they do not belong together"),
     ("generate nowhere --classes 1", "nowhere is no folder written by serve_vllm.py export ([Errno 2] No such file or directory"),
     ("generate DIR/x --classes 10", "class 10 is out of range"),
-    ("generate DIR/x --classes 1 --n 0", "--n is at least 1"),
-    ("generate DIR/x --classes 1 --out picture.jpg", "--out ends in .png"),
+    ("generate DIR/x --classes 1 --n 0", "--n 0 is not a number from 1 to 1,000"),
+    ("generate DIR/x --classes 1 --n 1000000000", "--n 1000000000 is not"),
+    ("generate DIR/x --classes 1 --seed -1", "--seed -1 is not a number from 0"),
+    ("generate DIR/x --classes 1 --seed 9223372036854775807", "is not a number from 0 to 4,611,686,018,427,387,904"),
+    ("generate DIR/x --classes 1 --out picture.jpg", "picture.jpg is not a name that ends in .png"),
+    ("generate DIR/x --classes 1 --out DIR/gpt.pt/x.png", "gpt.pt/x.png: File exists"),
+    ("generate DIR/x --classes 1 --gpu-memory-utilization nan", "utilization nan is not a number from 0 to 1"),
+    ("generate DIR/x --classes 1 --tensor-parallel-size 0", "--tensor-parallel-size 0 does not divide"),
+    ("generate DIR/x --classes 1 --temperature nan", "temperature nan is not a number"),
+    ("generate DIR/x --classes 1 --top-k -1", "top_k -1 is not a number"),
+    ("export --gpt DIR/gpt.pt --vq DIR/vq.pt --out OUT --image-size 0", "--image-size 0 is not a number from 16"),
+    ("export --gpt DIR/gpt.pt --vq DIR/vq.pt --out OUT --image-size 256", "gpt.pt is for 24 pixels"),
+    ("generate DIR/gpt.pt --classes 1", "gpt.pt is no folder written by serve_vllm.py export"),
+    ("export --gpt DIR/gpt.pt --vq DIR/vq.pt --out DIR/gpt.pt", "gpt.pt"),
     ("generate DIR/x --classes 1 --tensor-parallel-size 4", "does not divide the 2 heads"),
     ("generate DIR/x --classes 1 --cfg-scale -3", "cfg_scale -3.0 is not a number from 0"),
     ("generate DIR/x --classes 1 --top-p 0", "top_p 0.0 is not"),
@@ -451,6 +470,26 @@ def test_generate_draws_captions(captioned, tmp_path):
         folder, serve_vllm.read_export(folder))), cfg_scale=7.5, temperature=0)
     right = sample.to_pixels(vq.load_vq(folder / "vq.pt"), codes)
     assert np.abs(pixels_of(tmp_path / "grid.png", 24, 2, 1).astype(int) - right).max() <= 1
+
+
+@pytest.mark.parametrize("versions, sentence", [([], "vLLM is not installed"), (["0.33.1"], "vLLM 0.33.1 is installed, "
+                                                "and only 0.32 was tried: pip install 'vllm==0.32.*'")])
+def test_another_version_of_vllm_is_refused(tiny, monkeypatch, capsys, versions, sentence):
+    found = [SimpleNamespace(name="vllm", version=version) for version in versions]
+    monkeypatch.setattr(serve_vllm.importlib.metadata, "distributions", lambda: found)
+    for words in (["generate", tiny[0], "--classes", "1"], ["serve", tiny[0]]):
+        with pytest.raises(SystemExit) as stop:
+            run(*words)
+        assert stop.value.code == 2 and sentence in capsys.readouterr().err
+
+
+def test_vllm_leaves_room_for_what_stands_beside_it(monkeypatch):
+    """Of 24 and 80 GB, for classes at 256 pixels and captions at 512: the tokenizer's 8 images, and FLAN-T5."""
+    shares = []
+    for total in (24e9, 80e9):
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=total))
+        shares += [serve_vllm.memory_share({"image_size": size, "captions": size == 512}) for size in (256, 512)]
+    assert shares == [0.875, 0.625, 0.92, 0.887]
 
 
 def test_help_and_mistakes_do_not_wait_for_vllm():
