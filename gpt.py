@@ -273,9 +273,9 @@ class GPT(nn.Module):
         return [self.norm.weight.new_zeros(2, batch, c.n_head, positions, d) for _ in self.layers]
 
     def extend(self, x, start, cache, mask=None, last=1):
-        """Feed embeddings x (B, L, C) at positions start .. start + L - 1, filling the cache there; what it holds
-        further on does not matter. start is an int, or int64 (B, 1) for rows that are not equally far; mask as in
-        forward, the same at every call. Returns the logits that follow the `last` positions, (B, last, V)."""
+        """Feed embeddings x (B, L, C) at positions start .. start + L - 1 and fill the cache there; later positions
+        may hold anything. start is an int, or int64 (B, 1) for rows that are not equally far; mask as in forward, the
+        same at every call. Returns the logits that follow the `last` positions, (B, last, V)."""
         positions = start + torch.arange(x.shape[1], device=x.device)             # (L,) or (B, L)
         rope, seen = self.rope[positions], visible(positions, cache[0].shape[3], mask)
         for layer, layer_cache in zip(self.layers, cache):

@@ -218,9 +218,8 @@ def main():
     masked = np.where(keep[..., None], photo, 127).astype(np.uint8)
     for row, title in enumerate(titles):
         batch = [x[[row] * args.count].to(device) for x in cond]
-        first = args.seed + row * args.count
-        codes = complete(model, batch[0], given, flat, *batch[1:], seeds=range(first, first + args.count), progress=True,
-                         **settings)
+        seeds = [args.seed + row * args.count + i for i in range(args.count)]
+        codes = complete(model, batch[0], given, flat, *batch[1:], seeds=seeds, progress=True, **settings)
         nats = log_probability(model, codes, *batch)
         print(f"{title}: log-probability of the whole image {nats.mean():.1f} nats on average, "
               f"{', '.join(f'{n:.1f}' for n in nats.tolist())}")

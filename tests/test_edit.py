@@ -54,14 +54,14 @@ def test_kept_codes_stay_and_a_picture_follows_from_its_seed_whatever_the_batch(
 @torch.no_grad()
 def test_particles_draw_a_hole_from_its_conditional_distribution():
     """2 x 2 codes of three entries: all 81 images can be enumerated, so p(codes 0 and 2 | codes 1 and 3) is known.
-    Drawn from what stands before alone, the hole is far from it (total variation over 0.15); with particles it comes
+    Drawn from what stands before alone, the hole is far from it (total variation over 0.5); with particles it comes
     nearer as they grow more, and with 256 it is there (below 0.02)."""
     config = replace(TINY, grid=2, dim=16, n_layer=1, n_head=1, vocab_size=3)
-    torch.manual_seed(3)
+    torch.manual_seed(10)
     model = gpt.GPT(config).eval()
     for weight in model.parameters():
         if weight.dim() > 1:
-            torch.nn.init.normal_(weight, std=0.8)
+            torch.nn.init.normal_(weight, std=0.6)
     given, keep = torch.tensor([0, 2, 0, 1]), torch.tensor([False, True, False, True])
     images = torch.tensor([[a, 2, b, 1] for a, b in itertools.product(range(3), repeat=2)])
     exact = edit.log_probability(model, images, torch.full((9,), 1)).double().softmax(0)
@@ -74,9 +74,9 @@ def test_particles_draw_a_hole_from_its_conditional_distribution():
             counts += torch.bincount(codes[:, 0] * 3 + codes[:, 2], minlength=9)
         return float((counts / draws - exact).abs().sum() / 2)
 
-    plain, few, many = distance(1, 8000, 8000), distance(8, 8000, 4000), distance(256, 8000, 250)
+    plain, few, many = distance(1, 5000, 5000), distance(8, 5000, 2500), distance(256, 5000, 100)
     print(f"total variation: {plain:.3f} with one particle, {few:.3f} with 8, {many:.4f} with 256")
-    assert plain > 0.15 and few < plain / 2 and many < 0.02
+    assert plain > 0.5 and few < plain / 2 and many < 0.02
 
 
 # ---- pictures -------------------------------------------------------------------------------------------------------
