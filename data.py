@@ -415,31 +415,6 @@ def make_folder(path, flag="--out"):
         raise OSError(f"{flag} {path}: nothing can be written there")
 
 
-def open_log(out, first, tensorboard):
-    """Make a run folder; of its log.jsonl keep the steps up to `first`, since those after the checkpoint come again.
-    Returns TensorBoard's writer, or None. Raises OSError or ValueError with one sentence."""
-    if tensorboard:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ValueError(f"--tensorboard: {error}; install it with: pip install tensorboard") from None
-    make_folder(out)
-    if (out / "log.jsonl").exists():
-        lines = [line for line in (out / "log.jsonl").read_text().splitlines(keepends=True) if line.endswith("}\n")]
-        (out / "log.tmp").write_text("".join(line for line in lines if json.loads(line)["step"] <= first))
-        os.replace(out / "log.tmp", out / "log.jsonl")
-    return SummaryWriter(out, purge_step=first + 1) if tensorboard else None
-
-
-def log(record, out, board):
-    """Add a step's record to log.jsonl and to TensorBoard."""
-    with open(out / "log.jsonl", "a") as file:
-        file.write(json.dumps(record) + "\n")
-    for name in record.keys() - {"step"} if board else ():
-        board.add_scalar(name, record[name], record["step"])
-        board.flush()
-
-
 # ---- mistakes in flags ----------------------------------------------------------------------------------------------
 def within(parser, args, **limits):
     """Refuse the first flag that is out of its range: within(parser, args, batch_size=(1, 1e6)). A flag that was not

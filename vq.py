@@ -295,7 +295,7 @@ def weights_hash(model):
     """SHA-256 of a model's parameters; tells which tokenizer made a folder of codes."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
-        digest.update(name.encode() + parameter.detach().cpu().float().numpy().tobytes())
+        digest.update(name.encode() + parameter.detach().to_dense().cpu().float().numpy().tobytes())
     return digest.hexdigest()
 
 

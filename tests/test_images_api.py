@@ -280,6 +280,7 @@ def test_the_file_has_the_format_asked_for(server, output_format):
 def test_guidance_scale_is_another_name_of_cfg_scale(engine, server):
     assert post(server, {"guidance_scale": 2.5}).status_code == 200 and engine.settings["cfg_scale"] == 2.5
     assert error_of(post(server, {"guidance_scale": -1}), 400)["param"] == "cfg_scale"
+    assert "give one" in error_of(post(server, {"guidance_scale": 2, "cfg_scale": 3}), 400)["message"]
 
 
 def test_pictures_are_decoded_together_and_other_requests_answered_meanwhile(server, monkeypatch):
@@ -427,7 +428,8 @@ def test_without_a_mask_the_image_s_own_transparency_counts(server):
 
 
 @pytest.mark.parametrize("kind, options, change", [
-    ("JPEG", {"quality": 100, "subsampling": 0}, lambda image: image), ("WEBP", {"lossless": True}, lambda image: image),
+    ("JPEG", {"quality": 100, "subsampling": 0}, lambda image: image),
+    ("WEBP", {"lossless": True}, lambda image: image),
     ("PNG", {}, lambda image: image.resize((64, 64), Image.NEAREST)), ("PNG", {}, lambda image: image.quantize(256)),
     ("PNG", {}, lambda image: Image.fromarray(np.array(image.convert("L")).astype(np.uint16) * 257)),
     ("JPEG", {"quality": 100, "subsampling": 0, "exif": b"rotated"}, lambda image: image.transpose(Image.ROTATE_90)),
@@ -468,7 +470,7 @@ HOLE = file_of(with_hole(photo(), (0, 8, 16, 16)))
     (ANIMATION, None, {}, "image", "an animation; send one picture"),
     (file_of(photo(), "JPEG") + b"\xff\xda" * 2000, None, {}, "image", "too many scans"),
     (HOLE, HOLE[:100], {}, "mask", "mask: no PNG"),
-    (HOLE, file_of(with_hole(photo((8, 8)), (0, 0, 4, 4))), {}, "mask", "mask: 8 x 8 pixels, but the image has 16 x 16"),
+    (HOLE, file_of(with_hole(photo((8, 8)), (0, 0, 4, 4))), {}, "mask", "8 x 8 pixels, but the image has 16 x 16"),
     (HOLE, file_of(photo()), {}, "mask", "mask: nothing is transparent"),
     (file_of(photo()), None, {}, "image", "image: nothing is transparent; transparent pixels are drawn anew"),
     (b"", None, {}, "image", "image: a file is required"),
@@ -876,7 +878,8 @@ def test_the_page_draws_a_part_of_a_picture_anew(engine, server, browser, width,
     browser("Emulation.setTouchEmulationEnabled", enabled=touch)
     if touch:
         picture = base64.b64encode(file_of(image)).decode()
-        browser.run(f"""const bytes = Uint8Array.from(atob("{picture}"), c => c.charCodeAt(0)), files = new DataTransfer()
+        browser.run(f"""const bytes = Uint8Array.from(atob("{picture}"), c => c.charCodeAt(0))
+            const files = new DataTransfer()
             files.items.add(new File([bytes], "a.png", {{type: "image/png"}}))
             document.dispatchEvent(new DragEvent("drop", {{dataTransfer: files, cancelable: true}}))""")
     else:
@@ -1009,19 +1012,40 @@ def gauge(server, name):
 
 
 def test_openais_client_draws_with_the_real_engine(real, exported):
-    """And what it gets are the pixels that the plain sampler's greedy codes have, streamed or not."""
+    """And what it gets are the pixels of the codes that the plain sampler draws from the same seed, streamed or not;
+    codes asked for by vLLM's own route are the same, too."""
     model, tokenizer = gpt.load_gpt(exported.parent / "gpt.pt"), small_tokenizer()
-    settings = {"extra_body": {"cfg_scale": 3.0, "temperature": 0}}
-    plain = sample.to_pixels(tokenizer, sample.generate(model, torch.tensor([2]), cfg_scale=3.0, top_k=1))[0]
-    answer = client(real).images.generate(prompt="red fox", size="32x32", **settings)
-    assert same(pixels(answer.data[0].b64_json), plain)
+    settings = {"extra_body": {"cfg_scale": 3.0, "top_k": 9, "seed": 6}}
+    codes = sample.generate(model, torch.tensor([2, 2]), cfg_scale=3.0, top_k=9, seeds=[6, 7])
+    plain = sample.to_pixels(tokenizer, codes)
+    answer = client(real).images.generate(prompt="red fox", size="32x32", n=2, **settings)
+    assert all(same(pixels(one.b64_json), right) for one, right in zip(answer.data, plain, strict=True))
     *partial, last = client(real).images.generate(prompt="red fox", stream=True, partial_images=7, **settings)
-    assert same(pixels(last.b64_json), plain) and partial
+    assert same(pixels(last.b64_json), plain[0]) and partial
     assert client(real).models.list().data[0].id == "small"
-    codes = httpx.post(f"{real.url}/v1/completions", json={
-        "model": "small", "prompt": [V + 2], "max_tokens": 64, "temperature": 0, "return_token_ids": True,
-        "vllm_xargs": {"cfg_scale": 3.0}}).json()["choices"][0]["token_ids"]
-    assert same(sample.to_pixels(tokenizer, torch.tensor([codes]))[0], plain)
+    fields = {"model": "small", "prompt": [V + 2], "max_tokens": 64, "top_k": 9, "seed": 6, "return_token_ids": True}
+    answer = httpx.post(f"{real.url}/v1/completions", json={**fields, "vllm_xargs": {"cfg_scale": 3.0}}).json()
+    assert answer["choices"][0]["token_ids"] == codes[0].tolist()
+    for wrong, sentence in ({"vllm_xargs": {"cfg": 3}}, "'cfg' is no setting"), ({"min_p": 0.5}, "min_p is for words"):
+        assert sentence in error_of(httpx.post(f"{real.url}/v1/completions", json={**fields, **wrong}), 400)["message"]
+
+
+def test_the_real_engine_draws_a_hole_anew(real, exported):
+    """The upper half and one column are given; every other code is the plain sampler's draw after those before it."""
+    model, tokenizer = gpt.load_gpt(exported.parent / "gpt.pt"), small_tokenizer()
+    image = with_hole(photo((32, 32)), (4, 16, 32, 32))
+    answer = client(real).images.edit(image=file_of(image), prompt="heart", extra_body={
+        "seed": 3, "cfg_scale": 2.0, "top_k": 9})
+    codes = tokenizer.encode(vq.to_tensor(image.convert("RGB"))[None]).flatten()
+    for i in range(32, 64):
+        if i % 8:
+            with torch.no_grad():
+                cond, uncond = model(codes[None, :i].repeat(2, 1), torch.tensor([1, 3]))[:, -1]
+            noise = sample.gumbel_noise(torch.tensor(3), torch.tensor(i), V)
+            codes[i] = sample.draw(uncond + (cond - uncond) * 2.0, noise, 1.0, 9, 1.0)
+    right = sample.to_pixels(tokenizer, codes[None])[0]
+    right[:16], right[:, :4] = np.array(image.convert("RGB"))[:16], np.array(image.convert("RGB"))[:, :4]
+    assert same(pixels(answer.data[0].b64_json), right)
 
 
 def test_two_hundred_requests_and_a_third_of_the_clients_leave(real):

@@ -208,9 +208,8 @@ def scales_of(draw, rows):
         best = {s: torch.tensor([0, s, 2.5, 9.5 - s]).argmax().item() for s in (1, 2, 3, 4, 5, 7)}
         logits = torch.tensor([[0, 1, 2.5, 8.5, 0, 0, 2.5, 9.5]]).repeat(rows, 1)
         picked = draw.apply(logits)
-        assert torch.isneginf(picked).sum() == 7 * rows and picked.argmax(1)[row] == best[draw.requests[row].scale(
-            len(draw.requests[row].codes))]
-        out.append(draw.requests[row].scale(len(draw.requests[row].codes)))
+        out.append(draw.requests[row].scale())
+        assert torch.isneginf(picked).sum() == 7 * rows and picked.argmax(1)[row] == best[out[-1]]
     return out
 
 
@@ -386,16 +385,18 @@ def test_a_request_is_one_image_with_the_settings_asked_for(tiny):
     ("export --gpt DIR/gpt.pt --vq DIR/other.pt --out OUT", "they do not belong together"),
     ("generate nowhere --classes 1", "nowhere is no folder written by serve_vllm.py export ([Errno 2] No such file or directory"),
     ("generate DIR/x --classes 10", "class 10 is out of range"),
-    ("generate DIR/x --classes 1 --n 0", "--n 0 is not a number from 1 to 1000"),
+    ("generate DIR/x --classes 1 --n 0", "--n 0 is not a number from 1 to 1,000"),
     ("generate DIR/x --classes 1 --n 1000000000", "--n 1000000000 is not"),
     ("generate DIR/x --classes 1 --seed -1", "--seed -1 is not a number from 0"),
-    ("generate DIR/x --classes 1 --seed 9223372036854775807", "is not a number from 0 to 2^62"),
+    ("generate DIR/x --classes 1 --seed 9223372036854775807", "is not a number from 0 to 4,611,686,018,427,387,904"),
     ("generate DIR/x --classes 1 --out picture.jpg", "picture.jpg is not a name that ends in .png"),
     ("generate DIR/x --classes 1 --out DIR/gpt.pt/x.png", "gpt.pt/x.png: File exists"),
     ("generate DIR/x --classes 1 --gpu-memory-utilization nan", "utilization nan is not a number from 0 to 1"),
     ("generate DIR/x --classes 1 --tensor-parallel-size 0", "--tensor-parallel-size 0 does not divide"),
     ("generate DIR/x --classes 1 --temperature nan", "temperature nan is not a number"),
     ("generate DIR/x --classes 1 --top-k -1", "top_k -1 is not a number"),
+    ("export --gpt DIR/gpt.pt --vq DIR/vq.pt --out OUT --image-size 0", "--image-size 0 is not a number from 16"),
+    ("export --gpt DIR/gpt.pt --vq DIR/vq.pt --out OUT --image-size 256", "gpt.pt is for 24 pixels"),
     ("generate DIR/gpt.pt --classes 1", "gpt.pt is no folder written by serve_vllm.py export"),
     ("export --gpt DIR/gpt.pt --vq DIR/vq.pt --out DIR/gpt.pt", "gpt.pt"),
     ("generate DIR/x --classes 1 --tensor-parallel-size 4", "does not divide the 2 heads"),

@@ -348,5 +348,5 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     monkeypatch.setattr(vq, "to_tensor", lambda image: torch.full((3, 24, 24), torch.nan))
     with pytest.raises(SystemExit) as stop:
         train(monkeypatch, "shapes:8", tmp_path / "run", "--max-steps", 3, "--sample-every", 0, "--resume")
-    assert stop.value.code == 2 and "not finite at step 1" in capsys.readouterr().err
+    assert stop.value.code == 2 and "not finite at step 2" in capsys.readouterr().err
     assert (tmp_path / "run" / "ckpt.pt").read_bytes() == good
