@@ -1,6 +1,7 @@
 # make demo   train a tokenizer and a GPT on drawn shapes, then sample from them (seven and a half minutes on two CPU cores)
 # make demo-text   the same from captions: "a small red star on white", with the tokenizer of `make demo`
 # make demo-var   the same by VAR (extras/README.md): whole grids of codes, coarse to fine; and pictures drawn on from parts
+# make side-by-side   LlamaGen and VAR, the same minutes each on the photographs of $(CIFAR); the table of extras/README.md
 # make test   all tests
 # All set up .venv first, with the pinned versions of requirements.txt and requirements-vllm.txt. Finished stages of the
 # demos are not repeated; `rm -r runs/demo runs/demo-text runs/demo-var` starts them
@@ -10,8 +11,13 @@ PIP = $(PYTHON) -m pip install --quiet --disable-pip-version-check
 RUN = runs/demo
 TEXT = runs/demo-text
 VAR = runs/demo-var
+SIDE = runs/side-by-side
+CIFAR = ../shared/data/cifar10/train
+VQ_STEPS = 900
+GPT_STEPS = 1080
+VAR_STEPS = 600
 
-.PHONY: demo demo-text demo-var test
+.PHONY: demo demo-text demo-var side-by-side test
 .DELETE_ON_ERROR:
 
 # the project itself too, for vLLM finds serve_vllm.py by its entry point
@@ -79,7 +85,7 @@ demo-text: $(TEXT)/samples.npz
 $(VAR)/vq/ckpt.pt: | .venv/installed
 	@echo "1/4  the tokenizer: 24 x 24 pixels <-> grids of 1, 2, 3, 4 and 6 codes a side"
 	$(PYTHON) extras/train_var.py tokenizer --data shapes --model VAR-demo --image-size 24 --lpips-weight 0 --batch-size 32 \
-	    --max-steps 900 --lr 1.5e-3 --warmup-steps 100 --schedule cosine --ema-decay 0.9999 --log-every 50 --out $(VAR)/vq
+	    --max-steps 600 --lr 1.5e-3 --warmup-steps 100 --schedule cosine --ema-decay 0.9999 --log-every 50 --out $(VAR)/vq
 
 $(VAR)/codes/meta.json: $(VAR)/vq/ckpt.pt
 	@echo "2/4  the pictures as codes"
@@ -95,8 +101,8 @@ $(VAR)/samples.npz: $(VAR)/var/ckpt.pt
 	$(PYTHON) extras/var.py sample --vq $(VAR)/vq/ckpt.pt --var $(VAR)/var/ckpt.pt --count 10 --batch-size 100 \
 	    --cfg-scale 2 --out $(VAR)/samples.png
 	$(PYTHON) -c "import data; [data.center_crop(data.draw_shape((3, i)), 24).save(f'$(VAR)/given{i}.png') for i in range(10)]"
-	$(PYTHON) extras/var.py edit --vq $(VAR)/vq/ckpt.pt --var $(VAR)/var/ckpt.pt --box 0,0.5,1,1 --out $(VAR)/inpainted.png \
-	    $(VAR)/given*.png
+	$(PYTHON) extras/var.py edit --vq $(VAR)/vq/ckpt.pt --var $(VAR)/var/ckpt.pt --box 0,0.5,1,1 \
+	    --classes 0,1,2,3,4,5,6,7,8,9 --out $(VAR)/inpainted.png $(VAR)/given*.png
 	$(PYTHON) extras/var.py edit --vq $(VAR)/vq/ckpt.pt --var $(VAR)/var/ckpt.pt --box 0,0,0.67,1 --outside \
 	    --out $(VAR)/outpainted.png $(VAR)/given*.png
 	$(PYTHON) extras/var.py reconstruct --vq $(VAR)/vq/ckpt.pt --out $(VAR)/scales.png $(VAR)/given[0-4].png
@@ -106,3 +112,42 @@ $(VAR)/samples.npz: $(VAR)/var/ckpt.pt
 demo-var: $(VAR)/samples.npz
 	$(PYTHON) tests/demo_agreement.py $(VAR)/samples.npz --at-least 0.8
 	@echo "look at  $(VAR)/samples.png, $(VAR)/inpainted.png, $(VAR)/outpainted.png  and  $(VAR)/scales.png"
+
+# Steps of the tokenizers cost the same. One of VAR's transformer costs 1.8 of the GPT's (130 codes an image, not 64), so it
+# takes 1.8 times fewer; that makes the minutes equal. The GPT's guidance of 2 would be VAR's 1 at every scale; VAR's grows
+# from 0 to 1.5.
+SIDE_VQ = --data $(CIFAR) --image-size 32 --codebook-size 512 --batch-size 32 --lpips-weight 0 --disc-weight 0 \
+    --max-steps $(VQ_STEPS) --lr 1.5e-3 --warmup-steps 30 --schedule cosine
+SIDE_GPT = sample.py --vq $(SIDE)/vq/ckpt.pt --gpt $(SIDE)/gpt/ckpt.pt --cfg-scale 2 --top-k 0
+SIDE_VAR = extras/var.py sample --vq $(SIDE)/var-vq/ckpt.pt --var $(SIDE)/var/ckpt.pt --cfg-scale 1.5 --top-k 0 --top-p 1
+
+$(SIDE)/vq/ckpt.pt: | .venv/installed
+	$(PYTHON) train_vq.py $(SIDE_VQ) --model VQ-demo --out $(SIDE)/vq
+
+$(SIDE)/var-vq/ckpt.pt: | .venv/installed
+	$(PYTHON) extras/train_var.py tokenizer $(SIDE_VQ) --model VAR-32 --out $(SIDE)/var-vq
+
+$(SIDE)/codes/meta.json: $(SIDE)/vq/ckpt.pt
+	$(PYTHON) vq.py encode --ckpt $(SIDE)/vq/ckpt.pt --data $(CIFAR) --out $(SIDE)/codes --workers 0
+
+$(SIDE)/var-codes/meta.json: $(SIDE)/var-vq/ckpt.pt
+	$(PYTHON) extras/var.py encode --vq $(SIDE)/var-vq/ckpt.pt --data $(CIFAR) --out $(SIDE)/var-codes --workers 0
+
+$(SIDE)/gpt/ckpt.pt: $(SIDE)/codes/meta.json
+	$(PYTHON) train_gpt.py --codes $(SIDE)/codes --model demo --batch-size 64 --lr 6e-3 --schedule cosine --warmup-steps 50 \
+	    --dropout 0 --max-steps $(GPT_STEPS) --out $(SIDE)/gpt
+
+$(SIDE)/var/ckpt.pt: $(SIDE)/var-codes/meta.json
+	$(PYTHON) extras/train_var.py --vq $(SIDE)/var-vq/ckpt.pt --codes $(SIDE)/var-codes --model demo --batch-size 64 --lr 6e-3 \
+	    --max-steps $(VAR_STEPS) --out $(SIDE)/var
+
+side-by-side: $(SIDE)/gpt/ckpt.pt $(SIDE)/var/ckpt.pt
+	rm -f $(SIDE)/*.npz
+	for n in 1 8 64; do $(PYTHON) $(SIDE_GPT) --num-samples 128 --batch-size $$n --out $(SIDE)/gpt-$$n.npz; \
+	    $(PYTHON) $(SIDE_VAR) --num-samples 128 --batch-size $$n --out $(SIDE)/var-$$n.npz; done
+	$(PYTHON) $(SIDE_GPT) --num-samples 1000 --batch-size 250 --out $(SIDE)/gpt.npz
+	$(PYTHON) $(SIDE_VAR) --num-samples 1000 --batch-size 250 --out $(SIDE)/var.npz
+	for name in gpt var; do $(PYTHON) ablations/judge.py samples $(SIDE)/$$name.npz --data $(CIFAR) --net $(SIDE)/judge.pt; done
+	$(PYTHON) $(SIDE_GPT) --per-class 5 --out $(SIDE)/gpt.png
+	$(PYTHON) $(SIDE_VAR) --count 5 --out $(SIDE)/var.png
+	@tail -n 1 $(SIDE)/*/log.jsonl

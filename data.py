@@ -101,32 +101,39 @@ def open_images(data):
 
 
 def class_folders(root):
-    """Images in class folders."""
-    folders = sorted(e.name for e in os.scandir(root) if e.is_dir())
-    inside = {c: sorted(e.name for e in os.scandir(os.path.join(root, c))) for c in folders}
-    inside = {c: [n for n in names if n.lower().endswith(IMAGE_ENDINGS)] for c, names in inside.items()}
-    classes = [c for c in folders if inside[c]]
+    """Images in class folders; classes are numbered in the order of their names."""
+    folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    classes, labels, places = [], [], []
+    for folder in folders:
+        names = sorted(name for name in os.listdir(os.path.join(root, folder)) if name.lower().endswith(IMAGE_ENDINGS))
+        if names:   # a folder without images is no class
+            places += [os.path.join(root, folder, name) for name in names]
+            labels += [len(classes)] * len(names)
+            classes.append(folder)
     if not classes:
-        nested = next((c for c in folders if list_images(os.path.join(root, c))), None)
-        hint = (f"its sub-folders hold more folders, as ImageNet's own root does; did you mean {root}/{nested}?"
-                if nested else f"expected class folders with {', '.join(IMAGE_ENDINGS)} files, as {root}/cat/1.jpg")
+        hint = f"expected class folders with {', '.join(IMAGE_ENDINGS)} files, as {root}/cat/1.jpg"
+        nested = next((folder for folder in folders if list_images(os.path.join(root, folder))), None)
+        if nested:
+            hint = f"its sub-folders hold more folders, as ImageNet's own root does; did you mean {root}/{nested}?"
         raise ValueError(f"--data {root}: no images in its sub-folders; {hint}")
     if len(classes) <= 2:
         print(f"warning: {root} has only {len(classes)} class folder(s): {', '.join(classes)}. Is it the folder above "
               "or below the one you meant?", file=sys.stderr)
-    return Images(open_image, [os.path.join(root, c, n) for c in classes for n in inside[c]], classes,
-                  [label for label, c in enumerate(classes) for _ in inside[c]])
+    return Images(open_image, places, classes, labels)
 
 
 # ---- captions -------------------------------------------------------------------------------------------------------
 def captioned_lines(path):
     """Images and captions from a JSONL file; relative paths start at its folder."""
     images = Images(open_image, [], captions=[])
-    for number, line in enumerate(open(path, encoding="utf8"), 1):
+    for number, line in enumerate(open(path, encoding="utf8", errors="replace"), 1):
         try:
             item = json.loads(line)
             images.places.append(os.path.join(os.path.dirname(path), item["image"]))
-            images.captions.append({"caption": item["caption"], "short_caption": item.get("short_caption")})
+            caption, short_caption = item["caption"], item.get("short_caption")
+            if not isinstance(caption, str) or not isinstance(short_caption, str | None):
+                raise TypeError
+            images.captions.append({"caption": caption, "short_caption": short_caption})
         except (ValueError, KeyError, TypeError):
             raise ValueError(f'--data {path}, line {number}: expected {{"image": path, "caption": text}}') from None
     if not images.places:
@@ -234,8 +241,9 @@ def save_grid(images, path, columns, titles=None):
     below 96 pixels, or 192 for long titles, are enlarged by a whole factor, so that they can be seen."""
     widest = max(map(ImageFont.load_default().getlength, titles or [""]))
     scale = max(1, math.ceil(min(max(widest, 96), 192) / images.shape[1]))
-    h, w, gap, head = images.shape[1] * scale, images.shape[2] * scale, 4, 16 if titles else 0
-    rows = -(-len(images) // columns)
+    h, w = images.shape[1] * scale, images.shape[2] * scale
+    gap, head = 4, 16 if titles else 0   # between images, and for a title above each
+    rows = math.ceil(len(images) / columns)
     sheet = Image.new("RGB", (columns * (w + gap) + gap, rows * (h + head + gap) + gap), "white")
     draw = ImageDraw.Draw(sheet)
     for i, pixels in enumerate(images):
@@ -407,31 +415,6 @@ def make_folder(path, flag="--out"):
         raise OSError(f"{flag} {path}: nothing can be written there")
 
 
-def open_log(out, first, tensorboard):
-    """Make a run folder; of its log.jsonl keep the steps up to `first`, since those after the checkpoint come again.
-    Returns TensorBoard's writer, or None. Raises OSError or ValueError with one sentence."""
-    if tensorboard:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ValueError(f"--tensorboard: {error}; install it with: pip install tensorboard") from None
-    make_folder(out)
-    if (out / "log.jsonl").exists():
-        lines = [line for line in (out / "log.jsonl").read_text().splitlines(keepends=True) if line.endswith("}\n")]
-        (out / "log.tmp").write_text("".join(line for line in lines if json.loads(line)["step"] <= first))
-        os.replace(out / "log.tmp", out / "log.jsonl")
-    return SummaryWriter(out, purge_step=first + 1) if tensorboard else None
-
-
-def log(record, out, board):
-    """Add a step's record to log.jsonl and to TensorBoard."""
-    with open(out / "log.jsonl", "a") as file:
-        file.write(json.dumps(record) + "\n")
-    for name in record.keys() - {"step"} if board else ():
-        board.add_scalar(name, record[name], record["step"])
-        board.flush()
-
-
 # ---- mistakes in flags ----------------------------------------------------------------------------------------------
 def within(parser, args, **limits):
     """Refuse the first flag that is out of its range: within(parser, args, batch_size=(1, 1e6)). A flag that was not
@@ -444,8 +427,8 @@ def within(parser, args, **limits):
 
 
 def device(name):
-    """A type for --device: its text, or argparse's error with one sentence where torch has no such device. Each process
-    of a torchrun needs a GPU of its own."""
+    """A type for --device: its text, for "cuda" with the number of this process's GPU (under torchrun each has one);
+    or argparse's error with one sentence where torch has no such device."""
     try:
         wanted = torch.device(name)
     except RuntimeError:
@@ -453,7 +436,7 @@ def device(name):
     number = int(os.environ.get("LOCAL_RANK", 0)) if wanted.index is None else wanted.index
     if wanted.type == "cuda" and number >= torch.cuda.device_count():
         raise argparse.ArgumentTypeError(f"{name}: torch sees {torch.cuda.device_count()} GPUs here; cpu needs none")
-    return name
+    return f"cuda:{number}" if wanted.type == "cuda" else name
 
 
 # ---- the embedded data set `shapes` ---------------------------------------------------------------------------------

@@ -148,8 +148,8 @@ def distances(u, v, half=False):
     script unless that overflows; distances then fall on steps of 0.25 to 1, and many points just touch a manifold."""
     if half:
         a, b = u.half(), v.half()
-        aa, bb = ((x * x).float().sum(1).half() for x in (a, b))
-        d = aa[:, None] - 2 * (a.float() @ b.float().T).half() + bb
+        a_squares, b_squares = ((x * x).float().sum(1).half() for x in (a, b))
+        d = a_squares[:, None] - 2 * (a.float() @ b.float().T).half() + b_squares
         if d.isfinite().all():
             return d.float().clamp_(min=0)
     return torch.addmm((u * u).sum(1)[:, None], u, v.T, alpha=-2).add_((v * v).sum(1)).clamp_(min=0)
@@ -357,7 +357,8 @@ def describe(images):
 
 def cautions(ref, gen, net):
     """Sentences on why the scores of gen against ref may not be what they seem."""
-    adm, rebuilt, labels = ref.sha256 == ADM_SHA256, "recon" in gen.path.name.lower(), gen.labels
+    adm, labels = ref.sha256 == ADM_SHA256, gen.labels
+    rebuilt = "recon" in gen.path.name.lower()
     validation = re.search("(^|[^a-z])val", ref.path.name.lower()) or ref.count == 50_000 and not ref.stored
     in_order = labels is not None and gen.count > 5000 and (np.diff(labels) >= 0).all() and labels[0] != labels[-1]
     return [sentence for wrong, sentence in (

@@ -17,14 +17,10 @@ The loss is plain cross-entropy: every code is predicted from its class or capti
 #          c condition tokens   D features of a caption's token
 import argparse
 import itertools
-import json
 import math
 import mmap
 import os
-import shutil
-import signal
 import sys
-import sysconfig
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
@@ -35,15 +31,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import captions
+import checkpoints
 import data
 import gpt
 import sample
@@ -141,10 +136,10 @@ def main():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     bf16 = args.dtype == "bfloat16" if args.dtype else device.type == "cuda"
-    compiled = can_compile(args.compile, device)
+    compiled = checkpoints.can_compile(args.compile, device)
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)   # weights stay float32
     out = Path(args.out)
-    signals = catch_signals() if __name__ == "__main__" else []   # a test that imports this file can be ended
+    signals = checkpoints.catch_signals()
 
     def print0(text):
         if rank == 0:
@@ -169,13 +164,13 @@ def main():
             model = gpt.GPT(config)   # shapes only; memory comes when it is known what this process holds
         parameters = sum(weight.numel() for weight in model.parameters())
         sharded = args.parallel == "fsdp" or args.parallel == "auto" and parameters > 1e9 and world > 1
-        path, resumed = find_checkpoint(out)
+        path, resumed = checkpoints.find_checkpoint(out)
         init = gpt.load_gpt(args.init) if args.init and not resumed else None
         vq_model = vq.load_vq(args.vq, device) if args.vq and rank == 0 else None
         source = {"classes": meta["classes"], "tokenizer": meta["tokenizer"], "image_size": meta["image_size"],
                   "crops": meta.get("crops"), "images": len(codes), "text": encoder}
         check_files(args, world, sharded, meta, config, source, len(usable), path, resumed, init, vq_model)
-        board = data.open_log(out, resumed["step"] if resumed else 0, args.tensorboard) if rank == 0 else None
+        board = checkpoints.open_log(out, resumed["step"] if resumed else 0, args.tensorboard) if rank == 0 else None
     except (OSError, ValueError) as error:
         parser.error(str(error))
 
@@ -225,7 +220,7 @@ def main():
     if not resumed:
         weights = model.state_dict()
         for name, value in init.state_dict().items() if init else model.initial_weights(args.seed):
-            weights[name].copy_(part(value, weights[name]))
+            weights[name].copy_(checkpoints.part(value, weights[name]))
         init = None   # lets go of its memory
     forward = model
     if world > 1 and not sharded:   # averages the gradients over the processes while the backward pass still runs
@@ -240,7 +235,7 @@ def main():
     ema = {name: value.clone() for name, value in model.state_dict().items()} if args.ema_decay else None
     first, seen = 0, 0
     if resumed:
-        first, seen = restore_run(model, optimizer, ema, path, resumed)
+        first, seen = checkpoints.restore_run(model, optimizer, ema, path, resumed)
         resumed = None   # lets go of the file
 
     about = f"captions through {encoder['encoder']} ({encoder['dim']} features a token), which " \
@@ -313,7 +308,7 @@ def main():
         #    a GPU has done all its work. So it asks rarely, though always before it shows or saves something.
         showing = any(map(due, (args.log_every, args.val_every, args.sample_every, args.save_every)))
         if showing or step % 10 == 0 or step == first + 1 or device.type == "cpu":
-            finite, stop = status(norm, bool(signals), world)
+            finite, stop = checkpoints.status(norm, bool(signals), world)
             if not finite:
                 parser.exit(2, f"train_gpt.py: the loss is not finite at step {step}; {out} holds the last good state. "
                             "A lower --lr or --dtype float32 may help\n" * (rank == 0))
@@ -328,12 +323,12 @@ def main():
                       "mfu": gpt.utilisation(config, args.batch_size / world / seconds, device)}
             record = {name: value for name, value in record.items() if value is not None}
             if rank == 0:
-                data.log(record, out, board)
+                checkpoints.log(record, out, board)
                 print_step(record, seconds, max_steps)
             total.zero_()
             clock, clock_step, val_loss = time.time(), step, None
         if args.vq and due(args.sample_every):
-            weights = whole(ema or model.state_dict())
+            weights = checkpoints.whole(ema or model.state_dict())
             if rank == 0:
                 given, titles = conditions(config, meta, Path(args.codes), text, spans, usable)
                 picture(config, weights, vq_model, given, titles, device, out / f"samples_{step:06d}.png")
@@ -342,7 +337,7 @@ def main():
             state |= {"ema": ema} if ema else {}
             plain = {"step": step, "images_seen": seen, "config": asdict(config), "args": vars(args), **source}
             try:
-                save(state, plain, out, rank, sharded, args.consolidate or step == max_steps, args.keep)
+                checkpoints.save(state, plain, out, rank, sharded, args.consolidate or step == max_steps, args.keep)
             except OSError as error:
                 parser.exit(2, f"train_gpt.py: {error}\n" * (rank == 0))
     print0(f"asked to stop: saved at step {step}; --resume goes on" if step < max_steps else f"done: {out}/ckpt.pt")
@@ -449,152 +444,7 @@ def shard(model, shard_size, device, bf16):
         module.set_force_sum_reduction_for_comms(True)   # and then divide: gloo's mean is a sum in torch 2.8
 
 
-def part(value, like):
-    """What `like` holds of a whole tensor: all of it, or under FSDP this process's shard. No process sends anything."""
-    if isinstance(like, DTensor):
-        return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
-    return value
-
-
-def fill(target, source):
-    """Copy whole tensors into those of a nested dict, which may be shards; what only source has is left out."""
-    for key, value in target.items():
-        if isinstance(value, dict):
-            fill(value, source[key])
-        else:
-            value.copy_(part(source[key], value))
-
-
-def whole(tree):
-    """A nested dict with every shard replaced by its whole tensor: on the CPU of process 0, None elsewhere. All
-    processes must call it. Tensors are gathered one at a time, so that no GPU holds more than one of them."""
-    if isinstance(tree, dict):
-        return {key: whole(value) for key, value in tree.items()}
-    if isinstance(tree, DTensor):
-        value = tree.full_tensor()
-        return value.cpu() if dist.get_rank() == 0 else None
-    return tree
-
-
-# ---- checkpoints ----------------------------------------------------------------------------------------------------
-def find_checkpoint(out):
-    """The newest checkpoint of a run folder: its path, and a dict of step, config and so on, to which a file adds its
-    tensors (not yet read from disk). (None, None) if there is none.
-    Raises ValueError with one sentence for a damaged one."""
-    found = []
-    if (out / "ckpt.pt").exists():
-        found.append((out / "ckpt.pt", data.read_checkpoint(out / "ckpt.pt", mmap=True)))
-        if not isinstance(found[0][1], dict) or not {"step", "optimizer", "config"} <= found[0][1].keys():
-            raise ValueError(f"{out}/ckpt.pt is not one of train_gpt.py's; choose another --out")
-    for folder in sorted(out.glob("ckpt_[0-9]*/"))[-1:]:
-        try:
-            files = {item.relative_path for item in dcp.FileSystemReader(folder).read_metadata().storage_data.values()}
-            lost = sorted(name for name in files if not (folder / name).exists())
-            if lost:
-                raise OSError(f"{', '.join(lost)} not found")
-            found.append((folder, json.loads((folder / "plain.json").read_text())))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{folder} is damaged ({error}); remove it to resume from an earlier one") from None
-    return max(found, key=lambda pair: pair[1]["step"], default=(None, None))
-
-
-def restore(state, path, saved):
-    """Fill a nested dict of tensors, or shards, from what find_checkpoint found, of any number of processes."""
-    if path.is_dir():
-        dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
-    else:
-        fill(state, {**saved, "optimizer": saved["optimizer"]["state"]})
-
-
-def restore_run(model, optimizer, ema, path, saved):
-    """Put a checkpoint's values into model, optimizer and averaged weights; returns its step and the images seen."""
-    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    moments = {i: {"step": torch.zeros(()), "exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
-               for i, weight in enumerate(weights)}
-    state = {"model": model.state_dict(), "optimizer": moments}
-    restore(state | ({"ema": ema} if ema and saved["ema"] else {}), path, saved)
-    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    if ema and not saved["ema"]:   # the run had no averages until now
-        fill(ema, model.state_dict())
-    return saved["step"], saved["images_seen"]
-
-
-def save(state, plain, out, rank, sharded, consolidated, keep):
-    """Write tensors and plain values as ckpt.pt, or as ckpt_STEP/ under FSDP (and as ckpt.pt too if consolidated), and
-    delete older ones but for `keep`. All processes call it. Raises OSError with one sentence."""
-    if sharded:
-        save_shards(state, {**plain, "ema": "ema" in state}, out)
-    if not sharded or consolidated:
-        state = whole(state)
-        if rank == 0:
-            data.save_checkpoint({"ema": None, **state, **plain}, out / "ckpt.pt")
-    if rank > 0:
-        return
-    if keep and not sharded:   # the new ckpt.pt gets a second name, under which it stays
-        (out / f"ckpt_{plain['step']:08d}.pt").unlink(missing_ok=True)
-        os.link(out / "ckpt.pt", out / f"ckpt_{plain['step']:08d}.pt")
-    newest = 1 if keep or sharded else 0
-    for old in sorted(out.glob("ckpt_[0-9]*"), reverse=True)[newest + keep:]:
-        shutil.rmtree(old) if old.is_dir() else old.unlink()
-
-
-def save_shards(state, plain, out):
-    """Write the checkpoint folder out/ckpt_STEP: shards by every process, plain values as plain.json. The folder gets
-    its name when it is complete, so that a kill at any moment leaves the one before.
-    Raises OSError with one sentence, on every process."""
-    tmp, folder = out / "ckpt.tmp", out / f"ckpt_{plain['step']:08d}"
-    if dist.get_rank() == 0:
-        shutil.rmtree(tmp, ignore_errors=True)
-    dist.barrier()
-    try:
-        dcp.save({**state, "optimizer": state["optimizer"]["state"]}, checkpoint_id=tmp)
-    except dcp.api.CheckpointException as error:
-        reason = str(next(iter(error.failures.values()))[0]).splitlines()[0]
-        raise OSError(f"could not save {folder} ({reason}); earlier checkpoints are untouched") from None
-    if dist.get_rank() == 0:
-        (tmp / "plain.json").write_text(json.dumps(plain))
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(tmp, folder)
-    dist.barrier()
-
-
 # ---- how a run goes -------------------------------------------------------------------------------------------------
-def can_compile(asked, device):
-    """Whether to compile: if asked to (None: on a GPU), and if there is what it takes, a compiler for C (on a CPU: C++)
-    and the header files of Python. Slim images have neither, and get a warning."""
-    names = ["gcc", "clang", os.environ.get("CC", "cc")]
-    if device.type == "cpu":
-        names = ["g++", "clang++", os.environ.get("CXX", "c++")]
-    header = Path(sysconfig.get_path("include")) / "Python.h"
-    ready = any(map(shutil.which, names)) and header.exists()
-    asked = device.type == "cuda" if asked is None else asked
-    if asked and not ready:
-        print(f"warning: not compiled: that needs {header} and one of {', '.join(names)}", file=sys.stderr)
-    return asked and ready
-
-
-def catch_signals():
-    """A list that gets what queues send before they kill; a second signal ends the process at once."""
-    caught = []
-
-    def note(number, _):
-        caught.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, note)
-    return caught
-
-
-def status(norm, asked, world):
-    """Whether the gradient's norm is finite, and whether any process was asked to stop; the same answer for all."""
-    answer = torch.stack([norm.isfinite().logical_not().float(), torch.full_like(norm, asked)])
-    if world > 1:
-        dist.all_reduce(answer, dist.ReduceOp.MAX)
-    failed, stop = answer.tolist()
-    return not failed, bool(stop)
-
-
 def print_step(record, seconds, max_steps):
     """One line."""
     print(f"step {record['step']:06d}/{max_steps} | loss {record['loss']:.4f}"

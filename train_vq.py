@@ -14,7 +14,6 @@ import argparse
 import math
 import os
 import random
-import signal
 import sys
 import time
 from dataclasses import asdict, replace
@@ -31,6 +30,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+import checkpoints
 import data
 import vq
 
@@ -247,7 +247,7 @@ def main(tokenizer=vq.VQModel, configs=vq.VQ_CONFIGS):
     bf16 = args.dtype == "bfloat16" if args.dtype else device.type == "cuda"
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)   # weights stay float32
     torch.manual_seed(args.seed)
-    out, signals = Path(args.out), catch_signals()
+    out, signals = Path(args.out), checkpoints.catch_signals()
 
     def print0(text):
         if rank == 0:
@@ -266,7 +266,7 @@ def main(tokenizer=vq.VQModel, configs=vq.VQ_CONFIGS):
         shown = pictures_to_watch(images, args)
         lpips = load_lpips().to(device) if args.lpips_weight else None
         first, seen = (resumed["step"], resumed["images_seen"]) if resumed else (0, 0)
-        board = data.open_log(out, first, args.tensorboard) if rank == 0 else None
+        board = checkpoints.open_log(out, first, args.tensorboard) if rank == 0 else None
     except (OSError, ValueError) as error:
         parser.error(str(error))
 
@@ -381,12 +381,14 @@ def main(tokenizer=vq.VQModel, configs=vq.VQ_CONFIGS):
             torch._foreach_lerp_([ema[name] for name in names], [weights[name] for name in names], 1 - decay)
         step, seen = step + 1, seen + args.batch_size
 
-        # 5. One line, a picture, a checkpoint. If any process was asked to stop, all do. A loss that is not finite
-        #    spoils all that follow, so it is enough to look before something is written: a GPU would wait for it.
-        stop = agreed(signals, step, world, device)
-        if (due(args.log_every) or due(args.save_every) or stop) and not torch.isfinite(norm):
-            parser.exit(2, f"train_vq.py: the loss is not finite at step {step - 1} or before; {out} holds the last "
-                        "good state. A lower --lr or --dtype float32 may help\n" * (rank == 0))
+        # 5. One line, a picture, a checkpoint; but first: is all well? To learn it, the CPU waits until a GPU has done
+        #    all its work. So it asks rarely, though always before it shows or saves something.
+        showing = any(map(due, (args.log_every, args.sample_every, args.save_every)))
+        if showing or step % 10 == 0 or step == first + 1 or device.type == "cpu":
+            finite, stop = checkpoints.status(norm, bool(signals), world)
+            if not finite:
+                parser.exit(2, f"train_vq.py: the loss is not finite at step {step}; {out} holds the last good state. "
+                            "A lower --lr or --dtype float32 may help\n" * (rank == 0))
         if due(args.log_every) or step == first + 1 or stop:
             values = torch.stack([value.float() for value in terms.values()])
             if world > 1:
@@ -395,7 +397,7 @@ def main(tokenizer=vq.VQModel, configs=vq.VQ_CONFIGS):
             record = {"step": step, **dict(zip(terms, (values / world).tolist())), "usage": model.quantize.usage(),
                       "lr": args.lr * scale, "norm": float(norm), "img_per_s": args.batch_size / seconds}
             if rank == 0:
-                data.log(record, out, board)
+                checkpoints.log(record, out, board)
                 print_step(record, terms, seconds, max_steps)
             clock, clock_step = time.time(), step
         if rank == 0 and due(args.sample_every):
@@ -450,30 +452,6 @@ def check_files(args, config, resumed, init):
         raise ValueError(f"--model {args.model} is not what {file} holds: {resumed['config']}")
     if init and init.config != config:
         raise ValueError(f"--model {args.model} is not what --init {args.init} holds: {asdict(init.config)}")
-
-
-# ---- being asked to stop --------------------------------------------------------------------------------------------
-def catch_signals():
-    """A list that gets what queues send before they kill; a second signal ends the process at once."""
-    caught = []
-
-    def note(number, _):
-        caught.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, note)
-    return caught
-
-
-def agreed(signals, step, world, device):
-    """Whether any process was asked to stop: the same answer for all of them. Several processes ask each other at every
-    eighth step, since a GPU waits for the answer."""
-    if world == 1 or step % 8:
-        return world == 1 and bool(signals)
-    answer = torch.tensor(float(len(signals)), device=device)
-    dist.all_reduce(answer, dist.ReduceOp.MAX)
-    return bool(answer)
 
 
 # ---- what a run shows -----------------------------------------------------------------------------------------------

@@ -70,8 +70,10 @@ class ResBlock(nn.Module):
 
     def __init__(self, c_in, c_out):
         super().__init__()
-        self.norm1, self.conv1 = norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.norm2, self.conv2 = norm(c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.norm1 = norm(c_in)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2 = norm(c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.nin_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x):
@@ -91,8 +93,9 @@ class AttnBlock(nn.Module):
     def forward(self, x):
         B, C, h, w = x.shape
         y = self.norm(x)
-        q, k, v = (f(y).view(B, 1, C, h * w).transpose(2, 3) for f in (self.q, self.k, self.v))  # (B, 1, T, C)
-        y = F.scaled_dot_product_attention(q, k, v)
+        q, k, v = self.q(y), self.k(y), self.v(y)                                # each (B, C, h, w)
+        q, k, v = (t.view(B, 1, C, h * w).transpose(2, 3) for t in (q, k, v))    # each (B, 1, T, C): one head
+        y = F.scaled_dot_product_attention(q, k, v)                              # (B, 1, T, C)
         return x + self.proj_out(y.transpose(2, 3).reshape(B, C, h, w))
 
 
@@ -292,7 +295,7 @@ def weights_hash(model):
     """SHA-256 of a model's parameters; tells which tokenizer made a folder of codes."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
-        digest.update(name.encode() + parameter.detach().cpu().float().numpy().tobytes())
+        digest.update(name.encode() + parameter.detach().to_dense().cpu().float().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -396,7 +399,8 @@ def begun_before(out, meta, rank):
             raise ValueError(f"--out {out} was {what} with other settings; choose another folder or delete it")
         if what == "made" and file.exists():
             shutil.rmtree(out / "parts", ignore_errors=True)   # of a run that was killed in its last moment
-            print(f"{out} is complete: {there['images'] - len(there['skipped']):,} images. Nothing to do.")
+            if rank == 0:
+                print(f"{out} is complete: {there['images'] - len(there['skipped']):,} images. Nothing to do.")
             return True
     data.make_folder(out / "parts")
     if rank == 0 and not begun.exists():

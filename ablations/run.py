@@ -39,10 +39,10 @@ COMMON = {
           "--warmup-steps 50 --lpips-weight 0 --disc-weight 0 --log-every 25 --sample-every 0 --workers 0",
     "sample": "--top-k 0 --cfg-scale 2 --num-samples 1000 --batch-size 250",
 }
-MEASURES = {"val_loss": "validation loss", "psnr": "PSNR", "usage": "codebook used", "accuracy": "accuracy of samples",
-            "distance": "distance of samples"}
-DEFAULT = {"gpt": ["val_loss"], "vq": ["psnr", "usage"], "sample": ["accuracy", "distance"],
-           "codes": ["accuracy", "distance"]}
+# What is measured where the text of an ablation does not say. A stage is what is trained: a GPT, a tokenizer, a GPT on
+# other codes, or nothing, where only samples differ.
+MEASURES = {"gpt": ["val_loss"], "vq": ["psnr", "usage"], "codes": ["accuracy", "distance"],
+            "sample": ["accuracy", "distance"]}
 
 
 # ---- what the files of this folder say -----------------------------------------------------------------------------
@@ -59,7 +59,7 @@ def read(name):
     fields = re.findall(r"^(\w+):[ ]*(.*(?:\n +.*)*)", head, re.M)
     idea = {key: " ".join(text.split()) for key, text in fields if key != "flags"}
     lines = [line[:1] for line in diff.splitlines() if not line.startswith(("+++", "---"))]
-    measures = idea.get("measure", "").split() or DEFAULT[idea["stage"]]
+    measures = idea.get("measure", "").split() or MEASURES[idea["stage"]]
     return {**idea, "name": name, "title": head.splitlines()[0], "path": path, "measure": measures,
             "flags": [text.strip() for key, text in fields if key == "flags"],
             "added": lines.count("+"), "removed": lines.count("-")}
@@ -103,7 +103,8 @@ def call(scripts, words, nproc=1):
 def log(run, tokens):
     """The last validation loss of a run, its seconds a step (the median over its log) and its number of parameters."""
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    seconds = [1 / line["img_per_s"] if "img_per_s" in line else tokens / line["codes_per_s"] for line in lines[1:]]
+    seconds = [1 / line["img_per_s"] if "img_per_s" in line else tokens / line["codes_per_s"]
+               for line in lines[1:] or lines]   # the first is of one step, which is slow
     state = data.read_checkpoint(run / "ckpt.pt", mmap=True)
     found = {"seconds": statistics.median(seconds) * state["args"]["batch_size"],
              "parameters": sum(weight.numel() for weight in state["model"].values() if weight.is_floating_point())}
@@ -112,23 +113,24 @@ def log(run, tokens):
 
 
 def measure(idea, flags, seed, scripts, args):
-    """Train (or only sample) once and return what was measured."""
-    run, stage, codes = scripts.parent, idea["stage"], args.codes
-    row, gpt = {}, args.gpt
-    length = ["--max-steps", args.steps, "--seed", seed, "--save-every", args.save_every, *args.more]
+    """Train (or only sample) once and return what was measured. `flags` go to the first script that is started."""
+    run, stage, codes, gpt, row = scripts.parent, idea["stage"], args.codes, args.gpt, {}
     if stage == "codes":   # other codes of the same images, from the same tokenizer
-        codes, image_size = run / "codes", flags
-        call(scripts, ["vq.py", "encode", "--ckpt", args.vq, "--data", args.data, "--out", codes, *image_size.split()])
+        codes = run / "codes"
+        call(scripts, ["vq.py", "encode", "--ckpt", args.vq, "--data", args.data, "--out", codes, *flags.split()])
         stage, flags = "gpt", ""
+
     if stage in ("gpt", "vq"):
         words = ["train_vq.py", "--data", args.data]
         if stage == "gpt":
             words = ["train_gpt.py", "--codes", codes, "--val-every", args.steps]
-        resume = ["--resume"] if (run / "out" / "ckpt.pt").exists() else []
-        words += ["--out", run / "out", *COMMON[stage].split(), *length, *flags.split(), *resume]
+        words += ["--out", run / "out", *COMMON[stage].split(), "--max-steps", args.steps, "--seed", seed,
+                  "--save-every", args.save_every, *args.more, *flags.split()]
+        words += ["--resume"] if (run / "out" / "ckpt.pt").exists() else []
         call(scripts, words, args.nproc)
         tokens = json.loads((Path(codes) / "meta.json").read_text())["h"] ** 2 if stage == "gpt" else 0
         row, gpt, flags = log(run / "out", tokens), run / "out" / "ckpt.pt", ""
+
     if stage == "vq":
         words = [HERE / "judge.py", "recon", "--ckpt", run / "out" / "ckpt.pt", "--data", args.test]
         row |= json.loads(call(scripts, words))
@@ -169,7 +171,7 @@ def measure_all(idea, args):
             key = key_of(what, flags, seed, args)
             rows = json.loads(args.results.read_text()) if args.results.exists() else []
             there = [row for row in rows if row.items() >= key.items()]
-            if there and {name for name in what["measure"] if name in MEASURES} <= there[0].keys():
+            if there and set(what["measure"]) - {"averaged"} <= there[0].keys():
                 continue
             run = args.out.resolve() / f"{what['name']}-{seed}-{digest(key)}"
             changed_scripts(what["path"], run / "scripts")

@@ -124,19 +124,20 @@ def dot(draw, x, y, colour):
 
 
 def bars(panels, path):
-    """Differences with their errors: panels are (title, [(label, difference, error)])."""
-    height = 120 + 60 * max(len(items) for _, items in panels)
+    """Differences with their errors, blue where they are for the better: panels are (title, whether more is better,
+    [(label, difference, error)])."""
+    height = 120 + 60 * max(len(items) for _, _, items in panels)
     image, draw = blank(560 * len(panels), height // 2)
-    for n, (title, items) in enumerate(panels):
+    for n, (title, more, items) in enumerate(panels):
         left, zero, half = 1120 * n + 40, 1120 * n + 770, 300
-        most = max(abs(d) + error for _, d, error in items)
+        most = max(abs(d) + error for _, d, error in items) or 1
         draw.text((left, 44), title, "#333", FONT, "lm")
         draw.text((zero + half, 44), f"ends at {most:.3g}", "#777", FONT, "rm")
         draw.line((zero, 88, zero, height - 20), "#999", 2)
         for i, (label, d, error) in enumerate(items):
             y, x = 120 + 60 * i, zero + half * d / most
             draw.text((left, y), label, "#333", FONT, "lm")
-            draw.line((zero, y, x, y), COLOURS[1] if d > 0 else COLOURS[0], 24)
+            draw.line((zero, y, x, y), COLOURS[0] if (d > 0) == more else COLOURS[1], 24)
             draw.line((x - half * error / most, y, x + half * error / most, y), "#222", 4)
     save(image, path)
 
@@ -213,8 +214,8 @@ def write(results, ideas):
     readme.write_text(f"{before}<!-- table -->\n" + "\n".join([*table, "", *about]) + f"\n<!-- /table -->\n{after}")
 
     panels = []
-    for title, stage, name in (("validation loss, ablation - baseline", "gpt", "val_loss"),
-                               ("PSNR in dB, ablation - baseline", "vq", "psnr")):
+    for title, more, stage, name in (("validation loss, ablation - baseline", False, "gpt", "val_loss"),
+                                     ("PSNR in dB, ablation - baseline", True, "vq", "psnr")):
         deviation, _ = scatter.get((stage, name), (0, 0))
         items = []
         for idea in ideas.values():
@@ -223,8 +224,9 @@ def write(results, ideas):
                 difference = statistics.mean(b[name] - a[name] for a, b in both)
                 label = idea["name"] + (f" {flags.split()[-1]}" if len(idea["flags"]) > 1 else "")
                 items.append((label, difference, deviation / len(both) ** 0.5))
-        panels.append((title, items))
-    bars([panel for panel in panels if panel[1]], ASSETS / "ablations.png")
+        panels += [(title, more, items)] if items else []
+    if panels:
+        bars(panels, ASSETS / "ablations.png")
 
     sizes = [variant for _, variant in variants(rows, ideas["model_size"])]
     if sizes:

@@ -334,8 +334,11 @@ def edit(args):
     """`edit`: each picture, the part of it that is kept, and --count ways to go on from that."""
     model, tokenizer = load_pair(args)
     settings, scales = settings_of(args, cfg_scale=3.0, more_smooth=True), model.config.scales
-    side, none = scales[-1] * tokenizer.config.downsample, model.config.num_classes
-    label = sample.find_class(args.classes, model.classes) if args.classes else none
+    side, labels = scales[-1] * tokenizer.config.downsample, [model.config.num_classes]   # no class
+    if args.classes:
+        labels = [sample.find_class(text, model.classes) for text in args.classes.split(",")]
+    if len(labels) not in (1, len(args.images)):
+        raise ValueError(f"--classes: {len(labels)} classes for {len(args.images)} pictures; give one, or one for each")
     try:
         box = [float(edge) for edge in args.box.split(",")]
         y0, x0, y1, x1 = box
@@ -345,15 +348,15 @@ def edit(args):
     stays = keep[-scales[-1] ** 2:].view(scales[-1], scales[-1]).repeat_interleave(tokenizer.config.downsample, 0) \
         .repeat_interleave(tokenizer.config.downsample, 1).cpu()[..., None].numpy()
     pixels = []
-    for path in args.images:
+    for path, label in zip(args.images, labels * len(args.images)):
         image = data.open_image(path)
         if image.size != (side, side):
             raise ValueError(f"{path} has {image.width} x {image.height} pixels; the model edits images of {side} x "
                              f"{side}")
         given = vq.to_tensor(image)[None].to(args.device)
         codes = tokenizer.encode(given).expand(args.count, -1)
-        labels, seeds = torch.full((args.count,), label, device=args.device), range(args.seed, args.seed + args.count)
-        new = draw_pixels(model, tokenizer, [labels], seeds, keep=(codes, keep), **settings)
+        wanted, seeds = torch.full((args.count,), label, device=args.device), range(args.seed, args.seed + args.count)
+        new = draw_pixels(model, tokenizer, [wanted], seeds, keep=(codes, keep), **settings)
         original = vq.to_uint8(given)
         pixels += [original, np.where(stays, original, 160).astype(np.uint8), new]
     data.save_grid(np.concatenate(pixels), args.out, 2 + args.count, (["given", "kept"] + ["drawn"] * args.count) *
@@ -397,7 +400,7 @@ def main():
             c.add_argument("--var", help="checkpoint of the transformer")
             c.add_argument("--pretrained", choices=[size for size in VAR_CONFIGS if size != "demo"],
                            help="released weights; they are fetched when they are not here yet")
-            c.add_argument("--classes", help="ids or names, separated by commas (edit: one; default: none)")
+            c.add_argument("--classes", help="ids or names, separated by commas (edit: one, or one a picture)")
             c.add_argument("--count", type=int, default=1 if name == "sample" else 4,
                            help="images of each class or picture")
             c.add_argument("--seed", type=int, default=0, help="image i is drawn from seed + i")

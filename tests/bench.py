@@ -5,7 +5,7 @@ $ python tests/bench.py encode train         # some of them
 $ python tests/bench.py train --model L --batch 64 --compile
 
 Roofline time = max(FLOPs / GEMM rate, bytes that must move / read bandwidth), both rates measured here, first. FLOPs
-are counted by torch.utils.flop_counter (for training by train_gpt.py's formula, as for MFU); the bytes are the least
+are counted by torch.utils.flop_counter (for training by gpt.py's formula, as for MFU); the bytes are the least
 possible: every weight (and for decoding every cached key and value) read once, for training also gradients and
 optimizer state written and read once.
 """
@@ -99,11 +99,12 @@ def bench_train(name, device, dtype, roof, batch, compiled):
     model = gpt.GPT(gpt.GPT_CONFIGS[name]).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     codes, labels = torch.randint(16384, (batch, 256), device=device), torch.randint(1000, (batch,), device=device)
-    forward = torch.compile(model) if compiled else model
+    for layer in model.layers if compiled else ():
+        layer.forward = torch.compile(layer.forward)
 
     def step():
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            logits = forward(codes[:, :-1], labels)
+            logits = model(codes[:, :-1], labels)
         train_gpt.cross_entropy_(logits, codes, scale=1 / codes.numel())
         logits.backward(logits.detach())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -167,10 +168,10 @@ def bench_decode(name, device, dtype, roof, images):
         sample.generate(model, labels, cfg_scale=4.0, top_k=2000)
 
     weights = size(model) - size(model.tok_embeddings) - size(model.cls_embedding)
-    cache = model.new_cache(2 * images)
-    n_bytes = T * weights + (T + 1) / 2 * cache.numel() * cache.element_size()
+    cache = sum(layer.numel() * layer.element_size() for layer in model.new_cache(2 * images))   # bytes
+    n_bytes = T * weights + (T + 1) / 2 * cache
     report("decode", flops(run), seconds(run, device, 1), images, n_bytes, roof, "images/s", model=name, images=images,
-           cache_MB=round(cache.numel() * cache.element_size() / 1e6))
+           cache_MB=round(cache / 1e6))
 
 
 def bench_serve(name, device, dtype, images, requests=64):

@@ -198,12 +198,12 @@ def ablate(*words):
 
 
 def test_a_finished_run_is_not_repeated(small, tmp_path):
-    words = ["qk_norm", "--codes", small / "codes", "--steps", 2, "--seeds", 1, "--out", tmp_path / "out", "--results",
-             tmp_path / "results.json"]
+    words = ["averaged_weights", "--codes", small / "codes", "--steps", 2, "--seeds", 1, "--out", tmp_path / "out",
+             "--results", tmp_path / "results.json"]
     code, text = ablate(*words)
-    assert code == 0 and text.count("> train_gpt.py") == 2, text
+    assert code == 0 and text.count("> train_gpt.py") == 3, text          # the third measures the averaged weights
     rows = json.loads((tmp_path / "results.json").read_text())
-    assert [row["ablation"] for row in rows] == ["baseline", "qk_norm"]
+    assert [row["ablation"] for row in rows] == ["baseline", "averaged_weights"]
     assert all(row["val_loss"] > 0 and row["seconds"] > 0 for row in rows)
     code, text = ablate(*words)
     assert code == 0 and "> train_gpt.py" not in text
@@ -260,3 +260,18 @@ def test_differences_are_paired_by_seed_and_called_by_their_error():
     assert table.verdict("same", 0.5, 0.1, 1) == "agrees: no difference to be seen"   # two seeds are few
     a, b, r = table.power_law([1e5, 1e6, 1e7], [8.0, 4.0, 2.0])
     assert abs(b - np.log10(0.5)) < 1e-9 and abs(r + 1) < 1e-9
+
+
+def test_the_readme_holds_what_was_measured_and_the_pictures_can_be_drawn(tmp_path):
+    rows = json.loads((ROOT / "ablations" / "results.json").read_text())
+    ideas, readme = [run.read(name) for name in run.names()], (ROOT / "ablations" / "README.md").read_text()
+    scatter = table.spread(rows, ideas)
+    for idea in ideas:
+        lines = "\n".join(table.lines_of(rows, idea, scatter))
+        assert lines in readme, f"{idea['name']}: python ablations/run.py --table"
+    table.bars([("loss", False, [("a", 0.1, 0.01), ("b", -0.2, 0.0)]), ("PSNR", True, [("c", 1.0, 0.1)])],
+               tmp_path / "bars.png")
+    table.scaling([(1e5, 5.0), (1e6, 4.5), (1e7, 4.1)], tmp_path / "fit.png")
+    table.guidance([(s, k, s * k, 1 / s) for s in (1, 2) for k in (0, 64)], tmp_path / "guidance.png")
+    sizes = [Image.open(tmp_path / f"{name}.png").size for name in ("bars", "fit", "guidance")]
+    assert sizes == [(1120, 120), (640, 400), (1120, 420)]

@@ -487,6 +487,8 @@ def test_captions_of_shapes_say_what_is_drawn():
     ('{"image": "a.png"}', 'line 2: expected {"image": path, "caption": text}'),
     ("not json", 'line 2: expected {"image": path, "caption": text}'),
     ("[1]", 'line 2: expected {"image": path, "caption": text}'),
+    ('{"image": "a.png", "caption": null}', 'line 2: expected {"image": path, "caption": text}'),
+    ('{"image": 1, "caption": "a"}', 'line 2: expected {"image": path, "caption": text}'),
 ])
 def test_a_line_without_a_caption_is_named(tmp_path, line, sentence):
     (tmp_path / "list.jsonl").write_text('{"image": "a.png", "caption": "a"}\n' + line + "\n")

@@ -13,9 +13,9 @@ import torch
 from conftest import ROOT
 from test_train_gpt import codes, flags_for, log, losses, torchrun, train  # noqa: F401 (codes is a fixture)
 
+import checkpoints
 import data
 import gpt
-import train_gpt
 
 STILL = ["--dropout", 0, "--class-dropout", 0, "--max-steps", 50, "--ema-decay", 0.9, "--val-images", 7, "--val-every", 25]
 pytestmark = pytest.mark.slow
@@ -92,7 +92,7 @@ def killed_often(kills, n, codes, out, *flags):  # noqa: F811
     five steps; then let it end. It saves after every step, so that many of the kills fall into a save."""
     rng, step, start_s, step_s = random.Random(kills), 1, 3.0, 0.05
     for _ in range(kills):
-        resume = ["--resume"] if train_gpt.find_checkpoint(out)[0] else []
+        resume = ["--resume"] if checkpoints.find_checkpoint(out)[0] else []
         processes, ahead = workers(n, codes, out, *flags, "--save-every", 1, *resume), rng.randrange(6)
         if ahead:
             step += ahead
@@ -153,7 +153,7 @@ def test_a_signal_to_any_process_saves_and_exits_0(codes, tmp_path, parallel, nu
     if parallel == "fsdp":                                       # --consolidate: the file holds what the shards hold
         shards, = (tmp_path / "run").glob("ckpt_[0-9]*")
         state = {k: torch.empty_like(v) for k, v in file["model"].items()}
-        train_gpt.restore({"model": state}, shards, None)
+        checkpoints.restore({"model": state}, shards, None)
         assert shards.name == f"ckpt_{file['step']:08d}"
         assert all(torch.equal(state[k], v) for k, v in file["model"].items())
 

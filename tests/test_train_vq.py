@@ -331,6 +331,8 @@ def test_a_gpu_that_is_not_there_is_refused(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         train(monkeypatch, "shapes:8", tmp_path / "run", "--device", "cuda")
     assert stop.value.code == 2 and "cuda: torch sees 2 GPUs here" in capsys.readouterr().err
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert data.device("cuda") == "cuda:1" and data.device("cuda:0") == "cuda:0" and data.device("cpu") == "cpu"
 
 
 def test_missing_lpips_files_are_named(tmp_path, monkeypatch):
@@ -346,5 +348,5 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     monkeypatch.setattr(vq, "to_tensor", lambda image: torch.full((3, 24, 24), torch.nan))
     with pytest.raises(SystemExit) as stop:
         train(monkeypatch, "shapes:8", tmp_path / "run", "--max-steps", 3, "--sample-every", 0, "--resume")
-    assert stop.value.code == 2 and "not finite at step 1" in capsys.readouterr().err
+    assert stop.value.code == 2 and "not finite at step 2" in capsys.readouterr().err
     assert (tmp_path / "run" / "ckpt.pt").read_bytes() == good

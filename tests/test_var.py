@@ -443,6 +443,23 @@ train_vq.main(var_vq.ScaleVQ, {{"two": replace(var_vq.TOKENIZERS["VAR-demo"], sc
     assert done.returncode == 0 and (tmp_path / "var" / "ckpt.pt").exists(), done.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["tokenizer", "transformer"])
+def test_a_queues_signal_saves_and_exits_0(trained, tmp_path, stage):
+    words = ["tokenizer", "--data", "shapes:40", "--model", "VAR-demo", "--image-size", 24, "--lpips-weight", 0]
+    if stage == "transformer":
+        words = ["--vq", trained / "vq" / "ckpt.pt", "--codes", trained / "codes", "--model", "demo"]
+    words += ["--batch-size", 2, "--max-steps", 100_000, "--log-every", 1, "--out", tmp_path / "run"]
+    process = subprocess.Popen([sys.executable, "extras/train_var.py", *map(str, words)], cwd=ROOT, stdout=subprocess.PIPE,
+                               text=True)
+    while "step 000002" not in process.stdout.readline():
+        assert process.poll() is None
+    process.terminate()
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "--resume goes on" in printed
+    assert data.read_checkpoint(tmp_path / "run" / "ckpt.pt")["step"] >= 2
+
+
 def test_an_image_follows_from_its_seed_whatever_the_batch_and_goes_on_after_a_stop(trained, tmp_path, monkeypatch):
     call(monkeypatch, var, "sample", *pair_flags(trained), "--num-samples", 7, "--batch-size", 7, "--seed", 5, "--out",
          tmp_path / "a.npz")
@@ -518,6 +535,7 @@ def test_checkpoints_of_the_two_projects_are_told_apart(trained, tmp_path):
     (["edit", "--box", "0.5,0.5,0.2,1"], "as fractions of the image"),
     (["edit", "--box", "0.5,0.5,0.51,1"], "is empty"),
     (["edit", "--box", "0.5,0.5"], "four numbers"),
+    (["edit", "--box", "0,0,1,1", "--classes", "star,ring"], "2 classes for 1 pictures"),
     (["edit", "--box", "0,0,0.5,1"], "has 64 x 64 pixels; the model edits images of 24 x 24"),
     (["sample", "--classes", "stare"], "is no class's name"),
     (["sample", "--top-p", "0"], "--top-p 0.0 is not between"),
