@@ -142,10 +142,10 @@ def masked_pixels(path, photo, side):
     return np.array(data.center_crop(mask, side).convert("L")) < 128
 
 
-def paste(pictures, photo, cells):
-    """Put a photo's pixels (H, W, 3) back into pictures (B, H, W, 3) where whole codes were kept, cells (h, w)."""
-    keep = cells.repeat(len(photo) // len(cells), 0).repeat(len(photo) // len(cells), 1)
-    return np.where(keep[..., None], photo, pictures)
+def enlarge(cells, side):
+    """Cells (h, w) as pixels (H, W, 1)."""
+    times = side // len(cells)
+    return cells.repeat(times, 0).repeat(times, 1)[..., None]
 
 
 # ---- the command line -----------------------------------------------------------------------------------------------
@@ -215,16 +215,19 @@ def main():
     flat = torch.from_numpy(cells.flatten()).to(device)
     photo = np.array(photo)
     rows, head = [], ["photo", f"kept: {cells.mean():.0%}"]
-    masked = np.where(keep[..., None], photo, 127).astype(np.uint8)
+    stays = enlarge(cells, side)
+    masked = np.where(stays, photo, 127).astype(np.uint8)
     for row, title in enumerate(titles):
         batch = [x[[row] * args.count].to(device) for x in cond]
         seeds = [args.seed + row * args.count + i for i in range(args.count)]
         codes = complete(model, batch[0], given, flat, *batch[1:], seeds=seeds, progress=True, **settings)
         nats = log_probability(model, codes, *batch)
-        print(f"{title}: log-probability of the whole image {nats.mean():.1f} nats on average, "
-              f"{', '.join(f'{n:.1f}' for n in nats.tolist())}")
+        print(f"{title}: log-probability of the whole image {nats.mean():.1f} nats on average "
+              f"({', '.join(f'{n:.1f}' for n in nats.tolist())})")
         pictures = sample.to_pixels(vq_model, codes)
-        rows += [photo, masked, *(paste(pictures, photo, cells) if args.paste else pictures)]
+        if args.paste:
+            pictures = np.where(stays, photo, pictures)
+        rows += [photo, masked, *pictures]
     above = [text for title in titles for text in head + [title] * args.count]
     data.save_grid(np.stack(rows), args.out, 2 + args.count, above)
     print(f"{args.out}: {len(titles)} x {args.count} pictures, {args.particles} particles each")
