@@ -436,8 +436,12 @@ def serve(words):
     command.validate(args)
     try:
         command.cmd(args)
-    except OverflowError as error:   # a port
-        raise ValueError(error) from None
+    except OverflowError as error:
+        raise ValueError(f"--port {args.port}: {error}") from None
+    except OSError as error:
+        if error.errno is None:   # a sentence of ours, about the encoder of captions, say
+            raise
+        raise OSError(f"--host {args.host} --port {args.port}: {error.strerror}") from None
     if getattr(args, "engine_died", False):   # images_api.watch
         sys.exit("the engine has stopped; start the server again")
 
@@ -560,7 +564,8 @@ def check_generate(args, info, settings):
     check(**settings)
     check_number("--n", args.n, 1, 1000)
     check_number("--seed", args.seed, 0, 2 ** 62)
-    check_number("--gpu-memory-utilization", args.gpu_memory_utilization or 1, 0, 1)
+    if args.gpu_memory_utilization is not None:
+        check_number("--gpu-memory-utilization", args.gpu_memory_utilization, 0.01, 1)
     check_ranks(info, args.tensor_parallel_size)
     out = Path(args.out)
     if out.suffix != ".png" or out.is_dir():

@@ -345,8 +345,9 @@ def edit(args):
     except ValueError:
         raise ValueError(f"--box {args.box}: four numbers, as 0.25,0.25,0.75,0.75") from None
     keep = kept(box, scales, args.outside).to(args.device)
-    stays = keep[-scales[-1] ** 2:].view(scales[-1], scales[-1]).repeat_interleave(tokenizer.config.downsample, 0) \
-        .repeat_interleave(tokenizer.config.downsample, 1).cpu()[..., None].numpy()
+    # the codes of the last scale are blocks of pixels, which are greyed where they are to be drawn
+    finest = keep[-scales[-1] ** 2:].view(1, 1, scales[-1], scales[-1])
+    stays = F.interpolate(finest.float(), (side, side))[0, 0, :, :, None].cpu().numpy() > 0
     pixels = []
     for path, label in zip(args.images, labels * len(args.images)):
         image = data.open_image(path)
@@ -359,8 +360,8 @@ def edit(args):
         new = draw_pixels(model, tokenizer, [wanted], seeds, keep=(codes, keep), **settings)
         original = vq.to_uint8(given)
         pixels += [original, np.where(stays, original, 160).astype(np.uint8), new]
-    data.save_grid(np.concatenate(pixels), args.out, 2 + args.count, (["given", "kept"] + ["drawn"] * args.count) *
-                   len(args.images))
+    titles = ["given", "kept"] + ["drawn"] * args.count
+    data.save_grid(np.concatenate(pixels), args.out, len(titles), titles * len(args.images))
     print(f"{args.out}: given, kept, and {args.count} drawn from it")
 
 
@@ -394,7 +395,7 @@ def main():
     for name, what in (("sample", "draw images of classes"), ("edit", "draw a part of pictures anew"),
                        ("reconstruct", "show what each scale adds"), ("encode", "write a data set as codes")):
         c = commands.add_parser(name, help=what)
-        c.add_argument("--vq", help="tokenizer checkpoint" + " (default: the released one)" * (name[0] in "re"))
+        c.add_argument("--vq", help="tokenizer checkpoint (reconstruct, encode: default is the released one)")
         c.add_argument("--device", type=data.device, default=device, help="cuda or cpu (default: cuda if there is one)")
         if name in ("sample", "edit"):
             c.add_argument("--var", help="checkpoint of the transformer")
