@@ -33,8 +33,8 @@ test: .venv/installed
 
 $(RUN)/vq/ckpt.pt: | .venv/installed
 	@echo "1/4  the tokenizer: 24 x 24 pixels <-> 6 x 6 codes"
-	$(PYTHON) train_vq.py --data shapes --model VQ-demo --image-size 24 --lpips-weight 0 --batch-size 32 --max-steps 1200 \
-	    --lr 1.5e-3 --warmup-steps 100 --schedule cosine --ema-decay 0.9999 --log-every 50 --out $(RUN)/vq
+	$(PYTHON) train_vq.py --data shapes --model VQ-demo --image-size 24 --lpips-weight 0 --batch-size 32 --max-steps 600 \
+	    --lr 2e-3 --warmup-steps 50 --schedule cosine --log-every 50 --out $(RUN)/vq
 
 $(RUN)/codes/meta.json: $(RUN)/vq/ckpt.pt
 	@echo "2/4  the pictures as codes"

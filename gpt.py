@@ -1,4 +1,4 @@
-"""The Llama over image codes of LlamaGen (arXiv:2406.06525, sections 2.2 and 2.3), for classes or captions.
+"""The Llama over image codes of LlamaGen (arXiv:2406.06525, section 2.3), for classes or captions.
 
 RMSNorm, SwiGLU and 2D rotary positions; a class embedding or 120 caption embeddings stand before the first code, and
 the codes of an image follow row by row. Nothing else is specific to images. Loaded from a released file or one of
@@ -37,7 +37,7 @@ class GPTConfig:
     caption_dim: int = 0        # D, features of a caption's token (2048 for FLAN-T5 XL); 0: the model is for classes
 
 
-GPT_CONFIGS = {                                               # paper, table 1; the last four come with its code
+GPT_CONFIGS = {                                               # paper, table 1; 1B, XXXL and 7B come with its code
     "B": GPTConfig(dim=768, n_layer=12, n_head=12),           # 111M
     "L": GPTConfig(dim=1024, n_layer=24, n_head=16),          # 343M
     "XL": GPTConfig(dim=1280, n_layer=36, n_head=20),         # 775M
@@ -189,8 +189,8 @@ class ClassEmbedding(nn.Module):
 class CaptionEmbedding(nn.Module):
     """Features of captions (B, c = 120, D) -> condition embeddings (B, c, C), by a two-layer MLP without biases.
 
-    "No caption" is `uncond_embedding` at all positions. The paper calls it learned; in the released code it is a buffer
-    that no optimizer sees, and the weights were trained with its first random values."""
+    "No caption" is `uncond_embedding` at all positions. In the released code it is a buffer that no optimizer sees, and
+    the weights were trained with its first random values."""
 
     def __init__(self, config):
         super().__init__()
@@ -265,15 +265,15 @@ class GPT(nn.Module):
 
     # ---- cached decoding: new_cache, then extend with the condition, then with codes ---------------------------------
     def new_cache(self, batch, positions=None):
-        """Zeros for keys and values, for each layer (2, B, n, positions, d). All that can be fed are c + T - 1: the last
-        code never is. d is rounded up to a multiple of 8, or attention on a GPU would copy the cache at every step."""
+        """Zeros for keys and values, for each layer (2, B, n, positions, d); at most c + T - 1 positions are fed, since
+        the last code never is. d is rounded up to a multiple of 8, or a GPU would copy the cache at every step."""
         c = self.config
         d = -(-c.dim // c.n_head // 8) * 8
         positions = positions or c.cond_tokens + c.grid ** 2 - 1
         return [self.norm.weight.new_zeros(2, batch, c.n_head, positions, d) for _ in self.layers]
 
     def extend(self, x, start, cache, mask=None, last=1):
-        """Feed embeddings x (B, L, C) at positions start .. start + L - 1, filling the cache there, where later positions
+        """Feed embeddings x (B, L, C) at positions start .. start + L - 1 and fill the cache there; later positions
         may hold anything. start is an int, or int64 (B, 1) for rows that are not equally far; mask as in forward, the
         same at every call. Returns the logits that follow the `last` positions, (B, last, V)."""
         positions = start + torch.arange(x.shape[1], device=x.device)             # (L,) or (B, L)
@@ -314,9 +314,7 @@ def load_gpt(path, device="cpu", grid=None):
     encoded the captions: encoder, dim, hash), where known.
     Raises OSError or ValueError with one sentence for a file that is missing, damaged or not a GPT."""
     checkpoint = data.read_checkpoint(path)
-    if not isinstance(checkpoint, dict):
-        raise ValueError(f"{path} holds a {type(checkpoint).__name__}, not the weights of a GPT")
-    state = next((checkpoint[k] for k in ("ema", "model", "module", "state_dict") if checkpoint.get(k)), checkpoint)
+    state = data.weights_of(checkpoint, path)
     state.pop("freqs_cis", None)                                       # a stray rotary table of some files
     if "tok_embeddings.weight" not in state:
         raise ValueError(f"{path} is not a GPT checkpoint (no tok_embeddings.weight); is it "
@@ -335,11 +333,7 @@ def load_gpt(path, device="cpu", grid=None):
         config = replace(named[0], vocab_size=V, grid=grid or 16, **cond)
     with torch.device("meta"):
         model = GPT(config)
-    try:
-        model.load_state_dict(state, strict=True, assign=True)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip()
-        raise ValueError(f"{path} does not fit a GPT of width {config.dim}: {reason}") from None
+    data.load_weights(model, state, path, assign=True)
     for name in ("classes", "tokenizer", "text"):
         setattr(model, name, checkpoint.get(name))                     # None in released files
     return model.float().to(device).eval()

@@ -85,11 +85,13 @@ class Gate:
         self.app, self.keys, self.owners = app, keys, AuthenticationMiddleware(app, keys)
 
     async def __call__(self, scope, receive, send):
-        path = None if scope["type"] == "lifespan" else scope["path"].removeprefix(scope.get("root_path", "")) or "/"
-        if path and path not in ROUTES:
+        if scope["type"] == "lifespan":
+            return await self.app(scope, receive, send)
+        path = scope["path"].removeprefix(scope.get("root_path", "")) or "/"
+        if path not in ROUTES:
             error = create_error_response(f"{path} is not here; there are {', '.join(ROUTES)}", "Not Found",
                                           HTTPStatus.NOT_FOUND)
-        elif path and self.keys and path not in OPEN and not self.owners.verify_token(Headers(scope=scope)):
+        elif self.keys and path not in OPEN and not self.owners.verify_token(Headers(scope=scope)):
             error = create_error_response("this server wants its API key, in the header Authorization: Bearer KEY",
                                           "Unauthorized", HTTPStatus.UNAUTHORIZED)
         else:

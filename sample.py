@@ -19,6 +19,7 @@ import shutil
 import sys
 import time
 import zipfile
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,8 @@ import data
 import gpt
 import vq
 
-PAPER_CFG = {"B-256": 2.0, "B-384": 2.0, "L-256": 1.75, "L-384": 2.0, "XL-384": 1.75, "XXL-384": 1.75, "3B-384": 1.65}
+PAPER_CFG = {"B-256": 2.0, "B-384": 2.25, "L-256": 1.75, "L-384": 2.0, "XL-384": 1.75, "XXL-384": 1.75,
+             "3B-384": 1.65}                             # guidance of the best published FID
 TEXT_FILES = {"t2i-256": "t2i_XL_stage1_256.pt", "t2i-512": "t2i_XL_stage2_512.pt"}   # of the paper's two stages
 
 
@@ -101,18 +103,18 @@ def draw(logits, noise, temperature=1.0, top_k=0, top_p=1.0):
 
 
 # ---- decoding -------------------------------------------------------------------------------------------------------
-def choose(logits, numbers, seeds, guided, *, cfg_scale, cfg_interval, **filters):
-    """Draw codes `numbers` (B, W), given the logits (B, W, V) for them, or (2B, W, V) where images are guided."""
+def guide(logits, numbers, guided, cfg_scale, cfg_interval=-1):
+    """Guided logits, float32 (B, L, V), for codes `numbers` (B, L): from (2B, L, V), those with the condition first, or
+    as they are where nothing is guided. cfg_scale and cfg_interval as in generate."""
     logits = logits.float()     # in bfloat16 guidance would be rounded, and codes would tie: top-k keeps all that do
-    if guided:
-        given, without = logits.chunk(2)
-        logits = without + (given - without) * cfg_scale
-        if cfg_interval >= 0:
-            logits = torch.where(numbers[..., None] <= cfg_interval + 1, logits, given)
-    return draw(logits, gumbel_noise(seeds[:, None], numbers, logits.shape[-1]), **filters)
+    if not guided:
+        return logits
+    given, without = logits.chunk(2)
+    logits = without + (given - without) * cfg_scale
+    return logits if cfg_interval < 0 else torch.where(numbers[..., None] <= cfg_interval + 1, logits, given)
 
 
-def decode_step(model, codes, final, seeds, cache, mask, window, settings):
+def decode_step(model, codes, final, seeds, cache, mask, window, guidance, filters):
     """Make at least one more code of every image final, in place. No shape and no address depends on how far it is.
 
     codes   (B, T) int64: of image b the first final[b] codes are drawn, the others are guesses
@@ -132,9 +134,10 @@ def decode_step(model, codes, final, seeds, cache, mask, window, settings):
     position = (first - 1 + model.config.cond_tokens).repeat(copies, 1)         # both halves see the same codes
     logits = model.extend(x, position, cache, mask, last=window)
     guesses = codes.gather(1, numbers)
-    drawn = choose(logits, numbers, seeds, copies == 2, **settings)
+    noise = gumbel_noise(seeds[:, None], numbers, logits.shape[-1])
+    drawn = draw(guide(logits, numbers, copies == 2, *guidance), noise, *filters)
     drawn = torch.where(numbers < final[:, None], guesses, drawn)
-    right = (drawn == guesses)[:, :-1].long().cumprod(1).sum(1)                 # how many guesses before the first wrong
+    right = (drawn == guesses)[:, :-1].long().cumprod(1).sum(1)                 # guesses before the first wrong one
     codes.scatter_(1, numbers, drawn)
     final.copy_(first[:, 0] + 1 + right)
 
@@ -160,8 +163,8 @@ def generate(model, cond, mask=None, *, cfg_scale=1.0, cfg_interval=-1, temperat
     mask          (B, c) bool, False where a caption is padded; None for classes
     cfg_scale     classifier-free guidance: logits = uncond + (cond - uncond) * scale; up to 1 there is none
     cfg_interval  -1 guides every code; k >= 0 the first and the k + 1 after it (as the released code counts)
-    seeds         an int in [0, 2^63) for each image, whose codes then do not depend on the batch it is in; None: fresh
-                  ones from torch's own generator
+    seeds         an int for each image, whose codes then do not depend on the batch it is in; they count modulo 2^63.
+                  None: fresh ones from torch's own generator
     window        codes that are computed at once: the same codes in fewer steps, each of which does more
     compiled      torch.compile the step
     progress      show a bar over the T steps
@@ -171,9 +174,11 @@ def generate(model, cond, mask=None, *, cfg_scale=1.0, cfg_interval=-1, temperat
     B, T, c = len(cond), model.config.grid ** 2, model.config.cond_tokens
     if mask is not None and mask.shape[1] != c:
         raise ValueError(f"captions are padded to {mask.shape[1]} positions; here they need all {c}")
-    settings = dict(cfg_scale=cfg_scale, cfg_interval=cfg_interval, temperature=temperature, top_k=top_k, top_p=top_p)
-    seeds = torch.randint(2 ** 63 - 1, (B,)) if seeds is None else torch.tensor(list(seeds), dtype=torch.int64)
-    seeds, window = seeds.to(cond.device), min(window, T - 1)
+    guidance, filters = (cfg_scale, cfg_interval), (temperature, top_k, top_p)
+    if seeds is None:
+        seeds = torch.randint(2 ** 63 - 1, (B,)).tolist()
+    seeds = torch.tensor([seed % 2 ** 63 for seed in seeds], device=cond.device)
+    window = min(window, T - 1)
     guided = cfg_scale > 1
     if guided:   # rows 0 .. B-1 carry the condition, rows B .. 2B-1 none
         cond = torch.cat([cond, model.cls_embedding.uncond(cond)])
@@ -181,18 +186,19 @@ def generate(model, cond, mask=None, *, cfg_scale=1.0, cfg_interval=-1, temperat
     final = torch.ones_like(seeds)
     codes = torch.zeros(B, T, dtype=torch.int64, device=cond.device)
 
-    # Attention reads the whole cache, used or not. So the cache grows in three or four steps: little is read for nothing,
-    # and the shapes that a GPU records rarely change.
+    # Attention reads the whole cache, used or not. So the cache grows in a few steps: little is read for nothing, and
+    # the shapes that a GPU records rarely change.
     most = c + T - 1
     block = max(64, -(-most // 256) * 64)
     cache = model.new_cache(len(cond), min(-(-c // block) * block, most))
     logits = model.extend(model.cls_embedding(cond), 0, cache, mask)
-    codes[:, :1] = choose(logits, torch.zeros_like(codes[:, :1]), seeds, guided, **settings)
+    noise = gumbel_noise(seeds[:, None], codes[:, :1], logits.shape[-1])                 # for code 0
+    codes[:, :1] = draw(guide(logits, codes[:, :1], guided, *guidance), noise, *filters)
 
     run = torch.compile(decode_step, dynamic=False) if compiled else decode_step
 
     def advance():
-        run(model, codes, final, seeds, cache, mask, window, settings)
+        run(model, codes, final, seeds, cache, mask, window, guidance, filters)
 
     step, recorded = advance, False
     least = greatest = 1                                            # codes that are final in every image, in any image
@@ -253,10 +259,13 @@ def pack(model):
 def to_pixels(vq_model, codes, size=None):
     """Codes (B, T) of square images -> uint8 (B, H, W, 3), resized (bicubic, before rounding) to `size` if given."""
     grid = int(codes.shape[1] ** 0.5)
-    images = vq_model.decode(codes.view(-1, grid, grid))
-    if size and size != images.shape[-1]:
-        images = F.interpolate(images, size=(size, size), mode="bicubic")
-    return vq.to_uint8(images)
+    side, pixels = grid * vq_model.config.downsample, []
+    for group in codes.view(-1, grid, grid).split(max(1, 2 ** 20 // side ** 2)):   # a million pixels: 0.5 GB a tensor
+        images = vq_model.decode(group)
+        if size and size != side:
+            images = F.interpolate(images, size=(size, size), mode="bicubic")
+        pixels.append(vq.to_uint8(images))
+    return np.concatenate(pixels)
 
 
 # ---- many images, for metrics ---------------------------------------------------------------------------------------
@@ -283,11 +292,12 @@ def write_npz(path, model, vq_model, num_samples, *, given=None, seed=0, batch_s
     path, parts = Path(path), Path(f"{path}.parts")
     words = given and hashlib.sha256(given[0].float().numpy().tobytes()).hexdigest()
     given = given or [torch.arange(model.config.num_classes)]
+    matters = {name: value for name, value in settings.items() if name not in ("window", "compiled")}
     made_with = json.dumps({"gpt": vq.weights_hash(model), "vq": vq.weights_hash(vq_model), "captions": words,
-                            "seed": seed, "n": num_samples, "size": size, "batch_size": batch_size, **settings})
+                            "seed": seed, "n": num_samples, "size": size, "batch_size": batch_size, **matters})
     parts.mkdir(parents=True, exist_ok=True)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=timedelta(days=30))   # until the slowest is done, however long it takes
     if rank == 0 and not (parts / "settings.json").exists():
         (parts / "settings.json").write_text(made_with)
     if world > 1:
@@ -304,8 +314,8 @@ def write_npz(path, model, vq_model, num_samples, *, given=None, seed=0, batch_s
             pixels = []
             for first in range(s, min(s + CHUNK, num_samples), batch_size):
                 ids = range(first, min(first + batch_size, s + CHUNK, num_samples))
-                some = [x[[i % len(x) for i in ids]].to(device) for x in given]
-                pixels.append(draw(model, vq_model, some, [seed + i for i in ids], size, **settings))
+                batch = [x[[i % len(x) for i in ids]].to(device) for x in given]
+                pixels.append(draw(model, vq_model, batch, [seed + i for i in ids], size, **settings))
                 bar.update(len(ids))
             np.save(parts / f"{s:07d}.tmp.npy", np.concatenate(pixels))
             os.replace(parts / f"{s:07d}.tmp.npy", parts / f"{s:07d}.npy")
@@ -365,15 +375,111 @@ def find_class(text, names):
     raise ValueError(f"class {text!r} {what}" + (f"; close ones: {listed}" if listed else ""))
 
 
-def read_prompts(path):
-    """The lines of a file that are not empty. Raises OSError or ValueError with one sentence."""
+def class_names(model):
+    """Names of a model's classes in label order: its own, ImageNet's if there are 1000, else numbers."""
+    if model.classes:
+        return model.classes
+    return imagenet_classes() if model.config.num_classes == 1000 else [str(i) for i in range(model.config.num_classes)]
+
+
+# ---- the command line -----------------------------------------------------------------------------------------------
+def parse():
+    """The command line: its parser, and the flags."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    # models
+    p.add_argument("--pretrained", choices=[*PAPER_CFG, *TEXT_FILES], help="released weights, by size and pixels")
+    p.add_argument("--vq", help="tokenizer checkpoint")
+    p.add_argument("--gpt", help="GPT checkpoint")
+    p.add_argument("--image-size", type=int, help="pixels a side that a released --gpt file is for (default: 256)")
+    # what to draw
+    p.add_argument("--classes", help="ids or names, separated by commas (default: eight of ImageNet, or the first ten)")
+    p.add_argument("--prompt", action="append", default=[], help="a caption; may be given several times")
+    p.add_argument("--prompts", metavar="FILE", help="captions, one a line")
+    p.add_argument("--t5", help="folder or Hugging Face name of the encoder of captions (default: the one that the GPT "
+                   "was trained with, google/flan-t5-xl for released ones)")
+    p.add_argument("--per-class", type=int, default=1, help="images of each class or caption")
+    p.add_argument("--num-samples", type=int, help="write so many images, balanced over all classes or the given "
+                   "captions, as NPZ")
+    p.add_argument("--out", default="sample.png", help="PNG, or NPZ with --num-samples")
+    p.add_argument("--titles", action=argparse.BooleanOptionalAction, default=True, help="write classes or captions "
+                   "above images")
+    p.add_argument("--resize", type=int, help="pixels a side to resize the images to")
+    # how
+    p.add_argument("--seed", type=int, default=0, help="image i is drawn from seed + i")
+    p.add_argument("--cfg-scale", type=float, help="guidance, 1 is none (default: 4, good to look at; captions: 7.5)")
+    p.add_argument("--cfg-interval", type=int, default=-1, help="guide the first code and this many + 1 more; -1: all")
+    p.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest code (default: 1)")
+    p.add_argument("--top-k", type=int, help="sample from the k likeliest codes, 0 is all (default: 2000; "
+                   "captions: 1000)")
+    p.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest codes that make up p")
+    p.add_argument("--paper", action="store_true", help="the paper's evaluation: top-k 0, and its --cfg-scale for "
+                   "--pretrained (2 for others); give --resize 256 for 384-pixel models")
+    # how fast
+    p.add_argument("--batch-size", type=int, default=32, help="images sampled together")
+    p.add_argument("--window", type=int, default=1, help="codes of an image computed at once: the same picture in "
+                   "fewer steps, each of which does more; faster for few images (default: 1)")
+    p.add_argument("--compile", action="store_true", help="torch.compile a step: for many images on a GPU")
+    p.add_argument("--device", type=data.device, help="cuda or cpu (default: cuda where there is one)")
+    p.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the GPT (default: bfloat16 on GPU)")
+    p.usage = "python sample.py --vq CKPT --gpt CKPT ... (--help lists the flags)"
+    return p, p.parse_args()
+
+
+def main():
+    """Flags, device, models, what to draw, then the images."""
+    parser, args = parse()
+    check_flags(parser, args)
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda":   # under torchrun each process has its own; CUDA graphs belong to the current one
+        device = torch.device("cuda", device.index or int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    on_gpu = device.type == "cuda"
     try:
-        prompts = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError:
-        raise ValueError(f"--prompts {path} is not a text file") from None
-    if not prompts:
-        raise ValueError(f"--prompts {path} has no captions")
-    return prompts
+        size = args.image_size or 256
+        if args.pretrained:
+            args.vq, args.gpt, size = fetch_pretrained(args.pretrained)
+        vq_model = vq.load_vq(args.vq, device)
+        model = gpt.load_gpt(args.gpt, device, grid=size // vq_model.config.downsample)
+        check_pair(model, vq_model, args.gpt, args.vq, args.image_size)
+        titles, given = conditions(args, model, device)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+
+    # Settings that are good to look at differ from those that score best: guidance trades variety for clear pictures.
+    captioned = model.config.caption_dim > 0
+    cfg_scale, top_k = (7.5, 1000) if captioned else (4.0, 2000)
+    if args.paper and not captioned:
+        cfg_scale, top_k = PAPER_CFG.get(args.pretrained, 2.0), 0
+    settings = dict(cfg_scale=cfg_scale if args.cfg_scale is None else args.cfg_scale, cfg_interval=args.cfg_interval,
+                    temperature=args.temperature, top_p=args.top_p, top_k=top_k if args.top_k is None else args.top_k)
+    print(f"{args.gpt}: {', '.join(f'{name} {value}' for name, value in settings.items())}, seed {args.seed}")
+
+    if (args.dtype or ("bfloat16" if on_gpu else "float32")) == "bfloat16":
+        model = model.bfloat16()
+    compiled = args.compile and can_compile(device)
+    if not on_gpu and not compiled:
+        pack(model)
+    settings.update(window=args.window, compiled=compiled)
+
+    if args.num_samples:
+        try:
+            write_npz(args.out, model, vq_model, args.num_samples, given=given if captioned else None, seed=args.seed,
+                      batch_size=args.batch_size, size=args.resize, **settings)
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
+        return
+    rows = [row for row in range(len(titles)) for _ in range(args.per_class)]
+    began, pixels, steps, codes = time.time(), [], 0, 0
+    for first in range(0, len(rows), args.batch_size):
+        batch = [x[rows[first:first + args.batch_size]].to(device) for x in given]
+        seeds, trace = range(args.seed + first, args.seed + first + len(batch[0])), []
+        drawn = generate(model, *batch, seeds=seeds, progress=True, trace=trace, **settings)
+        pixels.append(to_pixels(vq_model, drawn, args.resize))
+        steps, codes = steps + 1 + len(trace), codes + drawn.shape[1]
+    columns = args.per_class if args.per_class > 1 else min(len(rows), 10)
+    data.save_grid(np.concatenate(pixels), args.out, columns, [titles[row] for row in rows] if args.titles else None)
+    print(f"{args.out}: {len(rows)} images, {len(rows) / (time.time() - began):.2f} images/s; {codes} codes one after "
+          f"the other in {steps} steps")
 
 
 def fetch_pretrained(name):
@@ -385,106 +491,77 @@ def fetch_pretrained(name):
     return *(data.pretrained(file, where) for file in files), int(name.split("-")[1])
 
 
-def main():
-    """The command line."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--pretrained", choices=[*PAPER_CFG, *TEXT_FILES], help="released weights, by size and pixels")
-    p.add_argument("--vq", help="tokenizer checkpoint")
-    p.add_argument("--gpt", help="GPT checkpoint")
-    p.add_argument("--image-size", type=int, help="pixels a side that a released --gpt file is for (default: 256)")
-    p.add_argument("--classes", help="ids or names, separated by commas (default: eight of ImageNet, or the first ten)")
-    p.add_argument("--prompt", action="append", default=[], help="a caption; may be given several times")
-    p.add_argument("--prompts", metavar="FILE", help="captions, one a line")
-    p.add_argument("--t5", help="folder or Hugging Face name of the encoder of captions (default: the one that the GPT "
-                   "was trained with, google/flan-t5-xl for released ones)")
-    p.add_argument("--per-class", type=int, default=1, help="images of each class or caption")
-    p.add_argument("--titles", action=argparse.BooleanOptionalAction, default=True, help="write classes or captions "
-                   "above images")
-    p.add_argument("--out", default="sample.png", help="PNG, or NPZ with --num-samples")
-    p.add_argument("--num-samples", type=int, help="write so many images, balanced over all classes or the "
-                   "given captions, as NPZ")
-    p.add_argument("--seed", type=int, default=0, help="image i is drawn from seed + i")
-    p.add_argument("--batch-size", type=int, default=32, help="images sampled together")
-    p.add_argument("--cfg-scale", type=float, help="guidance, 1 is none (default: 4, good to look at; captions: 7.5)")
-    p.add_argument("--cfg-interval", type=int, default=-1, help="guide the first code and this many + 1 more; -1: all")
-    p.add_argument("--temperature", type=float, default=1.0)
-    p.add_argument("--top-k", type=int, help="sample from the k likeliest codes, 0 is all (default: 2000; "
-                   "captions: 1000)")
-    p.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest codes that make up p")
-    p.add_argument("--paper", action="store_true", help="the paper's evaluation: top-k 0, and its --cfg-scale for "
-                   "--pretrained (2 for others); give --resize 256 for 384-pixel models")
-    p.add_argument("--resize", type=int, help="pixels a side to resize the images to")
-    p.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
-    p.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the GPT (default: bfloat16 on GPU)")
-    args = p.parse_args()
-    p.usage = "python sample.py --vq CKPT --gpt CKPT ... (--help lists the flags)"
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    try:
-        if bool(args.pretrained) == bool(args.vq and args.gpt):
-            raise ValueError("give --vq and --gpt, or --pretrained")
-        size = args.image_size or 256
-        if args.pretrained:
-            args.vq, args.gpt, size = fetch_pretrained(args.pretrained)
-        vq_model = vq.load_vq(args.vq, device)
-        model = gpt.load_gpt(args.gpt, device, grid=size // vq_model.config.downsample)
-        check_pair(model, vq_model, args.gpt, args.vq)
-        text = model.config.caption_dim > 0
-        prompts = args.prompt + (read_prompts(args.prompts) if args.prompts else [])
-        if text and (args.classes or not prompts):
+def conditions(args, model, device):
+    """What the flags ask for: titles, one for each class or caption, and [labels] or [features, mask]. Raises OSError
+    or ValueError with one sentence."""
+    prompts = args.prompt + (read_prompts(args.prompts) if args.prompts else [])
+    if model.config.caption_dim:
+        if args.classes or not prompts:
             raise ValueError(f"{args.gpt} draws from captions, not classes: give --prompt \"...\" or --prompts FILE")
-        if prompts and not text:
-            raise ValueError(f"{args.gpt} draws from classes, not captions: give --classes, not --prompt")
-        names = model.classes or (imagenet_classes() if model.config.num_classes == 1000 else
-                                  [str(i) for i in range(model.config.num_classes)])
-        few = [207, 360, 387, 974, 88, 979, 417, 279] if len(names) == 1000 else range(min(10, len(names)))
-        labels = [find_class(c, names) for c in args.classes.split(",")] if args.classes else list(few)
-        if Path(args.out).suffix != (".npz" if args.num_samples else ".png"):
-            raise ValueError(f"--out {args.out}: give a name that ends in {'.npz' if args.num_samples else '.png'}")
-        if args.num_samples and Path(args.out).exists():
-            raise ValueError(f"--out {args.out} exists; delete it or choose another name")
-        for flag, good in (("--temperature", args.temperature >= 0), ("--top-p", 0 < args.top_p <= 1),
-                           ("--top-k", (args.top_k or 0) >= 0), ("--per-class", args.per_class > 0)):
-            if not good:
-                raise ValueError(f"{flag} is out of range")
-        given = captions.encode_captions(prompts, args.t5, device, model) if text else [torch.tensor(labels)]
-    except (OSError, ValueError) as error:
-        p.error(str(error))
-    if (args.dtype or ("bfloat16" if device.type == "cuda" else "float32")) == "bfloat16":
-        model = model.bfloat16()
-    looking = (7.5, 1000) if text else (PAPER_CFG.get(args.pretrained, 2.0), 0) if args.paper else (4.0, 2000)
-    settings = dict(cfg_scale=looking[0] if args.cfg_scale is None else args.cfg_scale, cfg_interval=args.cfg_interval,
-                    temperature=args.temperature, top_p=args.top_p,
-                    top_k=looking[1] if args.top_k is None else args.top_k)
-    print(f"{args.gpt}: {', '.join(f'{k} {v}' for k, v in settings.items())}, seed {args.seed}")
-
-    if args.num_samples:
-        try:
-            write_npz(args.out, model, vq_model, args.num_samples, given=given if text else None, seed=args.seed,
-                      batch_size=args.batch_size, size=args.resize, **settings)
-        except (OSError, ValueError) as error:
-            p.error(str(error))
-        return
-    titles = prompts if text else [names[c].split(",")[0] for c in labels]
-    rows = [row for row in range(len(titles)) for _ in range(args.per_class)]
-    began, pixels = time.time(), []
-    for s in range(0, len(rows), args.batch_size):
-        some = [x[rows[s:s + args.batch_size]].to(device) for x in given]
-        seeds = [args.seed + i for i in range(s, s + len(some[0]))]
-        pixels.append(to_pixels(vq_model, generate(model, *some, seeds=seeds, progress=True, **settings), args.resize))
-    columns = args.per_class if args.per_class > 1 else min(len(rows), 10)
-    data.save_grid(np.concatenate(pixels), args.out, columns, [titles[row] for row in rows] if args.titles else None)
-    print(f"{args.out}: {len(rows)} images, {len(rows) / (time.time() - began):.2f} images/s")
+        return prompts, captions.encode_captions(prompts, args.t5, device, model)
+    if prompts:
+        raise ValueError(f"{args.gpt} draws from classes, not captions: give --classes, not --prompt")
+    names = class_names(model)
+    labels = [207, 360, 387, 974, 88, 979, 417, 279] if len(names) == 1000 else list(range(min(10, len(names))))
+    if args.classes:
+        labels = [find_class(word, names) for word in args.classes.split(",")]
+    return [names[label].split(",")[0] for label in labels], [torch.tensor(labels)]
 
 
-def check_pair(model, vq_model, gpt_path, vq_path):
-    """Raise ValueError unless this GPT was trained on this tokenizer's codes, as far as the files tell."""
+def read_prompts(path):
+    """The lines of a file that are not empty. Raises OSError or ValueError with one sentence."""
+    try:
+        prompts = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError:
+        raise ValueError(f"--prompts {path} is not a text file") from None
+    if not prompts:
+        raise ValueError(f"--prompts {path} has no captions")
+    return prompts
+
+
+def can_compile(device):
+    """Whether torch.compile works here; it needs a compiler and Python's headers, which slim images lack."""
+    try:
+        torch.compile(torch.sin)(torch.zeros(2, device=device))
+    except Exception as error:   # of many kinds
+        print(f"warning: --compile is left out ({str(error).splitlines()[0]})", file=sys.stderr)
+        return False
+    return True
+
+
+def check_flags(parser, args):
+    """Refuse, with one sentence, what can be seen from the flags alone."""
+    data.within(parser, args, image_size=(1, 8192), per_class=(1, 1e6), num_samples=(1, 1e9), resize=(1, 8192),
+                seed=(0, 2 ** 63 - 1), cfg_scale=(0, 1e6), cfg_interval=(-1, 1e9), temperature=(0, 1e6), top_k=(0, 1e9),
+                top_p=(1e-9, 1), batch_size=(1, 2 ** 20), window=(1, 1e6))
+    if bool(args.pretrained) == bool(args.vq and args.gpt):
+        parser.error("give --vq and --gpt, or --pretrained")
+    if args.pretrained and args.image_size:
+        parser.error("--image-size does not go with --pretrained, whose names tell the pixels")
+    if args.num_samples and args.classes:
+        parser.error("--num-samples draws all classes alike; leave out --classes")
+    out, ending = Path(args.out), ".npz" if args.num_samples else ".png"
+    if out.suffix != ending:
+        parser.error(f"--out {out}: give a name that ends in {ending}")
+    if out.is_dir() or args.num_samples and out.exists():
+        parser.error(f"--out {out} exists; delete it or choose another name")
+    try:
+        data.make_folder(out.parent)
+    except OSError as error:
+        parser.error(str(error))
+
+
+def check_pair(model, vq_model, gpt_path, vq_path, image_size=None):
+    """Raise ValueError unless this GPT was trained on this tokenizer's codes, as far as the files tell, and draws
+    images of this size."""
     if model.config.vocab_size != vq_model.config.codebook_size:
         raise ValueError(f"{gpt_path} predicts {model.config.vocab_size:,} codes, but {vq_path} has "
                          f"{vq_model.config.codebook_size:,}; they do not belong together")
     if model.tokenizer and model.tokenizer != vq.weights_hash(vq_model):
         raise ValueError(f"{gpt_path} was trained on codes of another tokenizer than {vq_path}")
+    side = model.config.grid * vq_model.config.downsample
+    if image_size and image_size != side:
+        raise ValueError(f"--image-size {image_size}: with this tokenizer {gpt_path} draws {side} pixels a side")
 
 
 if __name__ == "__main__":

@@ -192,18 +192,20 @@ if __name__ != "__main__":
         def apply(self, logits):
             """(R, 2V) -> the same, in place: 0 for the code that is drawn, -inf for all others."""
             groups = {}   # requests of the same settings are drawn together; most often that is all
-            for row, request in self.requests.items():
-                groups.setdefault(request.settings, []).append(row)
+            for row in sorted(self.requests):
+                groups.setdefault(self.requests[row].settings, []).append(row)
+            codes = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
             for settings, rows in groups.items():
                 requests = [self.requests[row] for row in rows]
                 numbers, seeds, scale, given = (
                     torch.tensor(values).to(logits.device, non_blocking=True) for values in
-                    zip(*((len(r.codes), r.seed, r.scale(), r.given_code()) for r in requests)))          # (r,) each
-                cond, uncond = logits[rows, :self.V].float(), logits[rows, self.V:].float()               # (r, V)
-                guided = torch.where(scale[:, None] > 1, uncond + (cond - uncond) * scale[:, None], cond)
+                    zip(*((len(r.codes), r.seed, r.scale(), r.given_code()) for r in requests)))   # (r,) each
+                rows = slice(None) if len(rows) == len(logits) else rows                           # a view, no copy
+                cond, uncond, scale = logits[rows, :self.V], logits[rows, self.V:], scale[:, None]  # (r, V), (r, 1)
+                guided = torch.where(scale > 1, uncond + (cond - uncond) * scale, cond)
                 drawn = sample.draw(guided, sample.gumbel_noise(seeds, numbers, self.V), *settings)
-                codes = torch.where(given < 0, drawn, given.clamp(max=self.V - 1))
-                logits[rows] = torch.full_like(logits[rows], -torch.inf).scatter_(1, codes[:, None], 0)
+                codes[rows] = torch.where(given < 0, drawn, given.clamp(max=self.V - 1))
+            logits.fill_(-torch.inf).scatter_(1, codes[:, None], 0)
             return logits
 
     class Request:
@@ -434,8 +436,12 @@ def serve(words):
     command.validate(args)
     try:
         command.cmd(args)
-    except OverflowError as error:   # a port
-        raise ValueError(error) from None
+    except OverflowError as error:
+        raise ValueError(f"--port {args.port}: {error}") from None
+    except OSError as error:
+        if error.errno is None:   # a sentence of ours, about the encoder of captions, say
+            raise
+        raise OSError(f"--host {args.host} --port {args.port}: {error.strerror}") from None
     if getattr(args, "engine_died", False):   # images_api.watch
         sys.exit("the engine has stopped; start the server again")
 
@@ -558,7 +564,8 @@ def check_generate(args, info, settings):
     check(**settings)
     check_number("--n", args.n, 1, 1000)
     check_number("--seed", args.seed, 0, 2 ** 62)
-    check_number("--gpu-memory-utilization", args.gpu_memory_utilization or 1, 0, 1)
+    if args.gpu_memory_utilization is not None:
+        check_number("--gpu-memory-utilization", args.gpu_memory_utilization, 0.01, 1)
     check_ranks(info, args.tensor_parallel_size)
     out = Path(args.out)
     if out.suffix != ".png" or out.is_dir():

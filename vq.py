@@ -295,7 +295,7 @@ def weights_hash(model):
     """SHA-256 of a model's parameters; tells which tokenizer made a folder of codes."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
-        digest.update(name.encode() + parameter.detach().cpu().float().numpy().tobytes())
+        digest.update(name.encode() + parameter.detach().to_dense().cpu().float().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -415,7 +415,7 @@ def join(out, parts, images, meta, A):
         if all(part.exists() for part in parts):
             break
         time.sleep(1)
-    states = np.concatenate([np.load(part)["states"] for part in parts])
+    states = np.concatenate([np.load(part, allow_pickle=False)["states"] for part in parts])
     keep, skipped = np.flatnonzero(states == data.DONE), np.flatnonzero(states != data.DONE)
     counts = {why: (states == state).sum() for state, why in data.SKIPPED.items()}
     counts = ", ".join(f"{count:,} {why}" for why, count in counts.items() if count)
@@ -424,7 +424,7 @@ def join(out, parts, images, meta, A):
         raise ValueError(f"none of the {len(images)} images could be used ({counts}); nothing was written")
     codes, start = np.lib.format.open_memmap(out / "codes.npy", "w+", np.uint16, (len(keep), A, meta["codes"])), 0
     for part in parts:
-        rows = np.load(part)["codes"]
+        rows = np.load(part, allow_pickle=False)["codes"]
         codes[start:start + len(rows)] = rows
         start += len(rows)
     codes.flush()

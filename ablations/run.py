@@ -103,7 +103,8 @@ def call(scripts, words, nproc=1):
 def log(run, tokens):
     """The last validation loss of a run, its seconds a step (the median over its log) and its number of parameters."""
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    seconds = [1 / line["img_per_s"] if "img_per_s" in line else tokens / line["codes_per_s"] for line in lines[1:]]
+    seconds = [1 / line["img_per_s"] if "img_per_s" in line else tokens / line["codes_per_s"]
+               for line in lines[1:] or lines]   # the first is of one step, which is slow
     state = data.read_checkpoint(run / "ckpt.pt", mmap=True)
     found = {"seconds": statistics.median(seconds) * state["args"]["batch_size"],
              "parameters": sum(weight.numel() for weight in state["model"].values() if weight.is_floating_point())}

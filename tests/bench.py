@@ -34,7 +34,7 @@ import train_gpt  # noqa: E402
 import vq  # noqa: E402
 
 
-CASES = ["encode", "decode-images", "train", "load", "sample", "serve", "features", "precision-recall"]
+CASES = ["encode", "decode-images", "train", "load", "sample", "window", "serve", "features", "precision-recall"]
 
 
 def seconds(f, device, repeats=5):
@@ -160,18 +160,48 @@ def bench_load(name, roof, batch, steps=50):
 
 
 def bench_decode(name, device, dtype, roof, images):
-    """Guided sampling of 256 codes; one step is two rows an image."""
+    """Guided sampling of 256 codes, as sample.py does it; one step is two rows an image."""
     model = gpt.GPT(gpt.GPT_CONFIGS[name]).to(device, dtype).eval()
-    labels, T = torch.randint(1000, (images,), device=device), 256
+    labels, T, rows = torch.randint(1000, (images,), device=device), 256, 2 * images
+    config = model.config
+    weights = size(model) - size(model.tok_embeddings) - size(model.cls_embedding)
+    cached = rows * 2 * config.n_layer * config.dim * next(model.parameters()).element_size()   # bytes a position
+    work = rows * (2 * T * weights / next(model.parameters()).element_size()
+                   + 4 * config.n_layer * config.dim * T * (T + 1) / 2)
+    sample.pack(model)
 
     def run():
         sample.generate(model, labels, cfg_scale=4.0, top_k=2000)
 
-    weights = size(model) - size(model.tok_embeddings) - size(model.cls_embedding)
-    cache = model.new_cache(2 * images)
-    n_bytes = T * weights + (T + 1) / 2 * cache.numel() * cache.element_size()
-    report("decode", flops(run), seconds(run, device, 1), images, n_bytes, roof, "images/s", model=name, images=images,
-           cache_MB=round(cache.numel() * cache.element_size() / 1e6))
+    n_bytes = T * weights + T * (T + 1) / 2 * cached
+    report("decode", work, seconds(run, device, 1), images, n_bytes, roof, "images/s", model=name, images=images,
+           cache_MB=round(T * cached / 1e6))
+
+
+def bench_window(path, device, dtype):
+    """Guided sampling from a trained model, one image and eight, with windows of codes that are computed at once: the
+    codes are the same, the steps fewer."""
+    if not path:
+        return print(json.dumps({"case": "window", "skipped": "give --gpt CKPT, a trained model"}))
+    model = sample.pack(gpt.load_gpt(path, device).to(dtype))
+    for images in (1, 8):
+        labels = torch.arange(images, device=device) % model.config.num_classes
+        for window in (1, 4, 8, 16, 32):
+            traces = []
+
+            def run():
+                traces.append([])
+                return sample.generate(model, labels, seeds=range(images), cfg_scale=2.0, temperature=0.8,
+                                       window=window, trace=traces[-1])
+
+            time_s = seconds(run, device, 3)
+            codes = traces[-1][-1][1]
+            if window == 1:
+                plain_s, plain = time_s, codes
+            same = (codes == plain).float().mean().item()
+            print(json.dumps({"case": "window", "images": images, "window": window, "codes": model.config.grid ** 2,
+                              "steps": 1 + len(traces[-1]), "s": round(time_s, 3), "same_codes": round(same, 4),
+                              "faster": round(plain_s / time_s, 2)}), flush=True)
 
 
 def bench_serve(name, device, dtype, images, requests=64):
@@ -265,6 +295,7 @@ def main():
     p.add_argument("cases", nargs="*", default=CASES, metavar="CASE", help=f"{', '.join(CASES)} (default: all)")
     p.add_argument("--model", default="B", choices=gpt.GPT_CONFIGS, help="GPT size for train, load and sample")
     p.add_argument("--batch", type=int, help="images in a batch")
+    p.add_argument("--gpt", metavar="CKPT", help="trained model for window")
     p.add_argument("--compile", action="store_true", help="torch.compile the training step")
     args = p.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -287,6 +318,8 @@ def main():
         elif case == "sample":
             for images in [args.batch] if args.batch else [8, 32]:
                 bench_decode(args.model, device, dtype, roof, images)
+        elif case == "window":
+            bench_window(args.gpt, device, dtype)
         elif case == "serve":
             bench_serve(args.model, device, dtype, args.batch or 8)
         elif case == "features":

@@ -198,12 +198,12 @@ def ablate(*words):
 
 
 def test_a_finished_run_is_not_repeated(small, tmp_path):
-    words = ["qk_norm", "--codes", small / "codes", "--steps", 2, "--seeds", 1, "--out", tmp_path / "out", "--results",
-             tmp_path / "results.json"]
+    words = ["averaged_weights", "--codes", small / "codes", "--steps", 2, "--seeds", 1, "--out", tmp_path / "out",
+             "--results", tmp_path / "results.json"]
     code, text = ablate(*words)
-    assert code == 0 and text.count("> train_gpt.py") == 2, text
+    assert code == 0 and text.count("> train_gpt.py") == 3, text          # the third measures the averaged weights
     rows = json.loads((tmp_path / "results.json").read_text())
-    assert [row["ablation"] for row in rows] == ["baseline", "qk_norm"]
+    assert [row["ablation"] for row in rows] == ["baseline", "averaged_weights"]
     assert all(row["val_loss"] > 0 and row["seconds"] > 0 for row in rows)
     code, text = ablate(*words)
     assert code == 0 and "> train_gpt.py" not in text

@@ -110,7 +110,7 @@ def picture(class_id, seed):
 
 
 def same(a, b):
-    """Equal pixels, but for rounding: what is decoded together, and on how many threads, moves the last bits of sums."""
+    """Equal pixels, but for rounding: what is decoded together, and on how many threads, moves the last bits."""
     return a.shape == b.shape and np.abs(a.astype(int) - b.astype(int)).max() <= 1
 
 
@@ -1132,6 +1132,9 @@ def test_the_command_serves_captions(tmp_path):
         for thread in threads:
             thread.join(30)
         assert error_of(post(server, {"prompt": "<br>"}), 400)["param"] == "prompt"
+    process = command("serve", folder, "--t5", tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2 and "cannot be loaded" in errors.splitlines()[-1], errors
     drawn = {a.json()["data"][0]["revised_prompt"]: pixels(a.json()["data"][0]["b64_json"]) for a in answers}
     for caption, right in zip(prompts, sample.to_pixels(small_tokenizer(), codes)):
         assert same(drawn[caption], right), caption
@@ -1139,12 +1142,15 @@ def test_the_command_serves_captions(tmp_path):
 
 @pytest.mark.parametrize("flags, sentence", [
     (["missing"], "missing is no folder written by serve_vllm.py export"),
-    (["EXPORTED", "--port", "TAKEN"], "Address already in use"),
-    (["EXPORTED", "--port", "70000"], "port must be 0-65535"),
+    ([], "give the folder that export wrote"),
+    (["EXPORTED", "--port", "TAKEN"], "--host 127.0.0.1 --port TAKEN: Address already in use"),
+    (["EXPORTED", "--port", "70000"], "--port 70000: bind(): port must be 0-65535"),
+    (["EXPORTED", "--tensor-parallel-size", "4"], "--tensor-parallel-size 4 does not divide the 2 heads"),
 ])
 def test_what_cannot_be_served_is_told_in_one_sentence(exported, flags, sentence):
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        flags = [{"EXPORTED": exported, "TAKEN": taken.getsockname()[1]}.get(f, f) for f in flags]
+        port = str(taken.getsockname()[1])
+        flags = [{"EXPORTED": exported, "TAKEN": port}.get(f, f) for f in flags]
         process = command("serve", *flags, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         _, errors = process.communicate(timeout=60)
-    assert process.returncode == 2 and sentence in errors and "Traceback" not in errors
+    assert process.returncode == 2 and sentence.replace("TAKEN", port) in errors and "Traceback" not in errors

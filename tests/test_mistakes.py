@@ -13,6 +13,7 @@ from conftest import ROOT
 import captions
 import evaluate
 import gpt
+import sample
 import vq
 
 sys.path.insert(0, str(ROOT / "ablations"))
@@ -26,20 +27,25 @@ COMMANDS = {
     "recon": (evaluate, "recon --vq vq.pt --data shapes:4 --inception gone.pth"),
     "clip": (evaluate, "clip --prompts prompts.txt --samples a.npz --clip gone.pth"),
     "captions": (captions, "encode --codes codes --t5 words"),
+    "sample": (sample, "--vq vq.pt --gpt gpt.pt --image-size 256 --out a.png"),   # drawn are 16 pixels: said last
     "sweep": (sweep, "--vq vq.pt --gpt gpt.pt --ref a.npz --inception gone.pth"),
 }
 NONSENSE = ["0", "-1", "nan", "1.5e300", "9" * 30, "many", ""]
 NUMBERS = [   # command, flag, which of NONSENSE mean something
     ("compare", "--size", []), ("compare", "--batch-size", []), ("stats", "--keep", []), ("stats", "--size", []),
     ("recon", "--image-size", []), ("recon", "--eval-size", []), ("recon", "--batch-size", []), ("clip", "--size", []),
-    ("captions", "--batch-size", []), ("sweep", "--cfg-scale", ["0"]), ("sweep", "--top-k", ["0"]),
+    ("captions", "--batch-size", []), ("sample", "--image-size", []), ("sample", "--per-class", []),
+    ("sample", "--num-samples", []), ("sample", "--resize", []), ("sample", "--seed", ["0"]),
+    ("sample", "--cfg-scale", ["0"]), ("sample", "--cfg-interval", ["0", "-1"]), ("sample", "--temperature", ["0"]),
+    ("sample", "--top-k", ["0"]), ("sample", "--top-p", []), ("sample", "--batch-size", []), ("sample", "--window", []),
+    ("sweep", "--cfg-scale", ["0"]), ("sweep", "--top-k", ["0"]),
     ("sweep", "--num-samples", []), ("sweep", "--seed", ["0"]), ("sweep", "--image-size", []), ("sweep", "--size", []),
     ("sweep", "--batch-size", []),
 ]
 READ = [("compare", "--inception"), ("recon", "--vq"), ("recon", "--data"), ("clip", "--prompts"), ("clip", "--samples"),
-        ("captions", "--codes"), ("sweep", "--vq"), ("sweep", "--gpt"), ("sweep", "--ref")]
+        ("captions", "--codes"), ("sample", "--vq"), ("sample", "--gpt"), ("sweep", "--vq"), ("sweep", "--gpt"), ("sweep", "--ref")]
 WRITTEN = [("compare", "--json"), ("stats", "--out"), ("recon", "--out"), ("recon", "--json"), ("clip", "--json"),
-           ("sweep", "--out")]
+           ("sample", "--out"), ("sweep", "--out")]
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@ import math
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -119,6 +120,92 @@ def test_guidance_scale_one_is_no_guidance():
     assert not torch.equal(plain, sample.generate(model, labels, cfg_scale=3.0, seeds=[0, 1]))
 
 
+# ---- decoding: whatever is computed at once, the codes are those of one full forward pass a code ---------------------
+SETTINGS = [dict(), dict(cfg_scale=3.0), dict(cfg_scale=3.0, cfg_interval=30), dict(cfg_scale=2.0, temperature=0.0)]
+
+
+@torch.no_grad()
+def plainly(model, cond, mask=None, *, seeds, cfg_scale=1.0, cfg_interval=-1, **filters):
+    """What generate promises, without a cache."""
+    codes, none = torch.zeros(len(cond), 0, dtype=torch.int64), model.cls_embedding.uncond(cond)
+    for i in range(model.config.grid ** 2):
+        logits = model(codes, cond, mask)[:, -1]
+        if cfg_scale > 1 and not 0 <= cfg_interval < i - 1:
+            without = model(codes, none, mask)[:, -1]
+            logits = without + (logits - without) * cfg_scale
+        noise = sample.gumbel_noise(torch.tensor(seeds), torch.tensor(i), logits.shape[-1])
+        codes = torch.cat([codes, sample.draw(logits, noise, **{"top_k": 20, **filters})[:, None]], 1)
+    return codes
+
+
+def captions_for(model, lengths):
+    """Features and mask of captions of so many tokens."""
+    features = torch.randn(len(lengths), model.config.cond_tokens, model.config.caption_dim)
+    mask = torch.arange(model.config.cond_tokens) >= model.config.cond_tokens - torch.tensor(lengths)[:, None]
+    return features * mask[..., None], mask
+
+
+@pytest.mark.parametrize("config", [replace(TINY, grid=9, dim=128, n_head=2), replace(TINY, grid=9, dim=200, n_head=2),
+                                    replace(TINY, grid=8, num_classes=0, cond_tokens=20, caption_dim=7)],
+                         ids=["heads of 64", "heads of 100", "captions"])
+def test_steps_and_windows_give_the_codes_of_full_forward_passes(config):
+    """With a cache that grows once, guidance that ends half-way, rows that are not equally far, and windows that are
+    longer than what is left."""
+    model = random_model(config)
+    given = captions_for(model, [3, 20, 11]) if config.caption_dim else [torch.tensor([0, 3, 3])]
+    for settings in SETTINGS:
+        right = plainly(model, *given, seeds=[7, 8, 9], **settings)
+        for window in (1, 5, 100):
+            trace, how = [], {"top_k": 20, **settings}
+            codes = sample.generate(model, *given, seeds=[7, 8, 9], window=window, trace=trace, **how)
+            assert torch.equal(codes, right), (settings, window)
+            assert len(trace) == config.grid ** 2 - 1 if window == 1 else len(trace) < config.grid ** 2 - 1
+            assert torch.equal(trace[-1][0], torch.full((3,), config.grid ** 2))
+    assert model.new_cache(1)[0].shape[-1] % 8 == 0
+
+
+def test_a_window_follows_from_the_seed_whatever_the_batch():
+    model, settings = random_model(replace(TINY, grid=8)), dict(cfg_scale=3.0, top_k=20, window=6)
+    together = sample.generate(model, torch.tensor([0, 1, 2]), seeds=[7, 8, 9], **settings)
+    assert torch.equal(together[1:2], sample.generate(model, torch.tensor([1]), seeds=[8], **settings))
+
+
+def test_packed_layers_draw_the_same_and_replace_the_plain_ones():
+    model, plain = random_model(), random_model()
+    sample.pack(model)
+    assert not any(isinstance(module, torch.nn.Linear) for module in model.modules())
+    assert vq.weights_hash(model) == vq.weights_hash(plain)       # so that interrupted samples still know their model
+    labels = torch.arange(5)
+    for window in (1, 3):
+        settings = dict(cfg_scale=3.0, top_k=20, seeds=range(5), window=window)
+        assert torch.equal(sample.generate(model, labels, **settings), sample.generate(plain, labels, **settings))
+
+
+def test_what_cannot_be_packed_or_recorded_is_run_as_it_is(monkeypatch, capsys):
+    def missing(*_):
+        raise NotImplementedError("no such operator")
+
+    monkeypatch.setattr(sample, "PackedLinear", missing)
+    assert isinstance(sample.pack(random_model()).output, torch.nn.Linear)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph", missing)
+    assert sample.record(missing) is missing
+    assert "not recorded as a CUDA graph (no such operator)" in capsys.readouterr().err
+
+
+def test_pictures_are_decoded_a_few_at_a_time_in_order():
+    """40 images of 256 pixels: three groups, or the decoder's tensors of a large batch would not fit into a GPU."""
+    groups = []
+
+    def decode(codes):
+        groups.append(len(codes))
+        return (codes[:, :1, :1] / 255 * 2 - 1)[:, None].expand(-1, 3, 256, 256).float()
+
+    tokenizer = SimpleNamespace(config=SimpleNamespace(downsample=16), decode=decode)
+    pixels = sample.to_pixels(tokenizer, torch.arange(40)[:, None].expand(40, 256))
+    assert groups == [16, 16, 8] and pixels[:, 0, 0, 0].tolist() == list(range(40))
+
+
 def test_class_names_are_found_or_explained():
     names = sample.imagenet_classes()
     assert len(names) == 1000
@@ -168,7 +255,10 @@ def test_a_grid_of_classes_is_drawn(pair, tmp_path):
     (["--vq", "GPT"], "is not a tokenizer checkpoint"),
     (["--out", "a.jpg"], "give a name that ends in .png"),
     (["--pretrained", "B-256"], "give --vq and --gpt, or --pretrained"),
-    (["--top-p", "0"], "--top-p is out of range"),
+    (["--image-size", "256"], "draws 16 pixels a side"),
+    (["--num-samples", "5", "--classes", "1", "--out", "a.npz"], "leave out --classes"),
+    (["--window", "0"], "--window 0 is not between 1 and"),
+    (["--seed", str(2 ** 63)], "--seed 9223372036854775808 is not between 0 and"),
 ])
 def test_a_mistake_gets_one_sentence(pair, flags, sentence):
     flags = [str(pair / "gpt.pt") if f == "GPT" else f for f in flags]
