@@ -561,8 +561,7 @@ def check_pair(model, vq_model, gpt_path, vq_path, image_size=None):
                          f"{vq_model.config.codebook_size:,}; they do not belong together")
     if model.tokenizer and model.tokenizer != vq.weights_hash(vq_model):
         raise ValueError(f"{gpt_path} was trained on codes of another tokenizer than {vq_path}")
-    side = model.config.grid * vq_model.config.downsample
-    if image_size and image_size != side:
+    if image_size and image_size != (side := model.config.grid * vq_model.config.downsample):
         raise ValueError(f"--image-size {image_size}: with this tokenizer {gpt_path} draws {side} pixels a side")
 
 
