@@ -418,9 +418,9 @@ def make_folder(path, flag="--out"):
 # ---- mistakes in flags ----------------------------------------------------------------------------------------------
 def within(parser, args, **limits):
     """Refuse the first flag that is out of its range: within(parser, args, batch_size=(1, 1e6)). A flag that was not
-    given (None) passes; nan does not, and of several numbers all must fit."""
+    given, or that this command does not have, passes; nan does not, and of several numbers all must fit."""
     for name, (low, high) in limits.items():
-        value = getattr(args, name)
+        value = getattr(args, name, None)
         for number in value if isinstance(value, list) else [value]:
             if number is not None and not low <= number <= high:
                 parser.error(f"--{name.replace('_', '-')} {number} is not between {low:,} and {high:,}")

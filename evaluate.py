@@ -30,7 +30,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from tqdm import tqdm
 
 import captions
 import data
@@ -217,61 +216,49 @@ def code_usage(codes, V, queue=65_536):
 
 # ---- sets of images -------------------------------------------------------------------------------------------------
 STATISTICS = {"mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023)}
-# Images, wherever they are: read(indices) yields uint8 (H, W, 3) in that order and keeps none; sha256 is of the file or
-# of a folder's file names and sizes; stored are the statistics that a reference brings, `of` says of which images.
+# Images, wherever they are: read(indices) gives as many uint8 (H, W, 3) and keeps none; sha256 is of the file or of a
+# folder's file names and sizes; stored are the statistics that a reference brings, `of` says of which images.
 ImageSet = namedtuple("ImageSet", "path count shape read sha256 stored labels of", defaults=({}, None, ""))
 
 
-def chunks(items, size):
-    """Lists of `size` consecutive items; the last may be shorter."""
-    items = iter(items)
-    while part := list(itertools.islice(items, size)):
-        yield part
-
-
-def in_parallel(function, items):
-    """map() on threads, in order, with at most 256 results waiting."""
-    with ThreadPoolExecutor() as pool:
-        for part in chunks(items, 256):
-            yield from pool.map(function, part)
-
-
-def open_npz(path, expected=STATISTICS):
+def open_npz(path):
     """An ADM batch: arr_0 uint8 (N, H, W, 3), perhaps statistics. Images are read one by one from within the file."""
     try:
         with np.load(path, allow_pickle=False) as file:
             if "arr_0" not in file.files:
                 raise LookupError(f"it holds {', '.join(file.files) or 'nothing'}, but no images under arr_0")
-            extra = {k: file[k] for k in (*expected, "labels", "of") if k in file.files}
-            with file.zip.open("arr_0.npy") as member:
-                header = f"read_array_header_{np.lib.format.read_magic(member)[0]}_0"
-                shape, fortran, dtype = getattr(np.lib.format, header)(member)
-                start, size = member.tell(), int(np.prod(shape[1:]))
+            extra = {k: file[k] for k in (*STATISTICS, "labels", "of") if k in file.files}
+        member = zipfile.ZipFile(path).open("arr_0.npy")
+        np.lib.format.read_magic(member)
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
     except OSError:
         raise
     except Exception as error:   # whatever a truncated or pickled file makes NumPy stumble over
         raise ValueError(f"{path} is damaged, or no NPZ of plain arrays: {error}") from None
     if dtype != np.uint8 or shape[3:] != (3,) or 0 in shape or fortran:
         raise ValueError(f"arr_0 of {path} is {dtype} {shape}; it must be uint8 (N, H, W, 3), RGB from 0 to 255")
-    stored = {k: extra.get(k, np.empty(0)) for k in expected if "mu" in extra}   # ADM's rule: mu stands for all four
-    if wrong := [f"{k} is {stored[k].shape}, not {expected[k]}" for k in stored if stored[k].shape != expected[k]]:
-        raise ValueError(f"statistics in {path} are of another network: {', '.join(wrong)}")
+    stored = {k: extra.get(k, np.empty(0)) for k in STATISTICS if "mu" in extra}   # ADM's rule: mu stands for all four
+    for k, array in stored.items():
+        if array.shape != STATISTICS[k]:
+            raise ValueError(f"statistics in {path} are of another network: {k} is {array.shape}, not {STATISTICS[k]}")
+    start, n_bytes = member.tell(), int(np.prod(shape[1:]))
 
     def read(indices):
+        images = []
         try:
-            with zipfile.ZipFile(path) as file, file.open("arr_0.npy") as member:
-                for i in indices:
-                    member.seek(start + i * size)
-                    yield np.frombuffer(member.read(size), np.uint8).reshape(shape[1:])
+            for i in indices:
+                member.seek(start + i * n_bytes)
+                images.append(np.frombuffer(member.read(n_bytes), np.uint8).reshape(shape[1:]))
         except Exception as error:
             raise ValueError(f"{path} is damaged: image {i} of {shape[0]:,} cannot be read ({error})") from None
+        return images
     return ImageSet(path, shape[0], shape[1:], read, data.file_hash(path), stored, extra.get("labels"),
                     str(extra.get("of", "unknown images")))
 
 
 def open_set(path, tokenizer=None, size=None, device="cpu"):
-    """The ImageSet at a path: an NPZ; a codes folder, decoded on the fly by `tokenizer`, a checkpoint's path (the first
-    crop of each image); or all images below a folder by name. Decoded images are resized to `size` pixels, files
+    """The ImageSet at a path: an NPZ; a folder of codes, the first crop of each image, decoded by `tokenizer`, a
+    checkpoint's path; or all images below a folder by name. Decoded images are resized to `size` pixels, files
     centre-cropped. Raises OSError or ValueError with one sentence."""
     path = Path(path)
     if not path.exists():
@@ -284,11 +271,10 @@ def open_set(path, tokenizer=None, size=None, device="cpu"):
         if not model or vq.weights_hash(model) != meta["tokenizer"]:
             raise ValueError(f"{path} holds codes; --vq CKPT must name the tokenizer that made them")
 
-        def read(indices):
-            for part in chunks(indices, 16):
-                yield from sample.to_pixels(model, torch.from_numpy(codes[part, 0].astype(np.int64)).to(device), size)
+        def decode(indices):
+            return sample.to_pixels(model, torch.from_numpy(codes[indices, 0].astype(np.int64)).to(device), size)
         sha256 = data.file_hash(path / "codes.npy")
-        return ImageSet(path, len(codes), next(read([0])).shape, read, sha256, labels=labels)
+        return ImageSet(path, len(codes), decode([0]).shape[1:], decode, sha256, labels=labels)
     files = data.list_images(path)
     if not files:
         raise ValueError(f"{path} holds no images")
@@ -300,13 +286,20 @@ def open_set(path, tokenizer=None, size=None, device="cpu"):
     return ImageSet(path, len(files), load(0).shape, partial(in_parallel, load), hashlib.sha256(names).hexdigest())
 
 
-def over_all(count, read, function, what, batch_size):
-    """function(batch) -> tensors, for all images that read(indices) yields, joined to arrays (count, ...) on process 0;
-    None on others. Under torchrun each process takes a contiguous part. Nothing but the results grows with count."""
+def in_parallel(function, items):
+    """[function(item) for each item], on threads."""
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(function, items))
+
+
+def over_all(count, function, what, batch_size):
+    """function(indices of a batch) -> tensors, for all images, joined to arrays (count, ...) on process 0; None on
+    others. Under torchrun each process takes a contiguous part. Nothing but the results grows with count."""
     mine = range(count * RANK // WORLD, count * (RANK + 1) // WORLD)
     results = []
-    with tqdm(total=len(mine), desc=what, unit=" images", disable=RANK > 0) as bar:
-        for batch in chunks(read(mine), batch_size):
+    with data.progress(len(mine), what, RANK) as bar:
+        for i in range(0, len(mine), batch_size):
+            batch = mine[i:i + batch_size]
             results.append([x.cpu().numpy() for x in function(batch)])
             bar.update(len(batch))
     part = [np.concatenate(arrays) for arrays in zip(*results)]        # [] where there are more processes than images
@@ -320,11 +313,12 @@ def over_all(count, read, function, what, batch_size):
 def measure(images, net, batch_size):
     """An ImageSet as {"pool": features (N, 2048), "mu", "sigma", "mu_s", "sigma_s": its statistics, the stored ones if
     there are any} on process 0; None on others."""
-    def features(batch):
+    def features(indices):
+        batch = images.read(indices)
         if wrong := [image.shape for image in batch if image.shape != images.shape]:
             raise ValueError(f"{images.path} mixes images of {images.shape} and {wrong[0]}; --size N crops all of them")
         return inception(net, torch.from_numpy(np.stack(batch)).to(net["fc.weight"].device))
-    arrays = over_all(images.count, images.read, features, f"features of {images.path.name}", batch_size)
+    arrays = over_all(images.count, features, f"features of {images.path.name}", batch_size)
     if RANK == 0:
         pool, spatial = arrays
         return {"pool": pool, **(images.stored or dict(zip(STATISTICS, statistics(pool) + statistics(spatial))))}
@@ -404,7 +398,7 @@ def stats(args):
     if RANK:
         return
     keep = np.linspace(0, images.count - 1, min(args.keep, images.count)).round().astype(int).tolist()   # evenly spread
-    pixels = np.stack(list(images.read(keep)))                         # 10,000 of 256 pixels are 2 GB
+    pixels = np.stack(images.read(keep))                               # 10,000 of 256 pixels are 2 GB
     with open(f"{args.out}.tmp", "wb") as file:
         np.savez(file, arr_0=pixels, of=describe(images), **{k: measured[k] for k in STATISTICS})
     os.replace(f"{args.out}.tmp", args.out)
@@ -412,7 +406,7 @@ def stats(args):
 
 
 def recon(args):
-    """rFID, PSNR, SSIM, codebook usage and perplexity of a tokenizer, and a picture of the extremes.
+    """rFID, PSNR, SSIM, codebook usage and perplexity of a tokenizer, and a picture of good and bad cases.
 
     The reference of rFID is the same images, centre-cropped. SSIM takes a range of 2 for images in 0..1, because
     LlamaGen's code does so and its published values need it; SSIM_standard is the original definition."""
@@ -427,20 +421,22 @@ def recon(args):
         image = images.load(i)
         return vq.to_tensor(data.center_crop(image, size)), torch.from_numpy(np.array(data.center_crop(image, final)))
 
-    def reconstruct(batch):   # -> originals and results in 0..1 (B, 3, H, W), both as uint8 (B, H, W, 3), codes
-        x, truth = (torch.stack(t).to(args.device) for t in zip(*batch))
+    def reconstruct(indices):   # -> originals, results: uint8 (B, H, W, 3); qualities (B, 3); codes (B, T)
+        x, truth = (torch.stack(tensors).to(args.device) for tensors in zip(*in_parallel(load, indices)))
         codes = model.encode(x)
-        both = torch.cat([x, model.decode(codes)])
-        x, y = (both if final == size else F.interpolate(both, (final, final), mode="bicubic")).chunk(2)
+        y = model.decode(codes)
+        if final != size:
+            x, y = (F.interpolate(z, (final, final), mode="bicubic") for z in (x, y))
         result = torch.from_numpy(vq.to_uint8(y)).to(args.device)
-        return (x + 1) / 2, result.permute(0, 3, 1, 2) / 255, truth, result, codes
-
-    def judge(batch):
-        x, y, truth, result, codes = reconstruct(batch)
+        x, y = (x + 1) / 2, result.permute(0, 3, 1, 2) / 255           # y is rounded as a file would be, x is not
         quality = psnr(x, y), ssim(x, y, 2.0).mean((1, 2, 3)), ssim(x, y, 1.0, gaussian=True).mean((1, 2, 3))
-        return inception(net, truth)[0], inception(net, result)[0], torch.stack(quality, 1), codes.flatten(1)
+        return truth, result, torch.stack(quality, 1), codes.flatten(1)
+
+    def judge(indices):
+        truth, result, quality, codes = reconstruct(indices)
+        return inception(net, truth)[0], inception(net, result)[0], quality, codes
     N = len(images)
-    arrays = over_all(N, partial(in_parallel, load), judge, "reconstructing", args.batch_size)
+    arrays = over_all(N, judge, "reconstructing", args.batch_size)
     if RANK:
         return
     real, rebuilt, quality, codes = arrays
@@ -448,17 +444,15 @@ def recon(args):
                **dict(zip(("PSNR", "SSIM", "SSIM_standard"), quality.mean(0).tolist())),
                **code_usage(codes, model.config.codebook_size)}
 
-    order = np.argsort(-quality[:, 0]).tolist()                        # by PSNR, the best first
-    columns = min(4, N)
-    middle, last = (N - columns) // 2, N - columns
-    shown = [*order[:columns], *order[middle:middle + columns], *order[last:]]
+    by_psnr = np.argsort(-quality[:, 0])
+    shown = by_psnr[np.linspace(0, N - 1, min(12, N)).astype(int)].tolist()   # evenly spread, the worst one included
     titles = [f"{quality[i, 0]:.1f} dB, SSIM {quality[i, 1]:.3f}" for i in shown]
-    _, _, truth, result, _ = reconstruct([load(i) for i in shown])
-    data.save_grid(torch.cat([truth, result], 2).cpu().numpy(), args.out, columns, titles)
+    truth, result, _, _ = reconstruct(shown)
+    data.save_grid(torch.cat([truth, result], 2).cpu().numpy(), args.out, min(4, N), titles)
     warnings = [f"only {N:,} images: the paper has ImageNet's 50,000 of validation"] if N < 50_000 else []
     report(args.json, metrics, warnings, images=N, data=args.data, image_size=size, eval_size=final,
            inception=net["sha256"], tokenizer=data.file_hash(args.vq))
-    print(f"{args.out}: originals, each with its reconstruction on the right: best, middle and worst by PSNR")
+    print(f"{args.out}: originals, each with its reconstruction on the right, from the best PSNR to the worst")
 
 
 def clip(args):
@@ -477,39 +471,36 @@ def clip(args):
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)   # of the images that CLIP was trained on
     std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
 
-    def read(indices):
-        return zip(images.read(indices), (args.prefix + prompts[lines[i]] for i in indices))
-
-    def judge(batch):
-        crops = [ImageOps.fit(Image.fromarray(x), (side, side), Image.BICUBIC) for x, _ in batch]
+    @torch.inference_mode()
+    def judge(indices):
+        crops = [ImageOps.fit(Image.fromarray(x), (side, side), Image.BICUBIC) for x in images.read(indices)]
         pixels = (torch.stack([vq.to_tensor(crop) for crop in crops]) + 1) / 2
-        words = tokenizer([text for _, text in batch], padding=True, truncation=True, max_length=longest,
-                          return_tensors="pt")
-        with torch.inference_mode():
-            out = model(**words.to(args.device), pixel_values=((pixels - mean) / std).to(args.device))
-        return [100 * F.cosine_similarity(out.image_embeds, out.text_embeds)[:, None]]
-    scores = over_all(images.count, read, judge, "CLIP", args.batch_size)
+        words = tokenizer([args.prefix + prompts[lines[i]] for i in indices], padding=True, truncation=True,
+                          max_length=longest, return_tensors="pt")
+        out = model(**words.to(args.device), pixel_values=((pixels - mean) / std).to(args.device))
+        return [100 * F.cosine_similarity(out.image_embeds, out.text_embeds)]
+    scores = over_all(images.count, judge, "CLIP", args.batch_size)
     if RANK == 0:
         report(args.json, {"CLIP score": scores[0].mean().item()}, [], clip=args.clip, prefix=args.prefix,
                samples=images.sha256, prompts=data.file_hash(args.prompts))
 
 
-def main():
-    """The command line; without a command, it is `compare`."""
+def parse():
+    """The parser, and the flags of a command; without a command, it is `compare`."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     images = dict(help="NPZ, folder of images, or codes folder (with --vq)")
     flags = {
         "REF": images, "SAMPLES": images, "IMAGES": images,
         "--vq": dict(metavar="CKPT", help="tokenizer checkpoint"),
-        "--data": dict(metavar="DIR", help="folder of class folders, or shapes:N"),
+        "--data": dict(required=True, metavar="DIR", help="folder of class folders, or shapes:N"),
         "--out": dict(help="what to write (default: %(default)s)"),
         "--size": dict(type=int, help="crop images of folders, resize decoded or sampled ones: pixels a side"),
         "--image-size": dict(type=int, help="pixels a side that the model works at (default: as it was trained)"),
         "--eval-size": dict(type=int, help="pixels a side to measure at (default: --image-size)"),
         "--keep": dict(type=int, default=10_000, help="images to store for precision and recall (default: 10000)"),
         "--pr-half": dict(action="store_true", help="precision and recall in float16, as in published tables"),
-        "--prompts": dict(metavar="FILE", help="captions, one a line"),
-        "--samples": dict(help="NPZ of sample.py --prompts, or a folder of images sorted as the captions"),
+        "--prompts": dict(required=True, metavar="FILE", help="captions, one a line"),
+        "--samples": dict(required=True, help="NPZ of sample.py --prompts, or a folder sorted as the captions"),
         "--clip": dict(default="openai/clip-vit-base-patch32", help="CLIP's folder or name (default: %(default)s)"),
         "--prefix": dict(default="A photo depicts ", help="put before each caption (default: '%(default)s')"),
         "--json": dict(metavar="FILE", help="write the numbers with all that a repetition needs"),
@@ -521,41 +512,44 @@ def main():
     for run, out, names in (
             (compare, None, "REF SAMPLES --vq --size --pr-half --json --inception"),
             (stats, "ref.npz", "IMAGES --out --size --keep --vq --inception"),
-            (recon, "recon.png", "--vq! --data! --out --image-size --eval-size --json --inception"),
-            (clip, None, "--prompts! --samples! --clip --prefix --size --json")):
+            (recon, "recon.png", "--vq --data --out --image-size --eval-size --json --inception"),
+            (clip, None, "--prompts --samples --clip --prefix --size --json")):
         command = commands.add_parser(run.__name__, help=run.__doc__.splitlines()[0])
         command.set_defaults(run=run, out=out)
         for name in f"{names} --batch-size --device".split():
-            must = {"required": True} if name.endswith("!") else {}
-            command.add_argument(name.rstrip("!"), **flags[name.rstrip("!")], **must)
+            command.add_argument(name, **flags[name])
     words = sys.argv[1:]
     args = p.parse_args(words if words and words[0] in (*commands.choices, "-h", "--help") else ["compare", *words])
     p.usage = "python evaluate.py [stats|recon|clip] ... (--help lists the flags)"
-    if args.device == "cuda":
-        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    return p, args
+
+
+def main():
+    """Flags, devices, then the command."""
+    parser, args = parse()
     try:
-        check(p, args)
+        check(parser, args)
         if WORLD > 1:   # they speak once, at the end: the fastest waits for the slowest, beyond gloo's half hour
             dist.init_process_group("gloo", timeout=timedelta(days=7))
         args.run(args)
     except (OSError, ValueError) as error:
-        p.error(str(error))
+        parser.error(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
 
 
 # ---- what a user can get wrong --------------------------------------------------------------------------------------
-RANGES = {"batch_size": (1, 1e5), "keep": (4, 1e9), "size": (1, 8192), "image_size": (1, 8192), "eval_size": (11, 8192)}
-
-
 def check(parser, args):
     """Refuse, with one sentence and before the work, flags that cannot work; make the folders of --out and --json."""
-    data.within(parser, args, **{name: limits for name, limits in RANGES.items() if name in args})
+    data.within(parser, args, batch_size=(1, 1e5), keep=(4, 1e9), size=(1, 8192), image_size=(1, 8192),
+                eval_size=(11, 8192))
+    if args.run is recon and not args.vq:
+        parser.error("recon measures a tokenizer: name it by --vq CKPT")
     for name in ("out", "json"):
         path = getattr(args, name, None)
         if path is not None:
             data.make_folder(Path(path).parent, f"--{name}")
-            if not path or os.path.isdir(path):
+            if Path(path).is_dir():
                 raise OSError(f"--{name} {path}: give the name of a file, not of a folder")
 
 

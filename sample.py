@@ -114,9 +114,10 @@ def guide(logits, numbers, guided, cfg_scale, cfg_interval=-1):
     return logits if cfg_interval < 0 else torch.where(numbers[..., None] <= cfg_interval + 1, logits, given)
 
 
-def decode_step(model, codes, final, seeds, cache, mask, window, guidance, filters):
+def decode_step(model, extend, codes, final, seeds, cache, mask, window, guidance, filters):
     """Make at least one more code of every image final, in place. No shape and no address depends on how far it is.
 
+    extend  model.extend, compiled or not
     codes   (B, T) int64: of image b the first final[b] codes are drawn, the others are guesses
     final   (B,) int64, each at least 1
     cache   of B rows, or of 2B where images are guided; it holds what stands before the last final code
@@ -132,7 +133,7 @@ def decode_step(model, codes, final, seeds, cache, mask, window, guidance, filte
     numbers = first + torch.arange(window, device=codes.device)                 # (B, W)
     x = model.tok_embeddings(codes.gather(1, numbers - 1)).repeat(copies, 1, 1)
     position = (first - 1 + model.config.cond_tokens).repeat(copies, 1)         # both halves see the same codes
-    logits = model.extend(x, position, cache, mask, last=window)
+    logits = extend(x, position, cache, mask, last=window)
     guesses = codes.gather(1, numbers)
     noise = gumbel_noise(seeds[:, None], numbers, logits.shape[-1])
     drawn = draw(guide(logits, numbers, copies == 2, *guidance), noise, *filters)
@@ -166,7 +167,7 @@ def generate(model, cond, mask=None, *, cfg_scale=1.0, cfg_interval=-1, temperat
     seeds         an int for each image, whose codes then do not depend on the batch it is in; they count modulo 2^63.
                   None: fresh ones from torch's own generator
     window        codes that are computed at once: the same codes in fewer steps, each of which does more
-    compiled      torch.compile the step
+    compiled      torch.compile what a step does in the model (the hash of the noise crashed inductor on a CPU)
     progress      show a bar over the T steps
     trace         a list to which each step appends (final, codes), see decode_step
     returns       (B, T) int64
@@ -195,10 +196,10 @@ def generate(model, cond, mask=None, *, cfg_scale=1.0, cfg_interval=-1, temperat
     noise = gumbel_noise(seeds[:, None], codes[:, :1], logits.shape[-1])                 # for code 0
     codes[:, :1] = draw(guide(logits, codes[:, :1], guided, *guidance), noise, *filters)
 
-    run = torch.compile(decode_step, dynamic=False) if compiled else decode_step
+    extend = torch.compile(model.extend, dynamic=False, fullgraph=True) if compiled else model.extend
 
     def advance():
-        run(model, codes, final, seeds, cache, mask, window, guidance, filters)
+        decode_step(model, extend, codes, final, seeds, cache, mask, window, guidance, filters)
 
     step, recorded = advance, False
     least = greatest = 1                                            # codes that are final in every image, in any image
@@ -418,8 +419,9 @@ def parse():
     p.add_argument("--batch-size", type=int, default=32, help="images sampled together")
     p.add_argument("--window", type=int, default=1, help="codes of an image computed at once: the same picture in "
                    "fewer steps, each of which does more; faster for few images (default: 1)")
-    p.add_argument("--compile", action="store_true", help="torch.compile a step: for many images on a GPU")
-    p.add_argument("--device", type=data.device, help="cuda or cpu (default: cuda where there is one)")
+    p.add_argument("--compile", action="store_true", help="torch.compile the model: for many images on a GPU")
+    p.add_argument("--device", type=data.device, default="cuda" if torch.cuda.is_available() else "cpu",
+                   help="cuda or cpu (default: cuda where there is one)")
     p.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the GPT (default: bfloat16 on GPU)")
     p.usage = "python sample.py --vq CKPT --gpt CKPT ... (--help lists the flags)"
     return p, p.parse_args()
@@ -429,11 +431,10 @@ def main():
     """Flags, device, models, what to draw, then the images."""
     parser, args = parse()
     check_flags(parser, args)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda":   # under torchrun each process has its own; CUDA graphs belong to the current one
-        device = torch.device("cuda", device.index or int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
+    device = torch.device(args.device)
     on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(device)   # the current device is where CUDA graphs are recorded
     try:
         size = args.image_size or 256
         if args.pretrained:
@@ -521,6 +522,7 @@ def read_prompts(path):
 
 def can_compile(device):
     """Whether torch.compile works here; it needs a compiler and Python's headers, which slim images lack."""
+    torch._dynamo.config.recompile_limit = 64   # for each length of the cache, guided or not, and the last batch's size
     try:
         torch.compile(torch.sin)(torch.zeros(2, device=device))
     except Exception as error:   # of many kinds
@@ -559,8 +561,7 @@ def check_pair(model, vq_model, gpt_path, vq_path, image_size=None):
                          f"{vq_model.config.codebook_size:,}; they do not belong together")
     if model.tokenizer and model.tokenizer != vq.weights_hash(vq_model):
         raise ValueError(f"{gpt_path} was trained on codes of another tokenizer than {vq_path}")
-    side = model.config.grid * vq_model.config.downsample
-    if image_size and image_size != side:
+    if image_size and image_size != (side := model.config.grid * vq_model.config.downsample):
         raise ValueError(f"--image-size {image_size}: with this tokenizer {gpt_path} draws {side} pixels a side")
 
 

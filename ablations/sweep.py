@@ -8,7 +8,6 @@ import argparse
 import hashlib
 import itertools
 import json
-import os
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -61,10 +60,7 @@ def sweep(args):
     ref = open_set(args.ref, args.vq, args.size, args.device)
     side = args.image_size or tokenizer.image_size
     model = gpt.load_gpt(args.gpt, args.device, grid=side // tokenizer.config.downsample)
-    sample.check_pair(model, tokenizer, args.gpt, args.vq)
-    if args.image_size and model.config.grid * tokenizer.config.downsample != side:
-        raise ValueError(f"--image-size {side}: {args.gpt} draws {model.config.grid} x {model.config.grid} codes of "
-                         f"{tokenizer.config.downsample} pixels")
+    sample.check_pair(model, tokenizer, args.gpt, args.vq, args.image_size)
     model = model.bfloat16() if "cuda" in args.device else model
     net = load_inception(args.inception, args.device)
 
@@ -137,8 +133,6 @@ def main():
                 image_size=(1, 8192), size=(1, 8192))
     if not args.out:
         p.error("--out is empty: give the name of a folder")
-    if args.device == "cuda":
-        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         data.make_folder(args.out)
         if WORLD > 1:   # processes wait for the slowest, which may take longer than gloo's half hour

@@ -175,7 +175,8 @@ def parse():
     p.add_argument("--top-k", type=int, help="0 is all (default: 2000; captions: 1000)")
     p.add_argument("--top-p", type=float, default=1.0)
     p.add_argument("--out", default="edit.png", help="PNG: the photo, what is kept of it, the results")
-    p.add_argument("--device", type=data.device, help="cuda or cpu (default: cuda where there is one)")
+    p.add_argument("--device", type=data.device, default="cuda" if torch.cuda.is_available() else "cpu",
+                   help="cuda or cpu (default: cuda where there is one)")
     p.usage = "python extras/edit.py PHOTO --vq CKPT --gpt CKPT --keep top ... (--help lists the flags)"
     return p, p.parse_args()
 
@@ -184,7 +185,7 @@ def main():
     """Flags, models, the photo and what to keep of it, then the pictures."""
     parser, args = parse()
     check_flags(parser, args)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(args.device)
     try:
         size = args.image_size or 256
         if args.pretrained:

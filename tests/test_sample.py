@@ -170,6 +170,16 @@ def test_a_window_follows_from_the_seed_whatever_the_batch():
     assert torch.equal(together[1:2], sample.generate(model, torch.tensor([1]), seeds=[8], **settings))
 
 
+@pytest.mark.slow
+def test_a_compiled_step_draws_the_same():
+    """As one graph without breaks, while the cache grows and guidance ends; the window is that of rows on their own."""
+    if not sample.can_compile(torch.device("cpu")):
+        pytest.skip("torch.compile finds no compiler")
+    model, settings = random_model(replace(TINY, grid=9)), dict(cfg_scale=3.0, cfg_interval=70, top_k=20, seeds=[1, 2])
+    right = sample.generate(model, torch.tensor([0, 3]), **settings)
+    assert torch.equal(right, sample.generate(model, torch.tensor([0, 3]), compiled=True, window=3, **settings))
+
+
 def test_packed_layers_draw_the_same_and_replace_the_plain_ones():
     model, plain = random_model(), random_model()
     sample.pack(model)
