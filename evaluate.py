@@ -397,7 +397,7 @@ def clip(args):
     of its caption; images without labels are in the order of the lines.
 
     The defaults are the official evaluation's: ViT-B/32, and "A photo depicts " before each caption."""
-    images, prompts = open_set(args.samples, size=args.size), sample.read_prompts(args.prompts)
+    images, prompts = open_set(args.samples, size=args.size), captions.read_prompts(args.prompts)
     lines = range(images.count) if images.labels is None else images.labels.tolist()
     if max(lines) >= len(prompts):
         raise ValueError(f"--prompts {args.prompts} has {len(prompts):,} captions, {args.samples} goes on to the "

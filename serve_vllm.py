@@ -289,7 +289,7 @@ def export(args):
     c, side = model.config, model.config.grid * vq_model.config.downsample
     if args.image_size not in (None, side):
         raise ValueError(f"--image-size {args.image_size}: {args.gpt} is for {side} pixels")
-    names = model.classes or (sample.imagenet_classes() if c.num_classes == 1000 else
+    names = model.classes or (captions.imagenet_classes() if c.num_classes == 1000 else
                               [str(i) for i in range(c.num_classes)])
     config = {
         "model_type": "nanollamagen", "architectures": ["NanoLlamaGen"], "dtype": "float32", "gpt": asdict(c),
@@ -368,7 +368,7 @@ def generate(args):
         titles, features = args.prompt, captions.encode_captions(args.prompt, args.t5, device, model)
         prompts = [caption_prompt(row[seen], model.cls_embedding) for row, seen in zip(*features)]
     else:
-        classes = [sample.find_class(text, info["classes"]) for text in args.classes.split(",")]
+        classes = [captions.find_class(text, info["classes"]) for text in args.classes.split(",")]
         titles = [info["classes"][class_id].split(",")[0] for class_id in classes]
         prompts = [class_prompt(class_id, info) for class_id in classes]
     vq_model = vq.load_vq(Path(args.folder) / "vq.pt", device)
