@@ -68,9 +68,9 @@ def mix(x):
     Flood, "Fast splittable pseudorandom number generators", 2014). `>>` copies the sign in int64: the masks undo it."""
     x = x + GOLDEN
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        x ^= x >> shift & (1 << 64 - shift) - 1
+        x ^= (x >> shift).bitwise_and_((1 << 64 - shift) - 1)   # in place: V numbers each
         x *= factor - (1 << 64)
-    return x ^ (x >> 31 & (1 << 33) - 1)
+    return x.bitwise_xor_((x >> 31).bitwise_and_((1 << 33) - 1))
 
 
 def gumbel_noise(seeds, positions, vocab_size):
@@ -82,8 +82,8 @@ def gumbel_noise(seeds, positions, vocab_size):
     A hash in place of a generator has no state: the noise of any positions, in any order, on any device."""
     state = mix(mix(seeds) + positions)[..., None]
     hashed = mix(state + GOLDEN * torch.arange(vocab_size, device=state.device))
-    uniform = (hashed >> 24 & (1 << 40) - 1).float().add_(0.5).mul_(2.0 ** -40)   # fine where noise is large, near 0
-    uniform.clamp_(max=1 - 2.0 ** -24)                                            # else some would be rounded to 1
+    uniform = (hashed >> 24).bitwise_and_((1 << 40) - 1).float().add_(0.5).mul_(2.0 ** -40)   # finest near 0, where
+    uniform.clamp_(max=1 - 2.0 ** -24)   # noise is large; and never rounded to 1
     return uniform.neg_().log1p_().neg_().log_().neg_()                           # -log(-log(1 - uniform))
 
 
