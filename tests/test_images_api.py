@@ -1144,7 +1144,7 @@ def test_the_command_serves_captions(tmp_path):
     (["missing"], "missing is no folder written by serve_vllm.py export"),
     ([], "give the folder that export wrote"),
     (["EXPORTED", "--port", "TAKEN"], "--host 127.0.0.1 --port TAKEN: Address already in use"),
-    (["EXPORTED", "--port", "70000"], "--port 70000: bind(): port must be 0-65535"),
+    (["EXPORTED", "--port", "70000"], "--port 70000 is not between 0 and 65,535"),
     (["EXPORTED", "--tensor-parallel-size", "4"], "--tensor-parallel-size 4 does not divide the 2 heads"),
 ])
 def test_what_cannot_be_served_is_told_in_one_sentence(exported, flags, sentence):
