@@ -1,4 +1,4 @@
-"""Words in place of classes: captions, the features of their words by FLAN-T5, and both on disk.
+"""Words: the names of classes, and in place of classes captions, with the features of their words by FLAN-T5.
 
 After `vq.py encode` has made codes of captioned images, once for all epochs of training:
 $ python captions.py encode --codes codes --t5 google/flan-t5-xl
@@ -6,10 +6,11 @@ $ torchrun --nproc_per_node=8 captions.py encode --codes codes
 
     features, mask = captions.encode_captions(["a red fox in the snow"])      # (1, 120, 2048), (1, 120)
 
-The file in order: cleaning, the encoder, features for sampling, features on disk, the command.
+The file in order: names of classes, cleaning, the encoder, features for sampling, features on disk, the command.
 """
 # Shapes:  B captions   c = 120 condition tokens   n tokens of one caption   D features of a token   N images
 import argparse
+import difflib
 import hashlib
 import html
 import itertools
@@ -34,6 +35,53 @@ from tqdm import tqdm
 import data
 
 CAPTION_TOKENS = 120   # c of caption models: longer captions are cut, shorter ones padded on the left
+
+
+# ---- names of classes, and captions in a file -----------------------------------------------------------------------
+def imagenet_classes():
+    """The 1000 names in label order, each a list of synonyms separated by commas."""
+    lines = (Path(__file__).parent / "assets" / "imagenet_classes.txt").read_text().splitlines()
+    return [line.split(" ", 1)[1] for line in lines]
+
+
+def class_names(model):
+    """Names of a model's classes in label order: its own, ImageNet's if there are 1000, else numbers."""
+    if model.classes:
+        return model.classes
+    return imagenet_classes() if model.config.num_classes == 1000 else [str(i) for i in range(model.config.num_classes)]
+
+
+def find_class(text, names):
+    """Class id of what a user typed: an id, or a name or part of one. Raises ValueError that lists the close ones."""
+    text = text.strip()
+    if text.lstrip("-").isdigit():
+        if not 0 <= int(text) < len(names):
+            raise ValueError(f"class {text} is out of range: ids go from 0 to {len(names) - 1}")
+        return int(text)
+    synonyms = [[s.strip().lower() for s in name.split(",")] for name in names]
+    exact = [i for i, s in enumerate(synonyms) if text.lower() in s]
+    within = [i for i, name in enumerate(names) if text.lower() in name.lower()]
+    found = exact or within
+    if len(found) == 1:
+        return found[0]
+    if found:
+        close, what = found[:12], "fits several classes"
+    else:
+        words = {s: i for i, group in reversed(list(enumerate(synonyms))) for s in group}
+        close, what = [words[w] for w in difflib.get_close_matches(text.lower(), words, 6, 0.5)], "is no class's name"
+    listed = "; ".join(f"{i} {names[i]}" for i in dict.fromkeys(close))
+    raise ValueError(f"class {text!r} {what}" + (f"; close ones: {listed}" if listed else ""))
+
+
+def read_prompts(path):
+    """The lines of a file that are not empty. Raises OSError or ValueError with one sentence."""
+    try:
+        prompts = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError:
+        raise ValueError(f"--prompts {path} is not a text file") from None
+    if not prompts:
+        raise ValueError(f"--prompts {path} has no captions")
+    return prompts
 
 
 # ---- cleaning -------------------------------------------------------------------------------------------------------

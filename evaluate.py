@@ -8,7 +8,7 @@ $ python evaluate.py VIRTUAL_imagenet256_labeled.npz samples.npz --pr-half --jso
 $ python evaluate.py clip --prompts prompts.txt --samples t2i.npz               # do images show what captions say?
 $ torchrun --nproc_per_node=8 evaluate.py ref.npz SAMPLES                       # any of them, on several GPUs
 
-The file in order: Inception, the metrics, sets of images, what is compared with what, commands, refusals.
+The file in order: the metrics, sets of images, what is compared with what, commands, refusals.
 """
 # Shapes:  B, N, M images   H, W pixels   D features   V codebook entries   T codes per image
 import argparse
@@ -19,11 +19,11 @@ import os
 import re
 import sys
 import zipfile
-from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,83 +33,11 @@ from PIL import Image, ImageOps
 
 import captions
 import data
+import inception
 import sample
 import vq
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))   # set by torchrun
-
-# ---- Inception ------------------------------------------------------------------------------------------------------
-INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
-                 "pt_inception-2015-12-05-6726825d.pth")
-INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-STRIDED = {"Conv2d_1a_3x3", "Mixed_6a.branch3x3", "Mixed_6a.branch3x3dbl_3", "Mixed_7a.branch3x3_2",
-           "Mixed_7a.branch7x7x3_4"}
-UNPADDED = STRIDED | {"Conv2d_2a_3x3", "Conv2d_4a_3x3"}                # all others keep height and width
-
-
-def load_inception(path=None, device="cpu"):
-    """The network of the 2015-12-05 graph: its tensors by name, float32 on `device`, and the "sha256" of their file,
-    which None downloads (96 MB) to the cache folder, once. torchvision's Inception has the same names but other weights
-    and 1000 classes, and is refused. Raises OSError or ValueError with one sentence."""
-    if path is None:
-        path = data.download(INCEPTION_URL, data.cache_dir() / Path(INCEPTION_URL).name, INCEPTION_SHA256)
-    state = data.read_checkpoint(path)
-    items = state.items() if isinstance(state, dict) else ()
-    state = {k: v for k, v in items if torch.is_tensor(v) and v.is_floating_point()}   # leaves out integer counters
-    if len(state) != 472 or sum(v.numel() for v in state.values() if v.isfinite().all()) != 23_885_392:
-        raise ValueError(f"{path} is damaged or not the Inception of 2015-12-05 with 1008 classes ({INCEPTION_URL})")
-    return {"sha256": data.file_hash(path), **{k: v.to(device) for k, v in state.items()}}
-
-
-def resize_tf1(x):
-    """(B, C, H, W) float32 -> (B, C, 299, 299) by TensorFlow 1's bilinear rule: output i reads position i * H / 299,
-    without half-pixel shift or antialiasing. F.interpolate differs by tens of grey levels."""
-    for axis in (3, 2):                                                # columns first, as TensorFlow does
-        size = x.shape[axis]
-        at = torch.arange(299, dtype=torch.float32, device=x.device) * float(np.float32(size) / np.float32(299))
-        low = at.floor().long()
-        a, b = x.index_select(axis, low), x.index_select(axis, (low + 1).clamp(max=size - 1))
-        x = a + (b - a) * (at - low).view(-1, *[1] * (3 - axis))
-    return x
-
-
-@torch.backends.cudnn.flags(enabled=True, allow_tf32=False)   # full float32 within: it is part of the published numbers
-@torch.inference_mode()
-def inception(net, images):
-    """uint8 (B, H, W, 3) of any size -> pool (B, 2048), the mean of the last 8x8 grid, and spatial (B, 2023), the first
-    seven channels of block 6d's 1x1 branch flattened from (17, 17, 7); both float32."""
-    def conv(x, *names):
-        for name in names:
-            weight, stride = net[f"{name}.conv.weight"], 2 if name in STRIDED else 1
-            x = F.conv2d(x, weight, None, stride, 0 if name in UNPADDED else [side // 2 for side in weight.shape[2:]])
-            norm = (net[f"{name}.bn.{k}"] for k in ("running_mean", "running_var", "weight", "bias"))
-            x = F.batch_norm(x, *norm, eps=1e-3).relu_()
-        return x
-
-    def branches(x, block, *chains):                                   # side by side, each a chain of convolutions
-        return torch.cat([conv(x, *(f"Mixed_{block}.branch{name}" for name in chain.split())) for chain in chains], 1)
-
-    mean = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
-    x = ((resize_tf1(images.permute(0, 3, 1, 2).float()) - 128) / 128).contiguous(memory_format=torch.channels_last)
-    x = F.max_pool2d(conv(x, "Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3"), 3, 2)
-    x = F.max_pool2d(conv(x, "Conv2d_3b_1x1", "Conv2d_4a_3x3"), 3, 2)                                # (B, 192, 35, 35)
-    for block in ("5b", "5c", "5d"):
-        x = torch.cat([branches(x, block, "1x1", "5x5_1 5x5_2", "3x3dbl_1 3x3dbl_2 3x3dbl_3"),
-                       branches(mean(x), block, "_pool")], 1)
-    x = torch.cat([branches(x, "6a", "3x3", "3x3dbl_1 3x3dbl_2 3x3dbl_3"), F.max_pool2d(x, 3, 2)], 1)
-    for block in ("6b", "6c", "6d", "6e"):                                                           # (B, 768, 17, 17)
-        y = branches(x, block, "1x1", "7x7_1 7x7_2 7x7_3", "7x7dbl_1 7x7dbl_2 7x7dbl_3 7x7dbl_4 7x7dbl_5")
-        if block == "6d":
-            spatial = y[:, :7].permute(0, 2, 3, 1).flatten(1)
-        x = torch.cat([y, branches(mean(x), block, "_pool")], 1)
-    x = torch.cat([branches(x, "7a", "3x3_1 3x3_2", "7x7x3_1 7x7x3_2 7x7x3_3 7x7x3_4"), F.max_pool2d(x, 3, 2)], 1)
-    for block in ("7b", "7c"):                                                                       # (B, 1280, 8, 8)
-        a, b = branches(x, block, "3x3_1"), branches(x, block, "3x3dbl_1 3x3dbl_2")
-        pooled = mean(x) if block == "7b" else F.max_pool2d(x, 3, 1, 1)   # the maximum is a quirk of this graph
-        x = torch.cat([branches(x, block, "1x1"), branches(a, block, "3x3_2a", "3x3_2b"),
-                       branches(b, block, "3x3dbl_3a", "3x3dbl_3b"), branches(pooled, block, "_pool")], 1)
-    return x.mean((2, 3)), spatial
-
 
 # ---- the metrics ----------------------------------------------------------------------------------------------------
 def statistics(features):
@@ -216,9 +144,18 @@ def code_usage(codes, V, queue=65_536):
 
 # ---- sets of images -------------------------------------------------------------------------------------------------
 STATISTICS = {"mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023)}
-# Images, wherever they are: read(indices) gives as many uint8 (H, W, 3) and keeps none; sha256 is of the file or of a
-# folder's file names and sizes; stored are the statistics that a reference brings, `of` says of which images.
-ImageSet = namedtuple("ImageSet", "path count shape read sha256 stored labels of", defaults=({}, None, ""))
+
+
+class ImageSet(NamedTuple):
+    """Images, wherever they are; none is in memory before it is read."""
+    path: Path
+    count: int
+    shape: tuple           # (H, W, 3)
+    read: callable         # indices -> as many uint8 (H, W, 3), fastest in rising order
+    sha256: str            # of the file, or of a folder's file names and sizes
+    stored: dict = {}      # the statistics that a reference brings, see STATISTICS
+    labels: list = None    # (count,) class ids, if it has any
+    of: str = ""           # of which images `stored` is
 
 
 def open_npz(path):
@@ -317,7 +254,7 @@ def measure(images, net, batch_size):
         batch = images.read(indices)
         if wrong := [image.shape for image in batch if image.shape != images.shape]:
             raise ValueError(f"{images.path} mixes images of {images.shape} and {wrong[0]}; --size N crops all of them")
-        return inception(net, torch.from_numpy(np.stack(batch)).to(net["fc.weight"].device))
+        return inception.features(net, torch.from_numpy(np.stack(batch)).to(net["fc.weight"].device))
     arrays = over_all(images.count, features, f"features of {images.path.name}", batch_size)
     if RANK == 0:
         pool, spatial = arrays
@@ -356,7 +293,7 @@ def cautions(ref, gen, net):
     validation = re.search("(^|[^a-z])val", ref.path.name.lower()) or ref.count == 50_000 and not ref.stored
     in_order = labels is not None and gen.count > 5000 and (np.diff(labels) >= 0).all() and labels[0] != labels[-1]
     return [sentence for wrong, sentence in (
-        (net["sha256"] != INCEPTION_SHA256, "unpublished Inception weights: compare only scores of this same file"),
+        (net["sha256"] != inception.SHA256, "unpublished Inception weights: compare only scores of this same file"),
         (gen.count < 50_000, f"only {gen.count:,} samples: papers use 50,000; fewer give a higher FID and a lower IS"),
         (ref.count < 10_000, f"only {ref.count:,} reference images: 10,000 are customary for precision and recall"),
         (gen.stored, f"{gen.path} stores statistics, as references do: are the two files swapped?"),
@@ -382,7 +319,7 @@ def report(path, metrics, warnings, **more):
 def compare(args):
     """IS, FID, sFID, precision and recall of samples against a reference."""
     ref, gen = (open_set(path, args.vq, args.size, args.device) for path in (args.REF, args.SAMPLES))
-    net = load_inception(args.inception, args.device)
+    net = inception.load(args.inception, args.device)
     if RANK == 0:
         print(f"comparing {describe(gen)}\n     with {describe(ref)}")
     sides = measure(ref, net, args.batch_size), measure(gen, net, args.batch_size)
@@ -393,7 +330,7 @@ def compare(args):
 
 def stats(args):
     """Write a reference batch: the statistics of all images, and up to --keep of them for precision and recall."""
-    net, images = load_inception(args.inception, args.device), open_set(args.IMAGES, args.vq, args.size, args.device)
+    net, images = inception.load(args.inception, args.device), open_set(args.IMAGES, args.vq, args.size, args.device)
     measured = measure(images, net, args.batch_size)
     if RANK:
         return
@@ -415,7 +352,7 @@ def recon(args):
     final = args.eval_size or size
     if size % model.config.downsample:
         raise ValueError(f"--image-size {size} is no multiple of {model.config.downsample}, a code's pixels")
-    net = load_inception(args.inception, args.device)
+    net = inception.load(args.inception, args.device)
 
     def load(i):   # -> what the model sees (3, size, size) in [-1, 1], what is compared, uint8 (final, final, 3)
         image = images.load(i)
@@ -434,7 +371,7 @@ def recon(args):
 
     def judge(indices):
         truth, result, quality, codes = reconstruct(indices)
-        return inception(net, truth)[0], inception(net, result)[0], quality, codes
+        return inception.features(net, truth)[0], inception.features(net, result)[0], quality, codes
     N = len(images)
     arrays = over_all(N, judge, "reconstructing", args.batch_size)
     if RANK:
@@ -460,7 +397,7 @@ def clip(args):
     of its caption; images without labels are in the order of the lines.
 
     The defaults are the official evaluation's: ViT-B/32, and "A photo depicts " before each caption."""
-    images, prompts = open_set(args.samples, size=args.size), sample.read_prompts(args.prompts)
+    images, prompts = open_set(args.samples, size=args.size), captions.read_prompts(args.prompts)
     lines = range(images.count) if images.labels is None else images.labels.tolist()
     if max(lines) >= len(prompts):
         raise ValueError(f"--prompts {args.prompts} has {len(prompts):,} captions, {args.samples} goes on to the "
@@ -487,37 +424,46 @@ def clip(args):
 
 def parse():
     """The parser, and the flags of a command; without a command, it is `compare`."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    images = dict(help="NPZ, folder of images, or codes folder (with --vq)")
-    flags = {
-        "REF": images, "SAMPLES": images, "IMAGES": images,
-        "--vq": dict(metavar="CKPT", help="tokenizer checkpoint"),
-        "--data": dict(required=True, metavar="DIR", help="folder of class folders, or shapes:N"),
-        "--out": dict(help="what to write (default: %(default)s)"),
-        "--size": dict(type=int, help="crop images of folders, resize decoded or sampled ones: pixels a side"),
-        "--image-size": dict(type=int, help="pixels a side that the model works at (default: as it was trained)"),
-        "--eval-size": dict(type=int, help="pixels a side to measure at (default: --image-size)"),
-        "--keep": dict(type=int, default=10_000, help="images to store for precision and recall (default: 10000)"),
-        "--pr-half": dict(action="store_true", help="precision and recall in float16, as in published tables"),
-        "--prompts": dict(required=True, metavar="FILE", help="captions, one a line"),
-        "--samples": dict(required=True, help="NPZ of sample.py --prompts, or a folder sorted as the captions"),
-        "--clip": dict(default="openai/clip-vit-base-patch32", help="CLIP's folder or name (default: %(default)s)"),
-        "--prefix": dict(default="A photo depicts ", help="put before each caption (default: '%(default)s')"),
-        "--json": dict(metavar="FILE", help="write the numbers with all that a repetition needs"),
-        "--inception": dict(metavar="FILE", help="Inception weights (default: the published ones, downloaded once)"),
-        "--batch-size": dict(type=int, default=64, help="images that go through the network together (default: 64)"),
-        "--device": dict(type=data.device, default=device, help="cuda or cpu (default: cuda where there is one)")}
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = p.add_subparsers(required=True)
-    for run, out, names in (
-            (compare, None, "REF SAMPLES --vq --size --pr-half --json --inception"),
-            (stats, "ref.npz", "IMAGES --out --size --keep --vq --inception"),
-            (recon, "recon.png", "--vq --data --out --image-size --eval-size --json --inception"),
-            (clip, None, "--prompts --samples --clip --prefix --size --json")):
-        command = commands.add_parser(run.__name__, help=run.__doc__.splitlines()[0])
-        command.set_defaults(run=run, out=out)
-        for name in f"{names} --batch-size --device".split():
-            command.add_argument(name, **flags[name])
+    for run in (compare, stats, recon, clip):
+        c = commands.add_parser(run.__name__, help=run.__doc__.splitlines()[0])
+        c.set_defaults(run=run)
+        if run is compare:
+            c.add_argument("REF", help="NPZ, folder of images, or codes folder (with --vq)")
+            c.add_argument("SAMPLES", help="NPZ, folder of images, or codes folder (with --vq)")
+            c.add_argument("--pr-half", action="store_true", help="precision and recall in float16, as in published "
+                           "tables")
+        if run is stats:
+            c.add_argument("IMAGES", help="NPZ, folder of images, or codes folder (with --vq)")
+            c.add_argument("--keep", type=int, default=10_000, help="images to store for precision and recall "
+                           "(default: 10000)")
+            c.add_argument("--out", default="ref.npz", help="NPZ to write (default: ref.npz)")
+        if run is recon:
+            c.add_argument("--data", required=True, metavar="DIR", help="folder of class folders, or shapes:N")
+            c.add_argument("--image-size", type=int, help="pixels a side that the model works at (default: as trained)")
+            c.add_argument("--eval-size", type=int, help="pixels a side to measure at (default: --image-size)")
+            c.add_argument("--out", default="recon.png", help="picture to write (default: recon.png)")
+        if run is clip:
+            c.add_argument("--prompts", required=True, metavar="FILE", help="captions, one a line")
+            c.add_argument("--samples", required=True, help="NPZ of sample.py --prompts, or a folder sorted as the "
+                           "captions")
+            c.add_argument("--clip", default="openai/clip-vit-base-patch32", help="CLIP's folder or name "
+                           "(default: %(default)s)")
+            c.add_argument("--prefix", default="A photo depicts ", help="put before each caption "
+                           "(default: '%(default)s')")
+        if run is not clip:
+            c.add_argument("--vq", metavar="CKPT", required=run is recon, help="tokenizer checkpoint")
+            c.add_argument("--inception", metavar="FILE", help="Inception weights (default: the published ones)")
+        if run is not recon:
+            c.add_argument("--size", type=int, help="crop images of folders, resize decoded or sampled ones: pixels a "
+                           "side")
+        if run is not stats:
+            c.add_argument("--json", metavar="FILE", help="write the numbers with all that a repetition needs")
+        c.add_argument("--batch-size", type=int, default=64, help="images that go through the network together "
+                       "(default: 64)")
+        c.add_argument("--device", type=data.device, default="cuda" if torch.cuda.is_available() else "cpu",
+                       help="cuda or cpu (default: cuda where there is one)")
     words = sys.argv[1:]
     args = p.parse_args(words if words and words[0] in (*commands.choices, "-h", "--help") else ["compare", *words])
     p.usage = "python evaluate.py [stats|recon|clip] ... (--help lists the flags)"
@@ -543,8 +489,6 @@ def check(parser, args):
     """Refuse, with one sentence and before the work, flags that cannot work; make the folders of --out and --json."""
     data.within(parser, args, batch_size=(1, 1e5), keep=(4, 1e9), size=(1, 8192), image_size=(1, 8192),
                 eval_size=(11, 8192))
-    if args.run is recon and not args.vq:
-        parser.error("recon measures a tokenizer: name it by --vq CKPT")
     for name in ("out", "json"):
         path = getattr(args, name, None)
         if path is not None:

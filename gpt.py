@@ -93,7 +93,7 @@ def attend(q, k, v, seen):
     if q.is_cuda or q.dtype != torch.float32:
         return F.scaled_dot_product_attention(q, k, v, seen, scale=1.0)
     scores = q @ k.transpose(-1, -2)      # on a CPU, with one query, that kernel takes twice as long as plain products
-    return torch.where(seen, scores, -torch.inf).softmax(-1) @ v
+    return scores.masked_fill_(~seen, -torch.inf).softmax(-1) @ v
 
 
 class RMSNorm(nn.Module):

@@ -249,7 +249,7 @@ async def job_of(images, body):
             warning = f"the caption was cut to its first {captions.CAPTION_TOKENS} tokens"
     else:
         try:
-            class_id = sample.find_class(body.prompt, images.info["classes"])
+            class_id = captions.find_class(body.prompt, images.info["classes"])
         except ValueError as error:
             raise Refused(str(error), parameter="prompt") from None
         prompt, revised = serve_vllm.class_prompt(class_id, images.info), images.info["classes"][class_id]

@@ -11,7 +11,6 @@ $ torchrun --nproc_per_node=8 sample.py --pretrained L-256 --paper --num-samples
 """
 # Shapes:  B images   T codes per image   V codebook entries   H, W pixels   N images in a file
 import argparse
-import difflib
 import hashlib
 import json
 import os
@@ -347,42 +346,6 @@ def join(path, parts, labels):
     shutil.rmtree(parts)
 
 
-# ---- class names ----------------------------------------------------------------------------------------------------
-def imagenet_classes():
-    """The 1000 names in label order, each a list of synonyms separated by commas."""
-    lines = (Path(__file__).parent / "assets" / "imagenet_classes.txt").read_text().splitlines()
-    return [line.split(" ", 1)[1] for line in lines]
-
-
-def find_class(text, names):
-    """Class id of what a user typed: an id, or a name or part of one. Raises ValueError that lists the close ones."""
-    text = text.strip()
-    if text.lstrip("-").isdigit():
-        if not 0 <= int(text) < len(names):
-            raise ValueError(f"class {text} is out of range: ids go from 0 to {len(names) - 1}")
-        return int(text)
-    synonyms = [[s.strip().lower() for s in name.split(",")] for name in names]
-    exact = [i for i, s in enumerate(synonyms) if text.lower() in s]
-    within = [i for i, name in enumerate(names) if text.lower() in name.lower()]
-    found = exact or within
-    if len(found) == 1:
-        return found[0]
-    if found:
-        close, what = found[:12], "fits several classes"
-    else:
-        words = {s: i for i, group in reversed(list(enumerate(synonyms))) for s in group}
-        close, what = [words[w] for w in difflib.get_close_matches(text.lower(), words, 6, 0.5)], "is no class's name"
-    listed = "; ".join(f"{i} {names[i]}" for i in dict.fromkeys(close))
-    raise ValueError(f"class {text!r} {what}" + (f"; close ones: {listed}" if listed else ""))
-
-
-def class_names(model):
-    """Names of a model's classes in label order: its own, ImageNet's if there are 1000, else numbers."""
-    if model.classes:
-        return model.classes
-    return imagenet_classes() if model.config.num_classes == 1000 else [str(i) for i in range(model.config.num_classes)]
-
-
 # ---- the command line -----------------------------------------------------------------------------------------------
 def parse():
     """The command line: its parser, and the flags."""
@@ -495,29 +458,18 @@ def fetch_pretrained(name):
 def conditions(args, model, device):
     """What the flags ask for: titles, one for each class or caption, and [labels] or [features, mask]. Raises OSError
     or ValueError with one sentence."""
-    prompts = args.prompt + (read_prompts(args.prompts) if args.prompts else [])
+    prompts = args.prompt + (captions.read_prompts(args.prompts) if args.prompts else [])
     if model.config.caption_dim:
         if args.classes or not prompts:
             raise ValueError(f"{args.gpt} draws from captions, not classes: give --prompt \"...\" or --prompts FILE")
         return prompts, captions.encode_captions(prompts, args.t5, device, model)
     if prompts:
         raise ValueError(f"{args.gpt} draws from classes, not captions: give --classes, not --prompt")
-    names = class_names(model)
+    names = captions.class_names(model)
     labels = [207, 360, 387, 974, 88, 979, 417, 279] if len(names) == 1000 else list(range(min(10, len(names))))
     if args.classes:
-        labels = [find_class(word, names) for word in args.classes.split(",")]
+        labels = [captions.find_class(word, names) for word in args.classes.split(",")]
     return [names[label].split(",")[0] for label in labels], [torch.tensor(labels)]
-
-
-def read_prompts(path):
-    """The lines of a file that are not empty. Raises OSError or ValueError with one sentence."""
-    try:
-        prompts = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError:
-        raise ValueError(f"--prompts {path} is not a text file") from None
-    if not prompts:
-        raise ValueError(f"--prompts {path} has no captions")
-    return prompts
 
 
 def can_compile(device):

@@ -37,6 +37,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import captions
 import data
 import gpt
 import sample
@@ -256,7 +257,7 @@ def export(args):
     vq_model = vq.load_vq(args.vq)
     model = gpt.load_gpt(args.gpt, grid=size // vq_model.config.downsample)
     sample.check_pair(model, vq_model, args.gpt, args.vq, args.image_size)
-    c, names, side = model.config, sample.class_names(model), model.config.grid * vq_model.config.downsample
+    c, names, side = model.config, captions.class_names(model), model.config.grid * vq_model.config.downsample
     # Heads are padded to a size that all of vLLM's attention backends have; 3B's have 100 channels, which none has.
     head_size = next(channels for channels in (32, 64, 128, 256) if channels >= c.dim // c.n_head)
     config = {
@@ -313,10 +314,9 @@ def engine_arguments(folder, tensor_parallel_size=1, **more):
     check_ranks(info, tensor_parallel_size)
     arguments = {
         "model": str(folder), "skip_tokenizer_init": True, "generation_config": "vllm", "use_tqdm_on_load": False,
-        "logits_processors": ["serve_vllm:Draw"], "enable_prompt_embeds": info["captions"],
-        "max_model_len": info["max_position_embeddings"], "max_num_seqs": 64, "enable_prefix_caching": False,
-        "dtype": "bfloat16" if cuda else "float32", "enforce_eager": not cuda,
-        "tensor_parallel_size": tensor_parallel_size}
+        "logits_processors": ["serve_vllm:Draw"], "enable_prompt_embeds": info["captions"], "max_num_seqs": 64,
+        "max_model_len": info["max_position_embeddings"], "enable_prefix_caching": False, "enforce_eager": not cuda,
+        "dtype": "bfloat16" if cuda else "float32", "tensor_parallel_size": tensor_parallel_size}
     if cuda:
         arguments["gpu_memory_utilization"] = memory_share(info)
     return arguments | {name: value for name, value in more.items() if value is not None}

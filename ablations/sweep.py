@@ -19,9 +19,10 @@ from PIL import Image, ImageDraw, ImageFont
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))   # the scripts at the top
 import data
 import gpt
+import inception
 import sample
 import vq
-from evaluate import RANK, WORLD, cautions, load_inception, measure, open_npz, open_set, report, score
+from evaluate import RANK, WORLD, cautions, measure, open_npz, open_set, report, score
 
 
 def plot(rows, path):
@@ -62,7 +63,7 @@ def sweep(args):
     model = gpt.load_gpt(args.gpt, args.device, grid=side // tokenizer.config.downsample)
     sample.check_pair(model, tokenizer, args.gpt, args.vq, args.image_size)
     model = model.bfloat16() if "cuda" in args.device else model
-    net = load_inception(args.inception, args.device)
+    net = inception.load(args.inception, args.device)
 
     # What a cell's samples depend on stands in their file's name, what its scores depend on in theirs.
     drawn = {"vq": data.file_hash(args.vq), "gpt": data.file_hash(args.gpt), "image_size": side, "size": args.size,

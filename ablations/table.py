@@ -90,7 +90,8 @@ def lines_of(rows, idea, scatter):
             base, mine = ([pair[i][name] for pair in both] for i in (0, 1))
             difference = statistics.mean(mine) - statistics.mean(base)
             deviation, freedom = scatter.get((idea["stage"], name), (None, 0))
-            error = deviation and deviation / len(both) ** 0.5
+            own = mean_and_error([b - a for a, b in zip(base, mine)])[1] or 0
+            error = None if deviation is None else max(own, deviation / len(both) ** 0.5)   # some scatter more
             expected = idea["expect"].split()[0].strip(":,;") if name == idea["measure"][0] else ""
             expected = expected if expected in ("higher", "lower", "same") else ""
             cells = [f"`{flags}`" if flags and name == idea["measure"][0] else "",

@@ -244,8 +244,8 @@ def conditions(args, model, device):
         raise ValueError(f"{args.gpt} draws from classes: give --classes, or --classes none")
     if args.classes == "none":
         return ["no class"], [torch.tensor([model.config.num_classes])]
-    names = sample.class_names(model)
-    labels = [sample.find_class(word, names) for word in args.classes.split(",")]
+    names = captions.class_names(model)
+    labels = [captions.find_class(word, names) for word in args.classes.split(",")]
     return [names[label].split(",")[0] for label in labels], [torch.tensor(labels)]
 
 

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))   # the scripts at the top
+import captions
 import data
 import sample
 import vq
@@ -292,7 +293,7 @@ def load_pair(args):
     model = load_var(args.var, args.device)
     tokenizer = load_tokenizer(args.vq, args.device, model.config.scales)
     sample.check_pair(model, tokenizer, args.var, args.vq)
-    known = sample.imagenet_classes() if model.config.num_classes == 1000 else range(model.config.num_classes)
+    known = captions.imagenet_classes() if model.config.num_classes == 1000 else range(model.config.num_classes)
     model.classes = model.classes or [str(name) for name in known]
     return model, tokenizer
 
@@ -320,7 +321,7 @@ def draw(args):
                                 seed=args.seed, batch_size=args.batch_size, size=args.resize, draw=draw_pixels,
                                 **settings)
     few = args.classes.split(",") if args.classes else map(str, range(min(10, len(names))))
-    labels = torch.tensor([sample.find_class(text, names) for text in few]).repeat_interleave(args.count)
+    labels = torch.tensor([captions.find_class(text, names) for text in few]).repeat_interleave(args.count)
     pixels = []
     for part in torch.arange(len(labels)).split(args.batch_size):
         seeds = (args.seed + part).tolist()
@@ -336,7 +337,7 @@ def edit(args):
     settings, scales = settings_of(args, cfg_scale=3.0, more_smooth=True), model.config.scales
     side, labels = scales[-1] * tokenizer.config.downsample, [model.config.num_classes]   # no class
     if args.classes:
-        labels = [sample.find_class(text, model.classes) for text in args.classes.split(",")]
+        labels = [captions.find_class(text, model.classes) for text in args.classes.split(",")]
     if len(labels) not in (1, len(args.images)):
         raise ValueError(f"--classes: {len(labels)} classes for {len(args.images)} pictures; give one, or one for each")
     try:

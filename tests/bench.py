@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 import evaluate  # noqa: E402
 import gpt  # noqa: E402
+import inception  # noqa: E402
 import sample  # noqa: E402
 import train_gpt  # noqa: E402
 import vq  # noqa: E402
@@ -265,14 +266,14 @@ def bench_serve(name, device, dtype, images, requests=64):
 
 
 def bench_features(device, batch):
-    """Inception features of evaluate.py at 256 pixels, in float32 whatever the other cases run in."""
+    """Features of inception.py at 256 pixels, in float32 whatever the other cases run in."""
     shapes = json.loads((Path(__file__).parent / "golden" / "metrics" / "inception_keys.json").read_text())["tensors"]
     net = {name: torch.rand(shape, device=device) for name, shape in shapes.items()}
     images = torch.randint(256, (batch, 256, 256, 3), dtype=torch.uint8, device=device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
     def run():
-        evaluate.inception(net, images)
+        inception.features(net, images)
 
     n_bytes = sum(x.numel() * 4 for x in net.values()) + images.numel()
     report("features", flops(run), seconds(run, device, 3), batch, n_bytes, rates(device, torch.float32), "images/s",

@@ -14,6 +14,7 @@ from PIL import Image
 
 import data
 import evaluate
+import inception
 import vq
 
 METRICS = GOLDEN / "metrics"
@@ -44,7 +45,7 @@ def weights(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def net(weights):
-    return evaluate.load_inception(weights)
+    return inception.load(weights)
 
 
 @pytest.fixture(scope="session")
@@ -83,7 +84,7 @@ def save_npz(path, **content):
 def test_images_are_resized_as_tensorflow_1_does(case):
     golden, figures = arrays("resize_tf1")
     x = torch.from_numpy(golden[f"{case}_input"]).permute(2, 0, 1)[None].float()
-    x = evaluate.resize_tf1(x)[0].permute(1, 2, 0)
+    x = inception.resize_tf1(x)[0].permute(1, 2, 0)
     part = x[golden[f"{case}_rows"]][:, golden[f"{case}_cols"]]
     assert np.abs(part.numpy() - golden[f"{case}_output"]).max() < 1e-3
     assert abs(x.double().mean() - figures[case]["mean"]) < 1e-3
@@ -92,12 +93,12 @@ def test_images_are_resized_as_tensorflow_1_does(case):
 
 def test_an_image_of_the_networks_own_size_passes_unchanged():
     x = torch.rand(1, 3, 299, 299) * 255
-    assert torch.equal(evaluate.resize_tf1(x), x)
+    assert torch.equal(inception.resize_tf1(x), x)
 
 
 def test_features_are_those_of_the_tensorflow_graph(net):
     golden, _ = arrays("inception")
-    pool, spatial = evaluate.inception(net, torch.from_numpy(golden["input"]))
+    pool, spatial = inception.features(net, torch.from_numpy(golden["input"]))
     for name, got in (("pool3", pool), ("spatial", spatial), ("evaluator_pool3", pool), ("evaluator_spatial", spatial),
                       ("logits", pool @ net["fc.weight"].T)):
         assert difference(got, golden[name]) < 1e-4, name
@@ -105,11 +106,11 @@ def test_features_are_those_of_the_tensorflow_graph(net):
 
 def test_float32_is_full_within_inception_and_as_it_was_elsewhere(net, weights, monkeypatch):
     """On a GPU TF32 would move FID; switched off for the whole process, it would change what a sweep decodes."""
-    seen, convolve = set(), evaluate.F.conv2d
-    monkeypatch.setattr(evaluate.F, "conv2d", lambda *a: seen.add(torch.backends.cudnn.allow_tf32) or convolve(*a))
+    seen, convolve = set(), inception.F.conv2d
+    monkeypatch.setattr(inception.F, "conv2d", lambda *a: seen.add(torch.backends.cudnn.allow_tf32) or convolve(*a))
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    evaluate.load_inception(weights)
-    evaluate.inception(net, torch.from_numpy(pictures(1)))
+    inception.load(weights)
+    inception.features(net, torch.from_numpy(pictures(1)))
     assert seen == {False} and torch.backends.cudnn.allow_tf32
 
 
@@ -118,10 +119,10 @@ def test_the_classifiers_bias_and_the_counters_of_batch_norm_are_not_used(weight
     state["fc.bias"] += torch.randn(1008)
     state |= {k: torch.tensor(7) for k in json.loads((METRICS / "inception_keys.json").read_text())["int64_scalars"]}
     torch.save(state, tmp_path / "other.pth")
-    other = evaluate.load_inception(tmp_path / "other.pth")
+    other = inception.load(tmp_path / "other.pth")
     image = torch.from_numpy(pictures(1))
     assert other["sha256"] != net["sha256"] and not torch.equal(other["fc.bias"], net["fc.bias"])
-    assert all(torch.equal(a, b) for a, b in zip(evaluate.inception(other, image), evaluate.inception(net, image)))
+    assert all(torch.equal(a, b) for a, b in zip(inception.features(other, image), inception.features(net, image)))
     sides = [{"pool": np.random.default_rng(i).random((9, 2048), np.float32), "mu": np.zeros(2), "sigma": np.eye(2),
               "mu_s": np.zeros(2), "sigma_s": np.eye(2)} for i in range(2)]
     assert evaluate.score(*sides, other) == evaluate.score(*sides, net)
@@ -134,7 +135,7 @@ def test_torchvisions_inception_and_broken_weights_are_refused(weights, tmp_path
     for i, broken in enumerate((torchvision, nan, {"a": torch.ones(1)}, torch.ones(3))):
         torch.save(broken, tmp_path / f"{i}.pth")
         with pytest.raises(ValueError, match="not the Inception of 2015-12-05"):
-            evaluate.load_inception(tmp_path / f"{i}.pth")
+            inception.load(tmp_path / f"{i}.pth")
 
 
 def test_without_network_one_sentence_says_which_file_to_put_where(monkeypatch, tmp_path, run):
@@ -445,7 +446,7 @@ def image_set(name, count=50_000, stored=None, sha256="", side=256, labels=None)
 ADM = image_set(evaluate.ADM_URL.split("/")[-1], 10_000, {"mu": 0}, evaluate.ADM_SHA256)
 SAMPLES = image_set("samples.npz", labels=np.arange(50_000) % 1000)
 VALIDATION = image_set("imagenet_val_256.npz")
-PUBLISHED = {"sha256": evaluate.INCEPTION_SHA256}
+PUBLISHED = {"sha256": inception.SHA256}
 
 
 def test_the_papers_two_comparisons_need_no_warning():
@@ -509,8 +510,8 @@ def test_recon_measures_what_the_tokenizer_does(tokenizer, weights, net, tmp_pat
     assert got["PSNR"] == pytest.approx(evaluate.psnr((x + 1) / 2, y).mean().item(), rel=1e-6)
     assert got["SSIM"] == pytest.approx(evaluate.ssim((x + 1) / 2, y, 2.0).mean().item(), rel=1e-6)
     assert got["rFID"] == pytest.approx(evaluate.frechet_distance(
-        *evaluate.statistics(evaluate.inception(net, truth)[0].numpy()),
-        *evaluate.statistics(evaluate.inception(net, restored)[0].numpy())), rel=1e-4)
+        *evaluate.statistics(inception.features(net, truth)[0].numpy()),
+        *evaluate.statistics(inception.features(net, restored)[0].numpy())), rel=1e-4)
     assert got["usage"] == len(codes.unique()) / 64 and 1 <= got["perplexity"] <= len(codes.unique())
     assert Image.open(tmp_path / "recon.png").width > 4 * 64
 

@@ -12,6 +12,7 @@ from conftest import ROOT, fill, golden
 from PIL import Image
 from test_gpt import TINY, random_model
 
+import captions
 import gpt
 import sample
 import vq
@@ -217,16 +218,16 @@ def test_pictures_are_decoded_a_few_at_a_time_in_order():
 
 
 def test_class_names_are_found_or_explained():
-    names = sample.imagenet_classes()
+    names = captions.imagenet_classes()
     assert len(names) == 1000
-    assert sample.find_class("207", names) == 207 == sample.find_class("Golden Retriever", names)
-    assert sample.find_class("red fox", names) == 277
+    assert captions.find_class("207", names) == 207 == captions.find_class("Golden Retriever", names)
+    assert captions.find_class("red fox", names) == 277
     with pytest.raises(ValueError, match="134 crane; 517 crane"):
-        sample.find_class("crane", names)
+        captions.find_class("crane", names)
     with pytest.raises(ValueError, match="golden retriever"):
-        sample.find_class("goldn retriver", names)
+        captions.find_class("goldn retriver", names)
     with pytest.raises(ValueError, match="0 to 999"):
-        sample.find_class("1000", names)
+        captions.find_class("1000", names)
 
 
 # ---- the command line, on tiny models -------------------------------------------------------------------------------
