@@ -314,10 +314,9 @@ def engine_arguments(folder, tensor_parallel_size=1, **more):
     check_ranks(info, tensor_parallel_size)
     arguments = {
         "model": str(folder), "skip_tokenizer_init": True, "generation_config": "vllm", "use_tqdm_on_load": False,
-        "logits_processors": ["serve_vllm:Draw"], "enable_prompt_embeds": info["captions"],
-        "max_model_len": info["max_position_embeddings"], "max_num_seqs": 64, "enable_prefix_caching": False,
-        "dtype": "bfloat16" if cuda else "float32", "enforce_eager": not cuda,
-        "tensor_parallel_size": tensor_parallel_size}
+        "logits_processors": ["serve_vllm:Draw"], "enable_prompt_embeds": info["captions"], "max_num_seqs": 64,
+        "max_model_len": info["max_position_embeddings"], "enable_prefix_caching": False, "enforce_eager": not cuda,
+        "dtype": "bfloat16" if cuda else "float32", "tensor_parallel_size": tensor_parallel_size}
     if cuda:
         arguments["gpu_memory_utilization"] = memory_share(info)
     return arguments | {name: value for name, value in more.items() if value is not None}
