@@ -1,11 +1,10 @@
-# make demo   train a tokenizer and a GPT on drawn shapes, then sample from them (seven and a half minutes on two CPU cores)
+# make demo   train a tokenizer and a GPT on drawn shapes, then sample from them (under nine minutes on two CPU cores)
 # make demo-text   the same from captions: "a small red star on white", with the tokenizer of `make demo`
 # make demo-var   the same by VAR (extras/README.md): whole grids of codes, coarse to fine; and pictures drawn on from parts
 # make side-by-side   LlamaGen and VAR, the same minutes each on the photographs of $(CIFAR); the table of extras/README.md
 # make test   all tests
 # All set up .venv first, with the pinned versions of requirements.txt and requirements-vllm.txt. Finished stages of the
-# demos are not repeated; `rm -r runs/demo runs/demo-text runs/demo-var` starts them
-# afresh.
+# demos are not repeated; `rm -r runs/demo runs/demo-text runs/demo-var` starts them afresh.
 PYTHON = .venv/bin/python
 PIP = $(PYTHON) -m pip install --quiet --disable-pip-version-check
 RUN = runs/demo
