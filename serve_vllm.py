@@ -381,6 +381,8 @@ def serve(words):
                        shutdown_timeout=600)      # seconds for what runs at SIGTERM
     args = p.parse_args(["serve", *words])
     data.within(flags, args, port=(0, 65535))
+    if "serve_vllm:Draw" not in args.logits_processors:   # codes would come from logits of two streams, unguided
+        flags.error("--logits-processors: images need serve_vllm:Draw among them")
     args.port = args.port or get_open_port()   # now, since each of several HTTP servers binds it for itself
     # vLLM loads plugins that add routes only where they are named, and then no plugin that is not.
     os.environ["VLLM_PLUGINS"] = os.environ.get("VLLM_PLUGINS", "") + ",nanollamagen,nanollamagen_images"

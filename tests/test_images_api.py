@@ -1144,6 +1144,7 @@ def test_the_command_serves_captions(tmp_path):
     (["missing"], "missing is no folder written by serve_vllm.py export"),
     ([], "give the folder that export wrote"),
     (["EXPORTED", "--port", "TAKEN"], "--host 127.0.0.1 --port TAKEN: Address already in use"),
+    (["EXPORTED", "--logits-processors", "other:One"], "--logits-processors: images need serve_vllm:Draw among them"),
     (["EXPORTED", "--port", "70000"], "--port 70000 is not between 0 and 65,535"),
     (["EXPORTED", "--tensor-parallel-size", "4"], "--tensor-parallel-size 4 does not divide the 2 heads"),
 ])
