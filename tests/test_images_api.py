@@ -134,7 +134,7 @@ def until(condition, seconds=10):
 def served(engine, info=INFO, encode=None, flags=()):
     """vLLM's application with our plugin in a thread of this process; gives its address and itself."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_PLUGINS", "nanollamagen_images")
+        patch.setenv("VLLM_PLUGINS", "nanollamagen,nanollamagen_images")   # as `serve` sets it; vLLM reads it once
         app = build_app(make_arg_parser(FlexibleArgumentParser()).parse_args(list(flags)), ("generate",))
     app.state.engine_client, app.state.server = engine, SimpleNamespace(should_exit=False)
 
