@@ -223,7 +223,7 @@ def bench_serve(name, device, dtype, images, requests=64):
         serve_vllm.export(argparse.Namespace(gpt=f"{folder}/gpt.pt", vq=f"{folder}/vq.pt", pretrained=None, out=out,
                                              image_size=None))
         info = serve_vllm.read_export(out)
-        model = model.to(device, dtype).eval()
+        model = sample.pack(model.to(device, dtype).eval())
 
         def plain(n):
             return sample.generate(model, torch.arange(n, device=device), cfg_scale=4.0, top_k=2000, seeds=range(n))
