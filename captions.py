@@ -54,7 +54,7 @@ def class_names(model):
 def find_class(text, names):
     """Class id of what a user typed: an id, or a name or part of one. Raises ValueError that lists the close ones."""
     text = text.strip()
-    if text.lstrip("-").isdigit():
+    if re.fullmatch("-?[0-9]+", text):
         if not 0 <= int(text) < len(names):
             raise ValueError(f"class {text} is out of range: ids go from 0 to {len(names) - 1}")
         return int(text)
@@ -332,27 +332,19 @@ def write_part(file, encoder, lines, batch_size):
 
 def join(folder, about, files):
     """Stream the part files into text.npy and text_spans.npy, so that memory does not grow with the images."""
-    spans = np.lib.format.open_memmap(folder / "spans.tmp", "w+", np.int64, (about["images"], 2, 2))
-    tokens = cut = 0
-    given = np.zeros(2, int)                              # captions and short captions that have words
-    for i, file in enumerate(files):
-        with np.load(file, allow_pickle=False) as part:
-            spans[PART * i:PART * (i + 1)] = part["spans"] + tokens
-            tokens += int(part["spans"].max())
-            cut += int(part["cut"])
-            given += (part["spans"][..., 1] > part["spans"][..., 0]).sum(0)
+    def each(name):
+        for file in files:
+            with np.load(file, allow_pickle=False) as part:
+                yield part[name]
+
+    starts = [0, *itertools.accumulate(int(spans.max()) for spans in each("spans"))]   # of each part in text.npy
+    tokens, cut = starts[-1], sum(int(cut) for cut in each("cut"))
+    given = sum((spans[..., 1] > spans[..., 0]).sum(0) for spans in each("spans"))      # captions, short captions
     if not tokens:
         raise ValueError(f"{folder}/captions.jsonl has no words in any caption")
-
-    text = np.lib.format.open_memmap(folder / "text.tmp", "w+", np.float16, (tokens, about["dim"]))
-    start = 0
-    for file in files:
-        with np.load(file, allow_pickle=False) as part:
-            rows = part["text"]
-        text[start:start + len(rows)] = rows
-        start += len(rows)
-    text.flush()
-    spans.flush()
+    moved = (spans + start for spans, start in zip(each("spans"), starts))
+    data.write_npy(folder / "spans.tmp", np.int64, (about["images"], 2, 2), moved)
+    data.write_npy(folder / "text.tmp", np.float16, (tokens, about["dim"]), each("text"))
     (folder / "json.tmp").write_text(json.dumps({**about, "tokens": tokens}, indent=1))
     for tmp, name in (("text.tmp", "text.npy"), ("spans.tmp", "text_spans.npy"), ("json.tmp", "text.json")):
         os.replace(folder / tmp, folder / name)

@@ -1,8 +1,8 @@
 """What a training run keeps in its folder, and how it is asked to stop: the log, checkpoints in one file or in shards.
 
 Both training scripts lean on it. A checkpoint is ckpt.pt: one dict of tensors and plain values. Under FSDP, where each
-process holds a shard of every tensor, it is a folder ckpt_STEP/ too, which all write at once. Either can be resumed from
-by any number of processes, since each takes from a whole tensor just the part that it holds.
+process holds a shard of every tensor, it is a folder ckpt_STEP/ too, which all write at once. Any number of processes
+can resume from either, since each takes from a whole tensor just the part that it holds.
 
 The file in order: before the first step, the log, shards and whole tensors, checkpoints.
 """
@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import sysconfig
+import time
 from pathlib import Path
 
 import torch
@@ -38,12 +39,14 @@ def can_compile(asked, device):
 
 
 def catch_signals():
-    """A list that gets what queues send before they kill; a second signal ends the process at once."""
+    """A list that fills when a queue asks to stop, as it does before it kills. Asked again more than 5 s later, the
+    process ends at once; sooner it is the same wish, sent on by torchrun."""
     caught = []
 
     def note(number, _):
-        caught.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        caught.append(time.time())
+        if caught[-1] > caught[0] + 5:
+            os._exit(128 + number)
 
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, note)
@@ -121,7 +124,8 @@ def find_checkpoint(out):
     found = []
     if (out / "ckpt.pt").exists():
         found.append((out / "ckpt.pt", data.read_checkpoint(out / "ckpt.pt", mmap=True)))
-        if not isinstance(found[0][1], dict) or not {"step", "optimizer", "config"} <= found[0][1].keys():
+        saved = found[0][1]
+        if not {"step", "optimizer", "config"} <= saved.keys() or "n_layer" not in saved["config"]:
             raise ValueError(f"{out}/ckpt.pt is not one of train_gpt.py's; choose another --out")
     for folder in sorted(out.glob("ckpt_[0-9]*/"))[-1:]:
         try:
@@ -171,7 +175,7 @@ def save(state, plain, out, rank, sharded, consolidated, keep):
         (out / f"ckpt_{plain['step']:08d}.pt").unlink(missing_ok=True)
         os.link(out / "ckpt.pt", out / f"ckpt_{plain['step']:08d}.pt")
     newest = 1 if keep or sharded else 0
-    for old in sorted(out.glob("ckpt_[0-9]*"), reverse=True)[newest + keep:]:
+    for old in sorted(out.glob("ckpt_[0-9]*" if keep else "ckpt_[0-9]*/"), reverse=True)[newest + keep:]:   # files stay
         shutil.rmtree(old) if old.is_dir() else old.unlink()
 
 

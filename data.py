@@ -239,6 +239,7 @@ class Crops:
 def save_grid(images, path, columns, titles=None):
     """Write uint8 images (n, H, W, 3) as one PNG, row by row; titles: one string an image, drawn above it. Images
     below 96 pixels, or 192 for long titles, are enlarged by a whole factor, so that they can be seen."""
+    titles = titles and [" ".join(title.split()) for title in titles]   # Pillow measures single lines only
     widest = max(map(ImageFont.load_default().getlength, titles or [""]))
     scale = max(1, math.ceil(min(max(widest, 96), 192) / images.shape[1]))
     h, w = images.shape[1] * scale, images.shape[2] * scale
@@ -344,6 +345,15 @@ def save_checkpoint(state, path, keep=0):
         os.link(path, named)
         for old in sorted(path.parent.glob(f"{path.stem}_[0-9]*"), reverse=True)[keep + 1:]:
             old.unlink()
+
+
+def write_npy(path, dtype, shape, blocks):
+    """Write arrays, one after the other, as one .npy file of this shape. (Through a memory map, which would not need
+    them in order, a full disk is a bus error.)"""
+    with open(path, "wb") as f:
+        np.lib.format.write_array_header_1_0(f, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape})
+        for block in blocks:
+            f.write(block.astype(dtype).tobytes())
 
 
 def file_hash(path):

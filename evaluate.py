@@ -393,10 +393,10 @@ def recon(args):
 
 
 def clip(args):
-    """100 x the mean cosine between captions and their images by CLIP (arXiv:2104.08718). A sample's label is the line
-    of its caption; images without labels are in the order of the lines.
+    """100 x the mean cosine between captions and their images by CLIP (arXiv:2104.08718).
 
-    The defaults are the official evaluation's: ViT-B/32, and "A photo depicts " before each caption."""
+    A sample's label is the line of its caption; images without labels are in the order of the lines. The defaults are
+    the official evaluation's: ViT-B/32, and "A photo depicts " before each caption."""
     images, prompts = open_set(args.samples, size=args.size), captions.read_prompts(args.prompts)
     lines = range(images.count) if images.labels is None else images.labels.tolist()
     if max(lines) >= len(prompts):

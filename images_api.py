@@ -74,6 +74,7 @@ class Plugin:
         encode = caption_encoding(args.model, info, getattr(args, "t5", None), device) if info["captions"] else None
         name = (args.served_model_name or [args.model])[0]
         prepare(state, engine, info, vq_model, name, encode)
+        engine.renderer.validate_token_ids = check_tokens   # vLLM's own has nothing to go by without a tokenizer
         state.images.tasks.append(asyncio.create_task(watch(engine, state)))
 
 
@@ -155,6 +156,12 @@ class Refused(VLLMValidationError):
 
     def __str__(self):
         return self.args[0]   # without what VLLMValidationError appends
+
+
+def check_tokens(tokens, *, parameter="prompt"):
+    """Raises Refused for token numbers that the engine, which counts in 32 bits, would end at."""
+    if max(tokens, default=0) >= 2 ** 31:
+        raise Refused(f"{parameter}: {max(tokens)} is no class", parameter=parameter)
 
 
 class Fields(pydantic.BaseModel):
@@ -270,8 +277,11 @@ async def read_form(request: Request):
         async with request.form(max_files=2, max_fields=50) as form:
             files = {name.removesuffix("[]"): await file.read() for name, file in form.items() if hasattr(file, "read")}
             fields = {name: value for name, value in form.items() if isinstance(value, str)}
+            several = len(files) + len(fields) < len(form.multi_items())
     except (ClientDisconnect, StarletteHTTPException):
-        raise Refused("the body is no multipart form, or was cut off") from None
+        raise Refused("the body is no multipart form with an image and at most a mask, or was cut off") from None
+    if several:
+        raise Refused("image: one picture, and one mask", parameter="image")
     if not files.get("image"):
         raise Refused("image: a file is required", parameter="image")
     validate = functools.partial(request.app.state.images.Request.model_validate, strict=False)   # "2" is a number
@@ -284,9 +294,9 @@ def open_upload(name, file):
         with Image.open(io.BytesIO(file), formats=["PNG", "JPEG", "WEBP"]) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise Refused(f"{name}: more than {MAX_PIXELS:,} pixels", parameter=name)
-            if getattr(image, "is_animated", False):
+            if getattr(image, "is_animated", False) and image.format != "MPO":   # MPO: a photo and its previews
                 raise Refused(f"{name}: an animation; send one picture", parameter=name)
-            if file.count(b"\xff\xda") > 1000:   # passes over a JPEG: a small file could hold very many
+            if image.format in ("JPEG", "MPO") and file.count(b"\xff\xda") > 50:   # each passes over the whole image
                 raise Refused(f"{name}: too many scans", parameter=name)
             upright = ImageOps.exif_transpose(image)   # as cameras want it shown
             if upright.mode.startswith("I"):           # 16 bits

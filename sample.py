@@ -146,7 +146,7 @@ def record(step):
     """A step as a CUDA graph: one launch in place of a thousand. What cannot be recorded is run as it is."""
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):   # other threads may pin memory meanwhile
             step()
     except RuntimeError as error:
         print(f"warning: steps are not recorded as a CUDA graph ({str(error).splitlines()[0]})", file=sys.stderr)
@@ -442,8 +442,8 @@ def main():
         steps, codes = steps + 1 + len(trace), codes + drawn.shape[1]
     columns = args.per_class if args.per_class > 1 else min(len(rows), 10)
     data.save_grid(np.concatenate(pixels), args.out, columns, [titles[row] for row in rows] if args.titles else None)
-    print(f"{args.out}: {len(rows)} images, {len(rows) / (time.time() - began):.2f} images/s; {codes} codes one after "
-          f"the other in {steps} steps")
+    print(f"{args.out}: {len(rows)} images, {len(rows) / (time.time() - began):.2f} images/s; "
+          f"{codes} codes in {steps} steps")
 
 
 def fetch_pretrained(name):
@@ -492,6 +492,8 @@ def check_flags(parser, args):
         parser.error("give --vq and --gpt, or --pretrained")
     if args.pretrained and args.image_size:
         parser.error("--image-size does not go with --pretrained, whose names tell the pixels")
+    if not args.num_samples and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        parser.error("torchrun is for --num-samples; a picture takes one process")
     if args.num_samples and args.classes:
         parser.error("--num-samples draws all classes alike; leave out --classes")
     out, ending = Path(args.out), ".npz" if args.num_samples else ".png"

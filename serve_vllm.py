@@ -470,15 +470,16 @@ def check_params(params):
             raise ValueError(f"{name} is for words; images have {', '.join(SETTINGS)} and seed")
     for name, value in extra.items():
         if name in SETTINGS:
-            _, _, least, most, _ = SETTINGS[name]
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
-                raise ValueError(f"{name} {value!r} is not a number from {least} to {most:,}")
-        elif name != "given" and not name.endswith("_transfer_params"):   # these are vLLM's own
+            default, _, least, most, _ = SETTINGS[name]
+            if type(value) not in (int, type(default)) or not least <= value <= most:   # 2.5 as top_k ends the engine
+                kind = "number" if type(default) is float else "whole number"
+                raise ValueError(f"{name} {value!r} is not a {kind} from {least} to {most:,}")
+        elif name != "given" and not (name.endswith("_transfer_params") and isinstance(value, dict)):   # vLLM's own
             raise ValueError(f"{name!r} is no setting; there are {', '.join(SETTINGS)} and given")
         if name in ("temperature", "top_k", "top_p") and params.temperature > 0:   # only beside 0 this can be meant
             raise ValueError(f"say {name} in the request itself")
     given = extra.get("given", [])
-    if not isinstance(given, (list, tuple)) or any(type(code) is not int or abs(code) > 2 ** 31 for code in given):
+    if not isinstance(given, (list, tuple)) or any(type(code) is not int or not -1 <= code < 2 ** 31 for code in given):
         raise ValueError("given is a list of codes, with -1 for those to be drawn")
 
 

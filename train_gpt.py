@@ -133,7 +133,7 @@ def main():
     check_flags(parser, args)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index)
         torch.cuda.set_device(device)
     bf16 = args.dtype == "bfloat16" if args.dtype else device.type == "cuda"
     compiled = checkpoints.can_compile(args.compile, device)
@@ -259,11 +259,23 @@ def main():
         """Whether it is time for what happens every so many steps, and at the end."""
         return every > 0 and (step % every == 0 or step == max_steps)
 
+    def store():
+        """Write a checkpoint; all processes call it."""
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        state |= {"ema": ema} if ema else {}
+        plain = {"step": step, "images_seen": seen, "config": asdict(config), "args": vars(args), **source}
+        try:
+            checkpoints.save(state, plain, out, rank, sharded, args.consolidate or step >= max_steps, args.keep)
+        except OSError as error:
+            parser.exit(2, f"train_gpt.py: {error}\n" * (rank == 0))
+
     model.train()
     step, stop, val_loss = first, False, None
     total = torch.zeros((), device=device)   # losses since the last line was printed
     clock, clock_step = time.time(), first
     coming = one_ahead(batches(first, seen))
+    if sharded and first >= max_steps and path.is_dir():   # ended before its shards were joined to ckpt.pt
+        store()
     while step < max_steps and not stop:
         # 1. Learning rate of this step. Its dropout too follows from (seed, step, process), so that a resumed run needs
         #    no stored random state.
@@ -333,13 +345,7 @@ def main():
                 given, titles = conditions(config, meta, Path(args.codes), text, spans, usable)
                 picture(config, weights, vq_model, given, titles, device, out / f"samples_{step:06d}.png")
         if due(args.save_every) or stop:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            state |= {"ema": ema} if ema else {}
-            plain = {"step": step, "images_seen": seen, "config": asdict(config), "args": vars(args), **source}
-            try:
-                checkpoints.save(state, plain, out, rank, sharded, args.consolidate or step == max_steps, args.keep)
-            except OSError as error:
-                parser.exit(2, f"train_gpt.py: {error}\n" * (rank == 0))
+            store()
     print0(f"asked to stop: saved at step {step}; --resume goes on" if step < max_steps else f"done: {out}/ckpt.pt")
     if dist.is_initialized() and device.type == "cuda":
         dist.destroy_process_group()
@@ -508,3 +514,5 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         sys.exit(130)
+    except OSError as error:   # a full disk, say
+        sys.exit(f"train_gpt.py: {error}; the last checkpoint is untouched")

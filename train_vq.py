@@ -14,6 +14,7 @@ import argparse
 import math
 import os
 import random
+import signal
 import sys
 import time
 from dataclasses import asdict, replace
@@ -207,6 +208,11 @@ class TrainCrops(torch.utils.data.Dataset):
         raise ValueError("100 unreadable images in a row")
 
 
+def ignore_sigterm(_):
+    """For the loader's workers: torchrun sends SIGTERM to them too, and without them there would be no last step."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def batches(n, seed, start, rank, world, per_rank):
     """This process's share of every global batch, endlessly: lists of (epoch, index)."""
     pairs = vq.shuffled(n, seed, start)
@@ -242,7 +248,6 @@ def main(tokenizer=vq.VQModel, configs=vq.VQ_CONFIGS):
     check_flags(parser, args, world)
     device = torch.device(args.device)
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     bf16 = args.dtype == "bfloat16" if args.dtype else device.type == "cuda"
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)   # weights stay float32
@@ -276,6 +281,7 @@ def main(tokenizer=vq.VQModel, configs=vq.VQ_CONFIGS):
     workers = args.workers if args.workers is not None else 8 * (device.type == "cuda")
     loader = torch.utils.data.DataLoader(
         TrainCrops(images, args.image_size, args.seed), num_workers=workers, pin_memory=device.type == "cuda",
+        worker_init_fn=ignore_sigterm,
         batch_sampler=batches(len(images), args.seed, seen, rank, world, per_rank))
 
     # ---- model ------------------------------------------------------------------------------------------------------
@@ -336,7 +342,7 @@ def main(tokenizer=vq.VQModel, configs=vq.VQ_CONFIGS):
         if args.schedule == "cosine":
             scale *= 0.5 * (1 + math.cos(math.pi * step / max_steps))
         for group in optimizer.param_groups + disc_optimizer.param_groups:
-            group["lr"] = args.lr * scale
+            group.update(lr=args.lr * scale, weight_decay=args.weight_decay)
         batch = next(coming).to(device, non_blocking=True).split(micro)                # each (B, 3, H, W)
 
         # 2. Tokenizer: forward, losses and backward over the micro-batches; gradients sync on the last one. The
@@ -369,7 +375,7 @@ def main(tokenizer=vq.VQModel, configs=vq.VQ_CONFIGS):
             for weight in disc.parameters() if world > 1 else ():
                 dist.all_reduce(weight.grad)
                 weight.grad /= world
-            nn.utils.clip_grad_norm_(disc.parameters(), args.grad_clip)
+            norm = norm + 0 * nn.utils.clip_grad_norm_(disc.parameters(), args.grad_clip)   # NaN where this one is
             disc_optimizer.step()
 
         # 4. Averaged weights. They follow quickly at first: with a decay of 0.9999 from the start, the random first
@@ -477,3 +483,5 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         sys.exit(130)
+    except OSError as error:   # a full disk, say
+        sys.exit(f"train_vq.py: {error}; the last checkpoint is untouched")

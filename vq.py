@@ -422,12 +422,8 @@ def join(out, parts, images, meta, A):
     if not len(keep):
         shutil.rmtree(out / "parts")
         raise ValueError(f"none of the {len(images)} images could be used ({counts}); nothing was written")
-    codes, start = np.lib.format.open_memmap(out / "codes.npy", "w+", np.uint16, (len(keep), A, meta["codes"])), 0
-    for part in parts:
-        rows = np.load(part, allow_pickle=False)["codes"]
-        codes[start:start + len(rows)] = rows
-        start += len(rows)
-    codes.flush()
+    rows = (np.load(part, allow_pickle=False)["codes"] for part in parts)
+    data.write_npy(out / "codes.npy", np.uint16, (len(keep), A, meta["codes"]), rows)
     if images.captions:
         with open(out / "captions.jsonl", "w", encoding="utf8") as f:
             f.writelines(json.dumps(images.captions[i], ensure_ascii=False) + "\n" for i in keep)

@@ -126,7 +126,7 @@ def measure(idea, flags, seed, scripts, args):
             words = ["train_gpt.py", "--codes", codes, "--val-every", args.steps]
         words += ["--out", run / "out", *COMMON[stage].split(), "--max-steps", args.steps, "--seed", seed,
                   "--save-every", args.save_every, *args.more, *flags.split()]
-        words += ["--resume"] if (run / "out" / "ckpt.pt").exists() else []
+        words += ["--resume"] if [*(run / "out").glob("ckpt.pt"), *(run / "out").glob("ckpt_[0-9]*/")] else []
         call(scripts, words, args.nproc)
         tokens = json.loads((Path(codes) / "meta.json").read_text())["h"] ** 2 if stage == "gpt" else 0
         row, gpt, flags = log(run / "out", tokens), run / "out" / "ckpt.pt", ""
@@ -151,8 +151,9 @@ def measure(idea, flags, seed, scripts, args):
 def key_of(idea, flags, seed, args):
     """What makes a run the same run: the ablation, its flags, the seed, the data, the length and the common flags."""
     files = {"gpt": ["codes"], "vq": ["data", "test"], "sample": ["gpt", "vq"], "codes": ["vq", "data"]}[idea["stage"]]
+    where = [getattr(args, name) for name in files] + [args.resize] * (args.resize != 32)
     return {"ablation": idea["name"], "flags": flags, "seed": seed, "stage": idea["stage"], "steps": args.steps,
-            "more": " ".join(args.more), "data": digest([getattr(args, name) for name in files])}
+            "more": " ".join(args.more), "data": digest(where)}
 
 
 def digest(value):
@@ -236,7 +237,7 @@ def main():
     words = sys.argv[1:]
     split = words.index("--") if "--" in words else len(words)
     args = p.parse_args(words[:split])
-    args.more, args.net = words[split + 1:], args.out.resolve() / "judge.pt"
+    args.more = words[split + 1:]
     p.usage = "python ablations/run.py NAME ... (--help lists names and flags)"
     try:
         if args.table:
@@ -244,6 +245,7 @@ def main():
             return table.write(args.results, {name: read(name) for name in names()})
         idea = check(args)
         args.out.mkdir(parents=True, exist_ok=True)
+        args.net = args.out.resolve() / f"judge-{digest([args.data, args.resize])}.pt"   # each data set has its own
         measure_all(idea, args)
     except (OSError, ValueError) as error:
         p.error(str(error))

@@ -11,7 +11,8 @@ HERE = Path(__file__).resolve().parent
 ASSETS = HERE.parent / "assets"
 NAMES = {"val_loss": ("validation loss", 4), "psnr": ("PSNR", 2), "usage": ("codebook used", 3),
          "accuracy": ("accuracy", 3), "distance": ("distance", 2)}          # of a measure: its words, its decimals
-STUDENT = {1: 12.7, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36}   # 95% of t lie within; by degrees of freedom
+STUDENT = {1: 12.7, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26, 10: 2.23, 11: 2.20,
+           12: 2.18, 13: 2.16}   # 95% of t lie within; by degrees of freedom
 COLOURS = ["#1b6ca8", "#d1495b", "#3a7d44", "#edae49", "#6f4c9b"]
 
 
@@ -133,7 +134,7 @@ def bars(panels, path):
         left, zero, half = 1120 * n + 40, 1120 * n + 770, 300
         most = max(abs(d) + error for _, d, error in items) or 1
         draw.text((left, 44), title, "#333", FONT, "lm")
-        draw.text((zero + half, 44), f"ends at {most:.3g}", "#777", FONT, "rm")
+        draw.text((zero + half, 44), f"right end: +{most:.3g}", "#777", FONT, "rm")
         draw.line((zero, 88, zero, height - 20), "#999", 2)
         for i, (label, d, error) in enumerate(items):
             y, x = 120 + 60 * i, zero + half * d / most
@@ -165,7 +166,7 @@ def scaling(points, path):
         x, y = place(size, loss)
         dot(draw, x, y, COLOURS[0])
         draw.text((x, 720), f"{size / 1e6:.2g}M", "#777", FONT, "mm")
-        draw.text((x + 24, y - 28), f"{loss:.3f}", "#333", FONT, "lm")
+        draw.text((x + 24, y + (28 if loss < a * size ** b else -28)), f"{loss:.3f}", "#333", FONT, "lm")
     save(image, path)
     return a, b, r
 
@@ -222,9 +223,10 @@ def write(results, ideas):
         for idea in ideas.values():
             for flags, variant in variants(rows, idea) if idea["stage"] == stage and name in idea["measure"] else ():
                 both = pairs(rows, variant)
-                difference = statistics.mean(b[name] - a[name] for a, b in both)
+                values = [b[name] - a[name] for a, b in both]
                 label = idea["name"] + (f" {flags.split()[-1]}" if len(idea["flags"]) > 1 else "")
-                items.append((label, difference, deviation / len(both) ** 0.5))
+                error = max(mean_and_error(values)[1] or 0, deviation / len(values) ** 0.5)   # as in the table
+                items.append((label, statistics.mean(values), error))
         panels += [(title, more, items)] if items else []
     if panels:
         bars(panels, ASSETS / "ablations.png")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))   # the scripts at the top
 import captions
@@ -195,7 +195,7 @@ def main():
         sample.check_pair(model, vq_model, args.gpt, args.vq, args.image_size)
         titles, cond = conditions(args, model, device)
         grid, side = model.config.grid, model.config.grid * vq_model.config.downsample
-        photo = data.open_image(args.photo)
+        photo = ImageOps.exif_transpose(data.open_image(args.photo))   # upright, as the mask
         keep = kept_pixels(args.keep, side) if args.keep else masked_pixels(args.mask, photo, side)
     except (OSError, ValueError) as error:
         parser.error(str(error))
@@ -231,7 +231,8 @@ def main():
         rows += [photo, masked, *pictures]
     above = [text for title in titles for text in head + [title] * args.count]
     data.save_grid(np.stack(rows), args.out, 2 + args.count, above)
-    print(f"{args.out}: {len(titles)} x {args.count} pictures, {args.particles} particles each")
+    print(f"{args.out}: {len(titles)} x {args.count} pictures"
+          + f", {args.particles} particles each" * (args.particles > 1))
 
 
 def conditions(args, model, device):

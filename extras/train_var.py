@@ -104,7 +104,7 @@ def main():
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index)
         torch.cuda.set_device(device)
     bf16 = args.dtype == "bfloat16" if args.dtype else device.type == "cuda"
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)   # weights stay float32
@@ -260,6 +260,8 @@ def check(args, labels, meta, resumed, world, device):
         raise ValueError(f"--vq {args.vq} is not the tokenizer that made {args.codes}")
     config = replace(var.VAR_CONFIGS[args.model], scales=tokenizer.quantize.scales, vocab_size=meta["codebook_size"],
                      code_dim=tokenizer.config.code_dim, num_classes=len(meta["classes"]))
+    if args.resume and not (isinstance(resumed, dict) and "depth" in resumed.get("config", {})):
+        raise ValueError(f"--resume: {args.out}/ckpt.pt was not written by train_var.py")
     then = {**resumed["config"], "tokenizer": resumed["tokenizer"], "classes": resumed["classes"]} if resumed else {}
     now = {**asdict(config), "tokenizer": meta["tokenizer"], "classes": meta["classes"]}
     wrong = [f"{k} was {str(then[k])[:40]}, is {str(now[k])[:40]}" for k in then if then[k] != now[k]]
@@ -305,3 +307,5 @@ if __name__ == "__main__":
             main()
     except KeyboardInterrupt:
         sys.exit(130)
+    except OSError as error:   # a full disk, say
+        sys.exit(f"train_var.py: {error}; the last checkpoint is untouched")

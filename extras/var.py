@@ -222,7 +222,8 @@ def draw_scales(model, quantizer, labels, seeds, *, cfg_scale=4.0, top_k=900, to
     rows = torch.cat([labels, torch.full_like(labels, model.config.num_classes)]) if guided else labels
     cond, start = model.class_emb(rows), 0
     x = cond[:, None] + model.pos_start
-    cache = x.new_zeros(len(model.blocks), 2, len(rows), model.config.depth, sum(p * p for p in scales), 64)
+    cache = x.new_zeros(len(model.blocks), 2, len(rows), model.config.depth, sum(p * p for p in scales), 64,
+                        dtype=torch.bfloat16 if bf16 else None)   # as autocast would make of it; d36's is 48 GB
     f_hat = x.new_zeros(B, model.config.code_dim, scales[-1], scales[-1])
     for s, p in enumerate(scales):
         ratio, some = s / max(S - 1, 1), slice(start, start + p * p)

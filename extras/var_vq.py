@@ -113,6 +113,7 @@ class ScaleQuantizer(nn.Module):
     def count(self, codes, f):
         """Follow how often each scale takes each entry, by a moving average over (scale) visits as the official one."""
         self.positions = f.numel() // f.shape[1]
+        self.visits = self.visits or 100 * bool(self.ema_vocab_hit_SV.any())   # goes on, when resumed, as after 100
         for hits, some in zip(self.ema_vocab_hit_SV, codes):
             decay = 0 if self.visits == 0 else 0.9 if self.visits < 100 else 0.99
             hits.lerp_(torch.bincount(some.flatten(), minlength=len(hits)).float(), 1 - decay)
