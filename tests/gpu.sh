@@ -12,7 +12,7 @@ PYTHON=${PYTHON:-.venv/bin/python}
 OUT=${OUT:-runs/gpu}
 if [ "${1:-}" = --small ]; then
     tests="tests/test_gpt.py -k cached" bench="load train sample --model demo --batch 4" vq=VQ-demo model=demo image_size=24
-    train="--batch-size 32 --max-steps 20 --log-every 10" seconds=120
+    train="--batch-size 8 --max-steps 20 --log-every 10" seconds=600
 else
     tests="tests" bench="" vq=VQ-16 model=L image_size=256
     train="--epochs 300 --log-every 20" seconds=600
