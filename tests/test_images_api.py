@@ -1060,7 +1060,6 @@ def test_openais_client_draws_with_the_real_engine(real, exported):
 @pytest.mark.parametrize("wrong, sentence", [
     ({"prompt": [2 ** 31]}, "prompt: 2147483648 is no class"), ({"prompt": [2 ** 40]}, "prompt: 1099511627776 is no"),
     ({"prompt": [[V], [V, 2 ** 31]]}, "prompt: 2147483648 is no class"),
-    ({"kv_transfer_params": {"prompt_token_ids": [2 ** 31]}}, "prompt_token_ids: 2147483648 is no class"),
     ({"temperature": 0, "vllm_xargs": {"top_k": 2.5}}, "top_k 2.5 is not a whole number from 0 to 1,000,000"),
     ({"temperature": 0, "vllm_xargs": {"top_k": 5.0}}, "top_k 5.0 is not a whole number"),
     ({"vllm_xargs": {"cfg_interval": 1.5}}, "cfg_interval 1.5 is not a whole number from -1 to"),
