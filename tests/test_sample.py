@@ -193,7 +193,7 @@ def test_packed_layers_draw_the_same_and_replace_the_plain_ones():
 
 
 def test_what_cannot_be_packed_or_recorded_is_run_as_it_is(monkeypatch, capsys):
-    def missing(*_):
+    def missing(*_, **__):
         raise NotImplementedError("no such operator")
 
     monkeypatch.setattr(sample, "PackedLinear", missing)
