@@ -100,10 +100,10 @@ def pair(tmp_path_factory):
     return folder
 
 
-def call(folder, monkeypatch, *flags):
+def call(folder, monkeypatch, *flags, photo="photo.png"):
     """Run the command in a folder."""
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "argv", ["edit.py", "photo.png", "--vq", "vq.pt", "--gpt", "gpt.pt", *map(str, flags)])
+    monkeypatch.setattr(sys, "argv", ["edit.py", photo, "--vq", "vq.pt", "--gpt", "gpt.pt", *map(str, flags)])
     edit.main()
 
 
@@ -130,6 +130,23 @@ def test_nothing_changes_outside_the_hole(pair, monkeypatch, tmp_path):
     with torch.no_grad():
         codes = tokenizer.encode(vq.to_tensor(Image.fromarray(photo))[None])
     assert np.array_equal(tiles(tmp_path / "b.png", 3)[2], sample.to_pixels(tokenizer, codes.flatten(1))[0])
+
+
+def test_a_photo_that_a_camera_turned_is_edited_upright(pair, monkeypatch, tmp_path):
+    """The file has 40 x 20 pixels and says "turn me clockwise"; the mask is for the 20 x 40 pixels that people see."""
+    pixels = np.random.default_rng(1).integers(0, 256, (20, 40, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
+    mask = np.zeros((40, 20), np.uint8)
+    mask[10:15] = 255                            # the uppermost codes of the middle square
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    call(pair, monkeypatch, "--mask", tmp_path / "mask.png", "--classes", "cat", "--count", 1, "--out",
+         tmp_path / "a.png", photo=str(tmp_path / "turned.png"))
+    photo, masked, picture = tiles(tmp_path / "a.png", 3)
+    assert np.array_equal(photo, np.array(data.center_crop(Image.fromarray(np.rot90(pixels, -1)), 16)))
+    for shown in (masked, picture):
+        assert np.array_equal(shown[4:], photo[4:]) and (shown[:4] != photo[:4]).any(-1).mean() > 0.9
 
 
 def test_what_is_kept_has_names():

@@ -28,6 +28,7 @@ import pytest
 import torch
 from conftest import ROOT, fill
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 import captions
 import data
@@ -63,7 +64,7 @@ class FakeEngine:
 
     def __init__(self):
         self.step, self.live, self.aborted, self.dies, self.gives_up = threading.Event(), set(), 0, False, False
-        self.most = 100
+        self.most, self.asked = 100, 0
         self.step.set()
 
     async def generate(self, prompt, params, request_id):
@@ -71,6 +72,7 @@ class FakeEngine:
             raise EngineDeadError
         if len(self.live) == self.most:
             raise QueueOverflowError
+        self.asked += 1
         self.live.add(request_id)
         class_id = prompt["prompt_token_ids"][0] - V if "prompt_token_ids" in prompt else len(prompt["prompt_embeds"])
         given = params.extra_args.get("given", [-1] * GRID * GRID)
@@ -427,12 +429,21 @@ def test_without_a_mask_the_image_s_own_transparency_counts(server):
         assert np.array_equal(pixels(event.b64_json)[:8], np.array(image.convert("RGB"))[:8])
 
 
+SCAN, SCANS = b"\xff\xda", PngInfo()   # begins a pass over the image in a JPEG, and means nothing elsewhere
+SCANS.add(b"ruBb", 2000 * SCAN)
+
+
 @pytest.mark.parametrize("kind, options, change", [
     ("JPEG", {"quality": 100, "subsampling": 0}, lambda image: image),
     ("WEBP", {"lossless": True}, lambda image: image),
     ("PNG", {}, lambda image: image.resize((64, 64), Image.NEAREST)), ("PNG", {}, lambda image: image.quantize(256)),
     ("PNG", {}, lambda image: Image.fromarray(np.array(image.convert("L")).astype(np.uint16) * 257)),
     ("JPEG", {"quality": 100, "subsampling": 0, "exif": b"rotated"}, lambda image: image.transpose(Image.ROTATE_90)),
+    ("MPO", {"quality": 100, "subsampling": 0, "save_all": True, "append_images": [Image.new("RGB", (SIDE, SIDE))]},
+     lambda image: image),   # a photo with a preview behind it
+    ("JPEG", {"quality": 100, "subsampling": 0, "progressive": True}, lambda image: image),
+    ("PNG", {"pnginfo": SCANS}, lambda image: image), ("WEBP", {"lossless": True, "xmp": 2000 * SCAN},
+                                                      lambda image: image),
 ])
 def test_pictures_of_all_kinds_are_seen_as_people_see_them(server, kind, options, change):
     image = photo()
@@ -441,6 +452,7 @@ def test_pictures_of_all_kinds_are_seen_as_people_see_them(server, kind, options
         exif[0x0112] = 6
         options = {**options, "exif": exif}
     file = file_of(change(image), kind, **options)
+    assert file.count(SCAN) > 1000 or not {"pnginfo", "xmp"} & options.keys()
     size = Image.open(io.BytesIO(file)).size
     mask = file_of(with_hole(Image.new("RGB", size), (0, size[1] // 2, *size)))
     got = pixels(edit(server, file, mask, seed=1).json()["data"][0]["b64_json"])[:8]
@@ -457,7 +469,7 @@ def png_of(width, height):
         struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
 
 
-ANIMATION = file_of(photo(), "PNG", save_all=True, append_images=[photo(seed=1)])
+TWO = {"save_all": True, "append_images": [photo(seed=1)]}
 HOLE = file_of(with_hole(photo(), (0, 8, 16, 16)))
 
 
@@ -467,8 +479,13 @@ HOLE = file_of(with_hole(photo(), (0, 8, 16, 16)))
     (file_of(photo(), "GIF"), None, {}, "image", "no PNG, JPEG or WebP"),
     (png_of(20_000, 20_000), None, {}, "image", "more than 25,000,000 pixels"),
     (png_of(5_001, 5_000), None, {}, "image", "more than 25,000,000 pixels"),
-    (ANIMATION, None, {}, "image", "an animation; send one picture"),
-    (file_of(photo(), "JPEG") + b"\xff\xda" * 2000, None, {}, "image", "too many scans"),
+    (file_of(photo(), "PNG", **TWO), None, {}, "image", "an animation; send one picture"),
+    (file_of(photo(), "WEBP", **TWO), None, {}, "image", "an animation; send one picture"),
+    (file_of(photo(), "GIF", **TWO), None, {}, "image", "no PNG, JPEG or WebP"),
+    (HOLE, file_of(photo(), "WEBP", **TWO), {}, "mask", "mask: an animation; send one picture"),
+    (file_of(photo(), "JPEG") + 50 * SCAN, None, {}, "image", "too many scans"),
+    (file_of(photo(), "MPO", **TWO) + 50 * SCAN, None, {}, "image", "too many scans"),
+    (file_of(photo(), "JPEG") + 49 * SCAN, None, {}, "image", "image: nothing is transparent"),   # read as a picture
     (HOLE, HOLE[:100], {}, "mask", "mask: no PNG"),
     (HOLE, file_of(with_hole(photo((8, 8)), (0, 0, 4, 4))), {}, "mask", "8 x 8 pixels, but the image has 16 x 16"),
     (HOLE, file_of(photo()), {}, "mask", "mask: nothing is transparent"),
@@ -492,8 +509,14 @@ def test_uploads_that_are_no_edit_have_their_own_status(server):
     assert "16,777,216" in error_of(edit(server, bytes(17 * 2 ** 20)), 413)["message"]
     assert "another site" in error_of(edit(server, HOLE, headers={"Sec-Fetch-Site": "cross-site"}), 403)["message"]
     assert edit(server, HOLE, headers={"Sec-Fetch-Site": "same-origin"}).status_code == 200
-    with pytest.raises(openai.BadRequestError):
-        client(server).images.edit(image=[("a.png", HOLE), ("b.png", HOLE), ("c.png", HOLE)], prompt="star")
+    draw = client(server).images.edit
+    assert draw(image=[("a.png", HOLE)], prompt="star").data
+    for images, sentence in (2, "image: one picture, and one mask"), (3, "with an image and at most a mask"):
+        with pytest.raises(openai.BadRequestError, match=sentence):
+            draw(image=[("a.png", HOLE)] * images, prompt="star")
+    both = [("image", ("a.png", HOLE)), ("image[]", ("b.png", HOLE))]
+    error = error_of(httpx.post(url, data={"prompt": "star"}, files=both), 400)
+    assert error["param"] == "image" and error["message"] == "image: one picture, and one mask"
     with socket.create_connection(server.url.removeprefix("http://").split(":")) as sock:   # cut off half-way
         sock.sendall(b"POST /v1/images/edits HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=x\r\n"
                      b"Content-Length: 10000\r\n\r\n--x\r\nContent-Disposition: form-data; name=\"image\"; "
@@ -897,6 +920,10 @@ def test_the_page_draws_a_part_of_a_picture_anew(engine, server, browser, width,
     browser.run("document.querySelector('[data-hole=middle]').click()")
     assert sorted(browser.run("[...hole]")) == [5, 6, 9, 10]
     engine.step.clear()
+    browser.run("$('go').click(); $('go').click()")                     # the second click finds Cancel
+    until(lambda: browser.text("go") == "Draw" and browser.text("status"))
+    assert browser.text("status") == "Cancelled with 0 of 2 images drawn" and not engine.asked
+    assert browser.run("document.querySelectorAll('figure').length") == 0
     browser.run("$('go').click()")
     until(lambda: browser.run("document.querySelectorAll('figure img').length") == 2)
     assert browser.run("document.querySelector('img').style.clipPath") == ""   # what is kept is seen at once
@@ -1028,6 +1055,26 @@ def test_openais_client_draws_with_the_real_engine(real, exported):
     assert answer["choices"][0]["token_ids"] == codes[0].tolist()
     for wrong, sentence in ({"vllm_xargs": {"cfg": 3}}, "'cfg' is no setting"), ({"min_p": 0.5}, "min_p is for words"):
         assert sentence in error_of(httpx.post(f"{real.url}/v1/completions", json={**fields, **wrong}), 400)["message"]
+
+
+@pytest.mark.parametrize("wrong, sentence", [
+    ({"prompt": [2 ** 31]}, "prompt: 2147483648 is no class"), ({"prompt": [2 ** 40]}, "prompt: 1099511627776 is no"),
+    ({"prompt": [[V], [V, 2 ** 31]]}, "prompt: 2147483648 is no class"),
+    ({"temperature": 0, "vllm_xargs": {"top_k": 2.5}}, "top_k 2.5 is not a whole number from 0 to 1,000,000"),
+    ({"temperature": 0, "vllm_xargs": {"top_k": 5.0}}, "top_k 5.0 is not a whole number"),
+    ({"vllm_xargs": {"cfg_interval": 1.5}}, "cfg_interval 1.5 is not a whole number from -1 to"),
+    ({"vllm_xargs": {"given": [-2]}}, "given is a list of codes"),
+    ({"vllm_xargs": {"kv_transfer_params": "all"}}, "'kv_transfer_params' is no setting"),
+])
+def test_numbers_that_would_end_the_real_engine_are_refused_and_it_draws_on(real, wrong, sentence):
+    fields = {"model": "small", "prompt": [V + 2], "max_tokens": 64, "seed": 6, "return_token_ids": True}
+    url = f"{real.url}/v1/completions"
+    error = error_of(httpx.post(url, json={**fields, **wrong}, timeout=20), 400)
+    assert sentence in error["message"] and "\n" not in error["message"]
+    assert httpx.get(f"{real.url}/health").status_code == 200
+    whole = httpx.post(url, json={**fields, "vllm_xargs": {"cfg_scale": 3}}, timeout=20)   # is no mistake
+    assert len(whole.json()["choices"][0]["token_ids"]) == 64
+    assert post(real, {"seed": 1}).status_code == 200 and "Traceback" not in real.log.read_text()
 
 
 def test_the_real_engine_draws_a_hole_anew(real, exported):

@@ -42,8 +42,10 @@ NUMBERS = [   # command, flag, which of NONSENSE mean something
     ("sweep", "--num-samples", []), ("sweep", "--seed", ["0"]), ("sweep", "--image-size", []), ("sweep", "--size", []),
     ("sweep", "--batch-size", []),
 ]
-READ = [("compare", "--inception"), ("recon", "--vq"), ("recon", "--data"), ("clip", "--prompts"), ("clip", "--samples"),
-        ("captions", "--codes"), ("sample", "--vq"), ("sample", "--gpt"), ("sweep", "--vq"), ("sweep", "--gpt"), ("sweep", "--ref")]
+READ = [("compare", "--inception"), ("recon", "--vq"), ("recon", "--data"), ("clip", "--prompts"),
+        ("clip", "--samples"),
+        ("captions", "--codes"), ("sample", "--vq"), ("sample", "--gpt"), ("sweep", "--vq"), ("sweep", "--gpt"),
+        ("sweep", "--ref")]
 WRITTEN = [("compare", "--json"), ("stats", "--out"), ("recon", "--out"), ("recon", "--json"), ("clip", "--json"),
            ("sample", "--out"), ("sweep", "--out")]
 
@@ -117,6 +119,12 @@ def test_a_device_that_is_not_there_is_named(complaint, command):
 def test_sizes_that_the_models_do_not_have_are_named(complaint):
     assert "--image-size 18 is no multiple of 4" in complaint("recon", "--image-size", "18")
     assert "gpt.pt draws 16 pixels a side" in complaint("sweep", "--image-size", "32")
+
+
+def test_a_picture_is_not_drawn_by_several_processes(complaint, monkeypatch):
+    """Each of torchrun's would draw the same one over the other's."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert complaint("sample") == "torchrun is for --num-samples; a picture takes one process"
 
 
 def test_damaged_features_of_captions_are_named(complaint, folder):

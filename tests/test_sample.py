@@ -193,7 +193,7 @@ def test_packed_layers_draw_the_same_and_replace_the_plain_ones():
 
 
 def test_what_cannot_be_packed_or_recorded_is_run_as_it_is(monkeypatch, capsys):
-    def missing(*_):
+    def missing(*_, **__):
         raise NotImplementedError("no such operator")
 
     monkeypatch.setattr(sample, "PackedLinear", missing)
@@ -226,8 +226,12 @@ def test_class_names_are_found_or_explained():
         captions.find_class("crane", names)
     with pytest.raises(ValueError, match="golden retriever"):
         captions.find_class("goldn retriver", names)
-    with pytest.raises(ValueError, match="0 to 999"):
-        captions.find_class("1000", names)
+    for number in ("1000", "-5"):
+        with pytest.raises(ValueError, match=f"class {number} is out of range: ids go from 0 to 999"):
+            captions.find_class(number, names)
+    for text in ("²", "٣", "--5", "5-"):   # digits to some of Python's functions
+        with pytest.raises(ValueError, match=f"^class '{text}' is no class's name"):
+            captions.find_class(text, names)
 
 
 # ---- the command line, on tiny models -------------------------------------------------------------------------------
@@ -247,16 +251,27 @@ def pair(tmp_path_factory):
 
 def run(*args, procs=0):
     """Run a script as a user would, alone or under torchrun."""
-    how = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={procs}"] if procs else [sys.executable]
-    return subprocess.run([*how, *map(str, args)], cwd=ROOT, capture_output=True, text=True)
+    how = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={procs}"] if procs else []
+    return subprocess.run([sys.executable, *how, *map(str, args)], cwd=ROOT, capture_output=True, text=True)
 
 
 def test_a_grid_of_classes_is_drawn(pair, tmp_path):
-    result = run("sample.py", "--vq", pair / "vq.pt", "--gpt", pair / "gpt.pt", "--classes", "1,catfish", "--per-class", 3,
-                 "--out", tmp_path / "a.png")
+    result = run("sample.py", "--vq", pair / "vq.pt", "--gpt", pair / "gpt.pt", "--classes", "1,catfish",
+                 "--per-class", 3, "--out", tmp_path / "a.png")
     assert result.returncode == 0, result.stderr
     with Image.open(tmp_path / "a.png") as image:
         assert image.size == (3 * 100 + 4, 2 * (96 + 16 + 4) + 4)   # 16 pixels drawn six times as large, and titles
+
+
+def test_a_caption_of_two_lines_is_drawn_as_one(pair, tmp_path, monkeypatch):
+    model = random_model(replace(TINY, num_classes=0, cond_tokens=captions.CAPTION_TOKENS, caption_dim=64))
+    torch.save({"model": model.state_dict(), "config": asdict(model.config),
+                "text": captions.CaptionEncoder("words").about}, tmp_path / "gpt.pt")
+    for name, prompt in ("one", "a red star"), ("two", "a red\r\nstar\n"):
+        monkeypatch.setattr(sys, "argv", ["sample.py", "--vq", str(pair / "vq.pt"), "--gpt", str(tmp_path / "gpt.pt"),
+                                          "--prompt", prompt, "--out", str(tmp_path / f"{name}.png")])
+        sample.main()
+    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
 
 
 @pytest.mark.parametrize("flags, sentence", [
@@ -286,7 +301,8 @@ def test_another_tokenizer_is_refused(pair, tmp_path):
 
 
 def test_npz_is_balanced_and_the_same_for_any_number_of_processes_and_after_a_stop(pair, tmp_path, monkeypatch):
-    flags = ["--vq", pair / "vq.pt", "--gpt", pair / "gpt.pt", "--num-samples", 600, "--cfg-scale", 2, "--batch-size", 128]
+    flags = ["--vq", pair / "vq.pt", "--gpt", pair / "gpt.pt", "--num-samples", 600, "--cfg-scale", 2,
+             "--batch-size", 128]
     for name, procs in (("one", 0), ("two", 2)):
         result = run("sample.py", *flags, "--out", tmp_path / f"{name}.npz", procs=procs)
         assert result.returncode == 0, result.stderr
@@ -328,7 +344,8 @@ def test_pretrained_fetches_the_released_files_once_and_samples_from_them(tmp_pa
     torch.save({"model": gpt.GPT(gpt.GPT_CONFIGS["B"]).half().state_dict()}, files / "c2i_B_256.pt")
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=tmp_path))
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    env = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "NANOLLAMAGEN_CACHE": str(tmp_path / "cache")}
+    env = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+           "NANOLLAMAGEN_CACHE": str(tmp_path / "cache")}
     command = [sys.executable, "sample.py", "--pretrained", "B-256", "--paper", "--classes", "red fox"]
     first = subprocess.run([*command, "--out", tmp_path / "a.png"], cwd=ROOT, capture_output=True, text=True, env=env)
     server.shutdown()

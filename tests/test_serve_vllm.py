@@ -256,7 +256,13 @@ def test_code_i_stands_at_position_i():
     (dict(extra_args={"cfg_interval": -2}), "cfg_interval"), (dict(extra_args={"cfg_interval": None}), "cfg_interval"),
     (dict(extra_args={"cfg_scael": 4}), "'cfg_scael' is no setting"),
     (dict(extra_args={"top_k": 4}, temperature=1.0), "say top_k in the request itself"),
+    (dict(extra_args={"top_k": 2.5}, temperature=0), "top_k 2.5 is not a whole number from 0 to"),
+    (dict(extra_args={"top_k": 5.0}, temperature=0), "top_k 5.0 is not a whole number"),
+    (dict(extra_args={"cfg_interval": 1.5}), "cfg_interval 1.5 is not a whole number from -1 to"),
     (dict(extra_args={"given": 4}), "given is a list"), (dict(extra_args={"given": [1, 2.5]}), "given is a list"),
+    (dict(extra_args={"given": [3, -2]}), "given is a list"),
+    (dict(extra_args={"given": [2 ** 31]}), "given is a list"),
+    (dict(extra_args={"kv_transfer_params": "all"}), "'kv_transfer_params' is no setting"),
     (dict(min_p=0.1), "min_p is for words"), (dict(presence_penalty=1.0), "presence_penalty is for words"),
     (dict(repetition_penalty=1.5), "repetition_penalty is"), (dict(logit_bias={3: 5.0}), "logit_bias is for words"),
     (dict(allowed_token_ids=[3]), "allowed_token_ids is for words"), (dict(logprobs=3), "logprobs is for words"),
@@ -268,6 +274,14 @@ def test_what_the_draw_would_leave_out_is_refused_and_the_engine_goes_on(llm, ti
         llm.generate(prompts(folder, MIXED[:1]), bad, use_tqdm=False)
     outputs = llm.generate(prompts(folder, MIXED[:1]), greedy(folder, 1.0), use_tqdm=False)
     assert torch.equal(codes_of(outputs), expected(model, MIXED[:1]))
+
+
+@pytest.mark.parametrize("extra", [
+    {"cfg_scale": 3}, {"temperature": 1, "top_p": 1, "top_k": 0}, {"cfg_interval": -1},
+    {"given": [-1, 0, 2 ** 31 - 1]}, {"kv_transfer_params": {"do_remote_decode": False}},
+])
+def test_whole_numbers_do_where_a_number_is_asked_for_and_limits_are_allowed(extra):
+    serve_vllm.check_params(vllm.SamplingParams(temperature=0, extra_args=extra))
 
 
 def test_senseless_prompts_do_not_stop_the_engine(llm, tiny):
