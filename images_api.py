@@ -277,7 +277,7 @@ async def read_form(request: Request):
         async with request.form(max_files=2, max_fields=50) as form:
             files = {name.removesuffix("[]"): await file.read() for name, file in form.items() if hasattr(file, "read")}
             fields = {name: value for name, value in form.items() if isinstance(value, str)}
-            several = len(files) + len(fields) < len(form.multi_items())
+            several = len(files) < sum(hasattr(file, "read") for _, file in form.multi_items())
     except (ClientDisconnect, StarletteHTTPException):
         raise Refused("the body is no multipart form with an image and at most a mask, or was cut off") from None
     if several:
@@ -296,7 +296,8 @@ def open_upload(name, file):
                 raise Refused(f"{name}: more than {MAX_PIXELS:,} pixels", parameter=name)
             if getattr(image, "is_animated", False) and image.format != "MPO":   # MPO: a photo and its previews
                 raise Refused(f"{name}: an animation; send one picture", parameter=name)
-            if image.format in ("JPEG", "MPO") and file.count(b"\xff\xda") > 50:   # each passes over the whole image
+            scans = file.count(b"\xff\xda") if image.format in ("JPEG", "MPO") else 0   # each passes over all pixels
+            if scans * image.width * image.height > 50 * MAX_PIXELS:
                 raise Refused(f"{name}: too many scans", parameter=name)
             upright = ImageOps.exif_transpose(image)   # as cameras want it shown
             if upright.mode.startswith("I"):           # 16 bits

@@ -459,7 +459,7 @@ def check(parser, args):
 
 # What vLLM can do to the logits of words; Draw would pass over it in silence.
 WORDS_ONLY = ("min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "allowed_token_ids",
-              "bad_words", "structured_outputs", "logprobs", "prompt_logprobs")
+              "bad_words", "structured_outputs", "logprobs", "prompt_logprobs", "repetition_detection")
 
 
 def check_params(params):

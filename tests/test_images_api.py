@@ -469,6 +469,7 @@ def png_of(width, height):
         struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
 
 
+LARGE = photo((1000, 1000))   # 1,250 scans of it pass over as many pixels as 50 of the largest picture
 TWO = {"save_all": True, "append_images": [photo(seed=1)]}
 HOLE = file_of(with_hole(photo(), (0, 8, 16, 16)))
 
@@ -483,9 +484,9 @@ HOLE = file_of(with_hole(photo(), (0, 8, 16, 16)))
     (file_of(photo(), "WEBP", **TWO), None, {}, "image", "an animation; send one picture"),
     (file_of(photo(), "GIF", **TWO), None, {}, "image", "no PNG, JPEG or WebP"),
     (HOLE, file_of(photo(), "WEBP", **TWO), {}, "mask", "mask: an animation; send one picture"),
-    (file_of(photo(), "JPEG") + 50 * SCAN, None, {}, "image", "too many scans"),
-    (file_of(photo(), "MPO", **TWO) + 50 * SCAN, None, {}, "image", "too many scans"),
-    (file_of(photo(), "JPEG") + 49 * SCAN, None, {}, "image", "image: nothing is transparent"),   # read as a picture
+    (file_of(LARGE, "JPEG") + 1250 * SCAN, None, {}, "image", "too many scans"),
+    (file_of(LARGE, "MPO", **TWO) + 1250 * SCAN, None, {}, "image", "too many scans"),
+    (file_of(LARGE, "JPEG") + 1249 * SCAN, None, {}, "image", "image: nothing is transparent"),   # read as a picture
     (HOLE, HOLE[:100], {}, "mask", "mask: no PNG"),
     (HOLE, file_of(with_hole(photo((8, 8)), (0, 0, 4, 4))), {}, "mask", "8 x 8 pixels, but the image has 16 x 16"),
     (HOLE, file_of(photo()), {}, "mask", "mask: nothing is transparent"),
