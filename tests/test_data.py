@@ -79,6 +79,31 @@ def test_shuffling_gives_every_image_once_an_epoch_and_starts_anywhere():
     assert [next(later) for _ in range(12)] == first[23:]
 
 
+def test_a_title_with_a_line_break_stands_on_one_line(tmp_path):
+    """Captions and class names are anybody's; Pillow measures no text of several lines."""
+    images = np.zeros((2, 24, 24, 3), np.uint8)
+    data.save_grid(images, tmp_path / "broken.png", 2, ["a cat\non a mat", "\ttwo\r\n"])
+    data.save_grid(images, tmp_path / "whole.png", 2, ["a cat on a mat", "two"])
+    assert (tmp_path / "broken.png").read_bytes() == (tmp_path / "whole.png").read_bytes()
+
+
+# ---- arrays ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype, shape, given", [(np.uint16, (7, 3, 4), np.int64), (np.int64, (7, 2, 2), np.int64),
+                                                 (np.float16, (7, 5), np.float32), (np.float16, (7, 5), np.float16)])
+def test_arrays_are_written_block_by_block_as_numpy_writes_them_whole(tmp_path, dtype, shape, given):
+    array = np.random.RandomState(0).randint(0, 2 ** 11, shape).astype(given)
+    blocks = (array[rows] for rows in (slice(0, 3), slice(3, 3), slice(3, 4), slice(4, 7)))
+    data.write_npy(tmp_path / "blocks.npy", dtype, shape, blocks)
+    np.save(tmp_path / "whole.npy", array.astype(dtype))
+    assert (tmp_path / "blocks.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's disk that is always full")
+def test_an_array_that_does_not_fit_on_the_disk_is_an_error_and_no_crash():
+    with pytest.raises(OSError, match="No space left on device"):
+        data.write_npy("/dev/full", np.uint16, (2, 2 ** 16), np.zeros((2, 1, 2 ** 16)))
+
+
 # ---- image folders --------------------------------------------------------------------------------------------------
 def folder(root, classes=("ant", "bee", "cat"), each=3, size=20):
     """Class folders with small random pictures."""

@@ -87,6 +87,23 @@ def test_a_sharded_run_killed_goes_on_in_one_process(runs, codes, tmp_path, monk
     assert max(float((v - expected[k]).abs().max()) for k, v in ema.items()) < 1e-3
 
 
+def test_a_sharded_run_that_ended_before_its_shards_were_joined_is_joined_by_resuming(runs, codes, tmp_path):  # noqa: F811
+    """Killed between its last shards and ckpt.pt, it has no step left to take."""
+    shutil.copytree(runs / "fsdp", tmp_path / "run")
+    (tmp_path / "run" / "ckpt.pt").unlink()
+    result = torchrun(2, codes, tmp_path / "run", *STILL, "--parallel", "fsdp", "--save-every", 20, "--keep", 1,
+                      "--micro-batch", 2, "--checkpoint-activations", "--resume")
+    assert result.returncode == 0, result.stderr
+    one, two = (data.read_checkpoint(folder / "ckpt.pt") for folder in (runs / "fsdp", tmp_path / "run"))
+    assert one["step"] == two["step"] == 50 and one["images_seen"] == two["images_seen"] and one["config"] == two["config"]
+    assert all(torch.equal(one[part][k], two[part][k]) for part in ("model", "ema") for k in one[part])
+    moments, again = (file["optimizer"]["state"] for file in (one, two))
+    assert moments.keys() == again.keys()
+    assert all(torch.equal(value, again[i][k]) for i in moments for k, value in moments[i].items())
+    assert sorted(path.name for path in (tmp_path / "run").glob("ckpt*")) == ["ckpt.pt", "ckpt_00000040", "ckpt_00000050"]
+    assert log(tmp_path / "run") == log(runs / "fsdp")
+
+
 def killed_often(kills, n, codes, out, *flags):  # noqa: F811
     """Start a run of n processes `kills` times and kill them all, at a random moment of the start or of one of the next
     five steps; then let it end. It saves after every step, so that many of the kills fall into a save."""

@@ -2,7 +2,9 @@
 import json
 import math
 import os
+import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -16,6 +18,7 @@ import torch
 from bench import imagenet_codes
 from conftest import ROOT, fill
 
+import checkpoints
 import data
 import gpt
 import sample
@@ -100,6 +103,32 @@ def test_a_resumed_run_equals_an_uninterrupted_one(codes, tmp_path, monkeypatch)
     for part in ("model", "ema"):
         assert all(torch.equal(one[part][k], two[part][k]) for k in one[part])
     assert not all(torch.equal(one["model"][k], one["ema"][k]) for k in one["ema"])
+
+
+def test_going_on_without_keep_leaves_what_was_kept(codes, tmp_path, monkeypatch):
+    train(monkeypatch, codes, tmp_path / "run", "--save-every", 1, "--max-steps", 3, "--keep", 1)
+    train(monkeypatch, codes, tmp_path / "run", "--save-every", 1, "--max-steps", 4, "--resume")
+    names = sorted(path.name for path in (tmp_path / "run").glob("ckpt*"))
+    assert names == ["ckpt.pt", "ckpt_00000002.pt", "ckpt_00000003.pt"]
+    assert [data.read_checkpoint(tmp_path / "run" / name)["step"] for name in names] == [4, 2, 3]
+
+
+def test_a_signal_that_comes_again_at_once_is_the_same_wish_and_later_ends_the_process(monkeypatch):
+    """torchrun sends on what a queue has sent to every process already."""
+    numbers, now, ended = (signal.SIGTERM, signal.SIGUSR1), 100.0, []
+    before = [signal.getsignal(number) for number in numbers]
+    monkeypatch.setattr(checkpoints, "time", types.SimpleNamespace(time=lambda: now), raising=False)
+    monkeypatch.setattr(os, "_exit", ended.append)
+    try:
+        caught = checkpoints.catch_signals()
+        assert not caught
+        for now, number, expected in ((100.0, signal.SIGTERM, []), (104.9, signal.SIGTERM, []),
+                                      (104.9, signal.SIGUSR1, []), (105.1, signal.SIGTERM, [143])):
+            signal.getsignal(number)(number, None)
+            assert caught and ended == expected
+    finally:
+        for number, handler in zip(numbers, before):
+            signal.signal(number, handler)
 
 
 def test_two_processes_and_micro_batches_give_the_losses_of_one(codes, tmp_path, monkeypatch):
@@ -284,6 +313,17 @@ def test_going_on_without_a_run_gets_one_sentence(codes, tmp_path, monkeypatch, 
     assert stop.value.code == 2 and "ckpt.pt: no such file" in capsys.readouterr().err
 
 
+def test_the_run_of_a_tokenizer_is_not_gone_on_with(codes, tmp_path, monkeypatch, capsys):
+    """It has a step, an optimizer and a config, too."""
+    import test_train_vq
+    test_train_vq.train(monkeypatch, "shapes:8", tmp_path / "vq", "--max-steps", 1, "--sample-every", 0)
+    before = sorted(path.read_bytes() for path in (tmp_path / "vq").iterdir())
+    with pytest.raises(SystemExit) as stop:
+        train(monkeypatch, codes, tmp_path / "vq", "--max-steps", 2, "--resume")
+    assert stop.value.code == 2 and "vq/ckpt.pt is not one of train_gpt.py's; choose" in capsys.readouterr().err
+    assert sorted(path.read_bytes() for path in (tmp_path / "vq").iterdir()) == before
+
+
 def test_a_run_is_neither_overwritten_nor_continued_as_another(codes, tmp_path, monkeypatch, capsys):
     train(monkeypatch, codes, tmp_path / "run", "--max-steps", 1)
     for flags, sentence in ((["--max-steps", "2"], "add --resume to go on with it"),
@@ -368,6 +408,18 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
         train(monkeypatch, codes, tmp_path / "run", "--max-steps", 4, "--resume")
     assert stop.value.code == 2 and "not finite at step 3" in capsys.readouterr().err
     assert (tmp_path / "run" / "ckpt.pt").read_bytes() == good
+
+
+def test_a_full_disk_ends_the_run_with_one_sentence(codes, tmp_path, monkeypatch):
+    """It ends where the log cannot be written; a checkpoint that cannot be is tests/test_data.py's."""
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "log", full)
+    monkeypatch.setattr(sys, "argv", ["train_gpt.py", *flags_for(codes, tmp_path / "run", "--max-steps", 1)])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / "train_gpt.py"), run_name="__main__")
+    assert stop.value.code == "train_gpt.py: [Errno 28] No space left on device; the last checkpoint is untouched"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,6 +1,8 @@
 """What train_vq.py promises: the reference's losses, and runs that resume exactly."""
 import json
 import os
+import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import torch
 from conftest import GOLDEN, ROOT, difference, fill, golden, released_keys
 from PIL import Image
 
+import checkpoints
 import data
 import train_vq
 import vq
@@ -193,12 +196,15 @@ def test_the_discriminator_judges_micro_batches_and_its_loss_has_its_weight(tmp_
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_finishes_the_step_saves_and_exits_0(tmp_path, number):
-    command = [sys.executable, "train_vq.py", *flags_for("shapes:30", tmp_path / "run", "--max-steps", 100000)]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    while not (tmp_path / "run" / "log.jsonl").exists():
+    """It goes to the whole process group, as torchrun sends it: to the loader's workers too."""
+    command = [sys.executable, "train_vq.py", *flags_for("shapes:30", tmp_path / "run", "--max-steps", 100000,
+                                                         "--workers", 2)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                               start_new_session=True)
+    while not (tmp_path / "run" / "log.jsonl").exists() or len(log(tmp_path / "run")) < 3:   # both workers have begun
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
-    process.send_signal(number)
+    os.killpg(process.pid, number)
     out, err = process.communicate(timeout=60)
     step = log(tmp_path / "run")[-1]["step"]
     assert process.returncode == 0 and f"asked to stop: saved at step {step}; --resume goes on" in out, err
@@ -214,6 +220,19 @@ def test_old_checkpoints_are_kept_as_asked_and_steps_after_the_last_come_again(t
     os.replace(tmp_path / "run" / "ckpt_00000006.pt", tmp_path / "run" / "ckpt.pt")
     train(monkeypatch, "shapes:8", tmp_path / "run", *flags, "--max-steps", 8, "--resume")
     assert [r["step"] for r in log(tmp_path / "run")] == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_the_weight_decay_given_at_resume_is_the_one_that_counts(tmp_path, monkeypatch):
+    """Each of two runs goes on from the same first step; its second differs by what decays, of every weight alike."""
+    train(monkeypatch, "shapes:8", tmp_path / "plain", "--max-steps", 1, "--sample-every", 0)
+    shutil.copytree(tmp_path / "plain", tmp_path / "decayed")
+    first = data.read_checkpoint(tmp_path / "plain" / "ckpt.pt")["model"]
+    for name, decay in (("plain", 0), ("decayed", 10)):
+        train(monkeypatch, "shapes:8", tmp_path / name, "--max-steps", 2, "--sample-every", 0, "--resume", "--lr", 0.01,
+              "--weight-decay", decay)
+    plain, decayed = (data.read_checkpoint(tmp_path / name / "ckpt.pt")["model"] for name in ("plain", "decayed"))
+    assert difference(plain["encoder.conv_in.weight"] - decayed["encoder.conv_in.weight"],
+                      0.1 * first["encoder.conv_in.weight"]) < 1e-4
 
 
 def test_tensorboard_gets_what_the_log_gets_and_hides_the_steps_that_come_again(tmp_path, monkeypatch, capsys):
@@ -342,11 +361,29 @@ def test_missing_lpips_files_are_named(tmp_path, monkeypatch):
         train_vq.load_lpips()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, capsys):
-    train(monkeypatch, "shapes:8", tmp_path / "run", "--max-steps", 1, "--sample-every", 0)
+@pytest.mark.parametrize("module, name, value", [
+    (vq, "to_tensor", lambda image: torch.full((3, 24, 24), torch.nan)),
+    (train_vq, "hinge", lambda real, fake: torch.nan * real.mean()),         # the discriminator's alone
+])
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, capsys,
+                                                                                    module, name, value):
+    flags = ["--disc-start", 0, "--sample-every", 0, "--save-every", 1]
+    train(monkeypatch, "shapes:8", tmp_path / "run", "--max-steps", 1, *flags)
     good = (tmp_path / "run" / "ckpt.pt").read_bytes()
-    monkeypatch.setattr(vq, "to_tensor", lambda image: torch.full((3, 24, 24), torch.nan))
+    monkeypatch.setattr(module, name, value)
     with pytest.raises(SystemExit) as stop:
-        train(monkeypatch, "shapes:8", tmp_path / "run", "--max-steps", 3, "--sample-every", 0, "--resume")
+        train(monkeypatch, "shapes:8", tmp_path / "run", "--max-steps", 3, *flags, "--resume")
     assert stop.value.code == 2 and "not finite at step 2" in capsys.readouterr().err
     assert (tmp_path / "run" / "ckpt.pt").read_bytes() == good
+
+
+def test_a_full_disk_ends_the_run_with_one_sentence(tmp_path, monkeypatch):
+    """It ends where the log cannot be written; a checkpoint that cannot be is tests/test_data.py's."""
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "log", full)
+    monkeypatch.setattr(sys, "argv", ["train_vq.py", *flags_for("shapes:8", tmp_path / "run", "--max-steps", 1)])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / "train_vq.py"), run_name="__main__")
+    assert stop.value.code == "train_vq.py: [Errno 28] No space left on device; the last checkpoint is untouched"

@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import runpy
 import subprocess
 import sys
 import zlib
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from conftest import GOLDEN, ROOT, difference, golden
 
+import checkpoints
 import data
 import gpt
 import sample
@@ -415,6 +417,30 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_last_bit(trained):
     assert (trained / "run" / "samples_000006.png").exists()
 
 
+def test_a_resumed_tokenizer_equals_an_uninterrupted_one_after_a_hundred_visits(tmp_path, monkeypatch):
+    """Weights, hits and the usage that follows from them. Fewer than 100 visits of scales, here 20 steps of five,
+    would not do: how fast the hits move follows from the number of visits, which is not kept."""
+    flags = ["--data", "shapes:8", "--model", "VAR-demo", "--image-size", 24, "--lpips-weight", 0, "--disc-weight", 0,
+             "--batch-size", 2, "--max-steps", 23, "--save-every", 21, "--sample-every", 0, "--log-every", 1]
+    call(monkeypatch, train_var, "tokenizer", *flags, "--out", tmp_path / "whole")
+    save = data.save_checkpoint
+
+    def save_and_stop(*what):
+        save(*what)
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "save_checkpoint", save_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            call(patch, train_var, "tokenizer", *flags, "--out", tmp_path / "cut")
+    assert data.read_checkpoint(tmp_path / "cut" / "ckpt.pt")["step"] == 21
+    call(monkeypatch, train_var, "tokenizer", *flags, "--out", tmp_path / "cut", "--resume")
+    one, two = (data.read_checkpoint(tmp_path / name / "ckpt.pt")["model"] for name in ("whole", "cut"))
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+    usage = [[json.loads(line)["usage"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+             for name in ("whole", "cut")]
+    assert usage[0] == usage[1] and len(usage[0]) == 23 and 0 < usage[0][-1] < 1
+
+
 @pytest.mark.slow
 def test_two_processes_train_as_one_even_where_a_convolution_is_idle(trained, tmp_path):
     """Of two scales the first takes φ 0, the last φ 3; DDP would wait for the others' gradients."""
@@ -559,10 +585,27 @@ def test_training_refuses_in_one_sentence(trained, tmp_path, monkeypatch, capsys
                             ([*flags, "--out", trained / "run"], "add --resume"),
                             ([*flags, "--model", "d16", "--out", trained / "run", "--resume"], "is of another model"),
                             ([*flags, "--micro-batch", 3], "does not divide"),
+                            ([*flags, "--out", trained / "vq", "--resume"], "vq/ckpt.pt was not written by train_var.py"),
                             ([*flags, "--vq", tmp_path / "vq.pt"], "is a tokenizer of LlamaGen")):
         with pytest.raises(SystemExit) as stop:
             call(monkeypatch, train_var, *words)
         assert stop.value.code == 2 and sentence in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        call(monkeypatch, train_gpt, "--codes", trained / "codes", "--model", "demo", "--out", tmp_path / "gpt")
-    assert "for extras/train_var.py" in capsys.readouterr().err
+    for out, sentence in ((tmp_path / "gpt", "for extras/train_var.py"),
+                          (trained / "run", "is not one of train_gpt.py's; choose another --out")):
+        with pytest.raises(SystemExit) as stop:
+            call(monkeypatch, train_gpt, "--codes", trained / "codes", "--model", "demo", "--out", out,
+                 *["--resume"] * (out == trained / "run"))
+        assert stop.value.code == 2 and sentence in capsys.readouterr().err
+
+
+def test_a_full_disk_ends_the_run_with_one_sentence(trained, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "log", full)
+    words = ["--vq", trained / "vq" / "ckpt.pt", "--codes", trained / "codes", "--model", "demo", "--batch-size", 4,
+             "--max-steps", 1, "--out", tmp_path / "run"]
+    monkeypatch.setattr(sys, "argv", ["train_var.py", *map(str, words)])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / "extras" / "train_var.py"), run_name="__main__")
+    assert stop.value.code == "train_var.py: [Errno 28] No space left on device; the last checkpoint is untouched"
