@@ -220,9 +220,9 @@ def test_every_step_takes_other_images_and_crops(codes, tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="asks Linux for the memory and what was read")
 def test_codes_of_imagenets_size_are_neither_read_nor_held(tmp_path):
-    """13 GB of codes, in a process of its own: it peaks less than 0.7 GB above what its imports take (which is more with
-    a CUDA build), reads less than 1 GB by any read(), and of the memory map gets only the pages of the 16 rows it trained
-    on, not megabytes around each."""
+    """13 GB of codes, in a process of its own: it peaks less than 0.7 GB above what its imports take (which is more
+    with a CUDA build), reads less than 1 GB by any read(), and of the memory map gets only the pages of the 16 rows it
+    trained on, not megabytes around each."""
     (tmp_path / "codes").mkdir()
     imagenet_codes(tmp_path / "codes")
     script = """if True:
@@ -397,10 +397,12 @@ def test_another_tokenizers_pictures_are_refused(codes, tmp_path, monkeypatch, c
 
 def test_a_batch_that_does_not_split_says_which_would(codes, tmp_path):
     result = torchrun(3, codes, tmp_path / "run", "--max-steps", 1)
-    assert result.returncode != 0 and "--batch-size 8 does not split over 3 processes; try --batch-size 6" in result.stderr
+    sentence = "--batch-size 8 does not split over 3 processes; try --batch-size 6"
+    assert result.returncode != 0 and sentence in result.stderr
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(codes, tmp_path, monkeypatch, capsys):
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(codes, tmp_path, monkeypatch,
+                                                                                    capsys):
     train(monkeypatch, codes, tmp_path / "run", "--max-steps", 2)
     good = (tmp_path / "run" / "ckpt.pt").read_bytes()
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *a: torch.tensor(float("nan")))
@@ -430,7 +432,8 @@ def test_the_loss_and_its_gradient_are_those_of_torch(dtype):
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten())
     expected.backward()
     ours = logits.detach().clone()
-    assert float(train_gpt.cross_entropy_(ours, tokens, scale=1 / 200)) == pytest.approx(float(expected.detach()), abs=1e-5)
+    loss = float(train_gpt.cross_entropy_(ours, tokens, scale=1 / 200))
+    assert loss == pytest.approx(float(expected.detach()), abs=1e-5)
     assert torch.allclose(ours, logits.grad, atol=1e-6, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5)
 
 
@@ -442,7 +445,8 @@ def test_weights_of_a_seed_are_the_same_whole_or_drawn_in_parts():
     first, again = dict(model.initial_weights(1)), dict(model.initial_weights(1))
     assert first.keys() == names and all(torch.equal(first[k], again[k]) for k in first)
     wqkv = [v for k, v in first.items() if k.endswith("wqkv.weight")]
-    assert not torch.equal(*wqkv) and not torch.equal(wqkv[0], dict(model.initial_weights(2))["layers.0.attention.wqkv.weight"])
+    other = dict(model.initial_weights(2))["layers.0.attention.wqkv.weight"]
+    assert not torch.equal(*wqkv) and not torch.equal(wqkv[0], other)
     assert float(wqkv[0].std()) == pytest.approx(0.02, rel=0.05) and not first["output.weight"].any()
 
 

@@ -26,8 +26,9 @@ def test_lpips_gives_the_reference_distance_and_gradient():
     expected, _ = golden("lpips/lpips")
     lpips, vgg = train_vq.LPIPS(), {}
     for key, value in lpips.features.state_dict().items():
-        x = np.random.RandomState(zlib.crc32(f"features.{key}".encode())).standard_normal(value.shape).astype(np.float32)
-        vgg[f"features.{key}"] = torch.from_numpy(x * (0.02 if key.endswith("bias") else 1.4 / value[0].numel() ** 0.5))
+        x = np.random.RandomState(zlib.crc32(f"features.{key}".encode())).standard_normal(value.shape)
+        scale = 0.02 if key.endswith("bias") else 1.4 / value[0].numel() ** 0.5
+        vgg[f"features.{key}"] = torch.from_numpy(x.astype(np.float32) * scale)
     lpips.load(vgg, data.read_checkpoint(GOLDEN / "lpips" / "vgg_lin.pth"))
     image1 = expected["image1"].requires_grad_()
     distance = lpips(expected["image0"], image1)
@@ -110,8 +111,8 @@ def test_fine_tuning_starts_from_the_weights_of_another_run_and_its_discriminato
     """A learning rate of 0 changes nothing, so what is saved after a step is what it started from."""
     train(monkeypatch, "shapes:30", tmp_path / "first", "--disc-start", 1, "--max-steps", 3, "--sample-every", 0,
           "--ema-decay", 0.9)
-    train(monkeypatch, "shapes:8", tmp_path / "tuned", "--init", tmp_path / "first" / "ckpt.pt", "--disc-start", 0, "--lr", 0,
-          "--max-steps", 1, "--sample-every", 0)
+    train(monkeypatch, "shapes:8", tmp_path / "tuned", "--init", tmp_path / "first" / "ckpt.pt", "--disc-start", 0,
+          "--lr", 0, "--max-steps", 1, "--sample-every", 0)
     assert "ckpt.pt and its discriminator" in capsys.readouterr().out
     first, tuned = (data.read_checkpoint(tmp_path / name / "ckpt.pt") for name in ("first", "tuned"))
     names = [k for k in first["ema"] if not k.endswith("codebook_used")]
@@ -119,10 +120,12 @@ def test_fine_tuning_starts_from_the_weights_of_another_run_and_its_discriminato
     assert all(torch.equal(v, tuned["disc"][k]) for k, v in first["disc"].items() if k.endswith(("weight", "bias")))
     assert "adv" in log(tmp_path / "tuned")[0] and tuned["step"] == 1
     torch.save({"model": first["model"], "config": first["config"]}, tmp_path / "bare.pt")
-    train(monkeypatch, "shapes:8", tmp_path / "new", "--init", tmp_path / "bare.pt", "--disc-start", 0, "--max-steps", 1)
+    train(monkeypatch, "shapes:8", tmp_path / "new", "--init", tmp_path / "bare.pt", "--disc-start", 0,
+          "--max-steps", 1)
     assert "bare.pt, which came without a discriminator: that one is new" in capsys.readouterr().out
     with pytest.raises(SystemExit) as stop:
-        train(monkeypatch, "shapes:8", tmp_path / "run", "--init", tmp_path / "first" / "ckpt.pt", "--codebook-size", 99)
+        train(monkeypatch, "shapes:8", tmp_path / "run", "--init", tmp_path / "first" / "ckpt.pt",
+              "--codebook-size", 99)
     assert stop.value.code == 2 and "--model VQ-demo is not what --init" in capsys.readouterr().err
 
 
@@ -145,8 +148,9 @@ def test_two_processes_give_the_losses_of_one(tmp_path, monkeypatch):
     """Without the discriminator, whose batch statistics are each process's own."""
     flags = ["--max-steps", 10, "--sample-every", 0]
     train(monkeypatch, "shapes:30", tmp_path / "one", *flags)
-    result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_vq.py",
-                             *flags_for("shapes:30", tmp_path / "two", *flags)], cwd=ROOT, capture_output=True, text=True)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    result = subprocess.run([*torchrun, "train_vq.py", *flags_for("shapes:30", tmp_path / "two", *flags)], cwd=ROOT,
+                            capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     for term in ("rec", "vq", "commit"):
         one, two = ([r[term] for r in log(tmp_path / name)] for name in ("one", "two"))
@@ -306,7 +310,8 @@ def test_a_mistake_gets_one_sentence(tmp_path, monkeypatch, capsys, flags, sente
 
 
 # what is refused beyond 0 or more, or 1 or more
-AT_LEAST_1 = ["--image-size", "--codebook-size", "--code-dim", "--batch-size", "--micro-batch", "--max-steps", "--log-every"]
+AT_LEAST_1 = ["--image-size", "--codebook-size", "--code-dim", "--batch-size", "--micro-batch", "--max-steps",
+              "--log-every"]
 AT_LEAST_0 = ["--warmup-steps", "--disc-start", "--sample-every", "--save-every", "--keep", "--seed", "--workers"]
 ABOVE_0 = ["--epochs", "--grad-clip", "--timeout"]                                   # and not a number is none of these
 WEIGHTS = ["--lr", "--weight-decay", "--ema-decay", "--lpips-weight", "--disc-weight", "--entropy-weight"]
@@ -323,7 +328,8 @@ WRONG = [*((flag, value) for flag in AT_LEAST_1 for value in ("0", "-1", "nan", 
 @pytest.mark.parametrize("flag, value", WRONG)
 def test_no_value_of_any_flag_ends_in_a_traceback(tmp_path, monkeypatch, capsys, flag, value):
     """Exit code 2 and one sentence that names the flag or the file; nothing is written."""
-    places = {"FILE": tmp_path / "file", "EMPTY": tmp_path / "empty", "GPT": tmp_path / "gpt.pt", "BROKEN": tmp_path / "broken"}
+    places = {"FILE": tmp_path / "file", "EMPTY": tmp_path / "empty", "GPT": tmp_path / "gpt.pt",
+              "BROKEN": tmp_path / "broken"}
     places["FILE"].write_text("")
     places["EMPTY"].mkdir()
     places["BROKEN"].mkdir()
