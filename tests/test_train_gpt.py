@@ -271,7 +271,7 @@ MISTAKES = [
     ("--codes", "FILE", "make it with: python vq.py encode"),
     ("--out", "FILE", "empty: no folder can be made there"),
     ("--out", "/proc/run", "--out /proc/run: no folder can be made there"),
-    ("--out", "OTHER", "ckpt.pt is not one of train_gpt.py's; choose another --out"),
+    *(("--out", place, "ckpt.pt is not one of train_gpt.py's; choose another --out") for place in ("OTHER", "LIST")),
     *((flag, place, sentence) for flag in ("--vq", "--init") for place, sentence in (
         ("NOWHERE", "nowhere: No such file or directory"), ("FOLDER", "folder: Is a directory"),
         ("FILE", "empty is truncated, or not a PyTorch checkpoint"), ("README.md", "not a PyTorch checkpoint"))),
@@ -280,16 +280,17 @@ MISTAKES = [
 
 @pytest.mark.parametrize("flag, value, sentence", MISTAKES, ids=[f"{flag}={value}" for flag, value, _ in MISTAKES])
 def test_a_mistake_gets_one_sentence(codes, tmp_path, monkeypatch, capsys, flag, value, sentence):
-    """NOWHERE, FOLDER, FILE and OTHER stand for a path that is missing, an empty folder, an empty file, and the run of
-    another program; --device cuda is for machines without."""
+    """NOWHERE, FOLDER, FILE, OTHER and LIST stand for a path that is missing, an empty folder, an empty file, and the
+    runs of other programs; --device cuda is for machines without."""
     if flag == "--device" and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    places = {name: tmp_path / name.lower() for name in ("NOWHERE", "FOLDER", "FILE", "OTHER")}
+    places = {name: tmp_path / name.lower() for name in ("NOWHERE", "FOLDER", "FILE", "OTHER", "LIST")}
     places["FOLDER"].mkdir()
     places["FILE"] = tmp_path / "empty"
     places["FILE"].touch()
-    places["OTHER"].mkdir()
-    torch.save({"model": {}}, places["OTHER"] / "ckpt.pt")
+    for name, content in (("OTHER", {"model": {}}), ("LIST", [1, 2])):
+        places[name].mkdir()
+        torch.save(content, places[name] / "ckpt.pt")
     with pytest.raises(SystemExit) as stop:
         train(monkeypatch, codes, tmp_path / "run", "--max-steps", 1, flag, places.get(value, value))
     errors = capsys.readouterr().err

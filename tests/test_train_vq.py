@@ -215,6 +215,24 @@ def test_a_signal_finishes_the_step_saves_and_exits_0(tmp_path, number):
     assert data.read_checkpoint(tmp_path / "run" / "ckpt.pt")["step"] == step
 
 
+def test_an_error_ends_a_run_whose_workers_read_ahead(tmp_path):
+    """They do not go by a signal that is for the run, but must end with it: with torchrun the others would wait."""
+    script = """if True:
+        import checkpoints, train_vq
+        def fails(*_):
+            raise RuntimeError("a GPU is out of memory")
+        checkpoints.status = fails
+        train_vq.main()
+        """
+    command = [sys.executable, "-c", script, *flags_for("shapes:30", tmp_path / "run", "--workers", 2)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        assert "a GPU is out of memory" in process.communicate(timeout=30)[1] and process.returncode == 1
+    finally:
+        if process.returncode is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
 def test_old_checkpoints_are_kept_as_asked_and_steps_after_the_last_come_again(tmp_path, monkeypatch):
     flags = ["--save-every", 2, "--keep", 1, "--sample-every", 0]
     train(monkeypatch, "shapes:8", tmp_path / "run", *flags, "--max-steps", 7)
