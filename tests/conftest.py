@@ -73,5 +73,6 @@ def difference(got, stored):
 def photos():
     """The folder of real photographs; tests that use it skip where it is missing."""
     if not PHOTOS.exists():
-        pytest.skip(f"no photographs in {PHOTOS}; set NANOLLAMAGEN_PHOTOS to a folder with cifar10/ and imagenet_sample/")
+        pytest.skip(f"no photographs in {PHOTOS}; set NANOLLAMAGEN_PHOTOS to a folder with cifar10/ and "
+                    "imagenet_sample/")
     return PHOTOS

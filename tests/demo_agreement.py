@@ -3,9 +3,9 @@
 $ python tests/demo_agreement.py runs/demo/samples.npz --at-least 0.8
 $ python tests/demo_agreement.py runs/demo-text/samples.npz --prompts runs/demo-text/prompts.txt --at-least 0.8
 
-With --prompts it must see the caption's shape, and the caption's colour must be the ink that most pixels are nearest to.
-A small convolutional network learns the ten shapes from fresh drawings (seed 1; the demo trains on seed 0), is tested
-on others (seed 2), and is then shown the samples. Exit code 1 below --at-least.
+With --prompts it must see the caption's shape, and the caption's colour must be the ink that most pixels are nearest
+to. A small convolutional network learns the ten shapes from fresh drawings (seed 1; the demo trains on seed 0), is
+tested on others (seed 2), and is then shown the samples. Exit code 1 below --at-least.
 """
 import argparse
 import sys
@@ -32,7 +32,8 @@ def to_input(images):
 
 
 def ink_of(images):
-    """uint8 (n, H, W, 3) -> number in data.INKS of the ink that most pixels are nearest to; nearest to paper count not."""
+    """uint8 (n, H, W, 3) -> number in data.INKS of the ink that most pixels are nearest to; nearest to paper count
+    not."""
     palette = torch.tensor([*data.INKS.values(), *data.PAPERS.values()]).float()
     nearest = torch.cdist(torch.from_numpy(images).flatten(1, 2).float(), palette[None]).argmin(-1)      # (n, H * W)
     return F.one_hot(nearest, len(palette)).sum(1)[:, :len(data.INKS)].argmax(-1)

@@ -211,6 +211,37 @@ def test_a_finished_run_is_not_repeated(small, tmp_path):
     assert rows == json.loads((tmp_path / "results.json").read_text())
 
 
+@pytest.mark.parametrize("left, goes_on", [([], False), (["ckpt.pt"], True), (["ckpt_00000020/"], True),
+                                           (["ckpt_00000020.pt"], False), (["ckpt.tmp/"], False)])
+def test_a_run_goes_on_from_what_a_stopped_one_left(small, tmp_path, monkeypatch, left, goes_on):
+    """FSDP leaves shards, in a folder; only the end has a ckpt.pt."""
+    (tmp_path / "run" / "out").mkdir(parents=True)
+    for name in left:
+        path = tmp_path / "run" / "out" / name
+        path.mkdir() if name.endswith("/") else path.touch()
+    started = []
+    monkeypatch.setattr(run, "call", lambda scripts, words, nproc=1: started.append(words))
+    monkeypatch.setattr(run, "log", lambda *_: {"val_loss": 1.0})
+    args = SimpleNamespace(codes=small / "codes", data=None, gpt=None, steps=5, save_every=5, more=[], nproc=2)
+    run.measure(run.read("rar"), "", 0, tmp_path / "run" / "scripts", args)
+    words, = started
+    assert words[0] == "train_gpt.py" and ("--resume" in words) == goes_on
+
+
+def test_samples_are_judged_by_a_network_of_their_own_data_and_size(small, tmp_path, monkeypatch):
+    """And those of another size are other runs; 32 pixels are what the rows of results.json were measured at."""
+    found = []
+    monkeypatch.setattr(run, "measure_all", lambda idea, args: found.append((args.net, run.key_of(idea, "", 0, args))))
+    for data, size in (("shapes:20", 32), ("shapes:20", 32), ("shapes:30", 32), ("shapes:20", 64)):
+        words = ["guidance", "--gpt", small / "vq.pt", "--vq", small / "vq.pt", "--data", data, "--resize", size,
+                 "--out", tmp_path]
+        monkeypatch.setattr(sys, "argv", ["run.py", *map(str, words)])
+        run.main()
+    nets, keys = zip(*found)
+    assert nets[0] == nets[1] and len(set(nets)) == 3 and {net.parent for net in nets} == {tmp_path}
+    assert keys[0] == keys[1] != keys[3] and keys[0]["data"] == run.digest([str(small / "vq.pt")] * 2)
+
+
 @pytest.mark.parametrize("words, sentence", [
     (["rarr"], "no ablation is called 'rarr'; there are: adaln, averaged_weights"),
     (["rar"], "rar needs --codes"),

@@ -32,7 +32,8 @@ TINY = gpt.GPTConfig(dim=64, n_layer=2, n_head=4, vocab_size=40, grid=4, num_cla
 # ---- the model ------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def released():
-    """The golden text model, its three captions of 7, 33 and 120 tokens, their mask, and what the reference computed."""
+    """The golden text model, its three captions of 7, 33 and 120 tokens, their mask, and what the reference
+    computed."""
     expected, meta = golden("gpt_t2i")
     c, rule = meta["config"], meta["caption_rule"]
     model = fill(gpt.GPT(gpt.GPTConfig(dim=c["dim"], n_layer=c["n_layer"], n_head=c["n_head"], grid=8, num_classes=0,
@@ -106,7 +107,8 @@ def test_training_loss_and_gradients_are_the_reference_ones(released):
         assert difference(loss, expected["train_loss"]) < 1e-5
         loss.backward()
         norms = {k: p.grad.double().norm() for k, p in model.named_parameters()}
-        assert difference(torch.stack([norms[k] for k in expected["grad_keys"].tolist()]), expected["grad_norms"]) < 5e-4
+        named = torch.stack([norms[k] for k in expected["grad_keys"].tolist()])
+        assert difference(named, expected["grad_norms"]) < 5e-4
         assert difference(torch.stack(list(norms.values())).norm(), expected["grad_total_norm"]) < 5e-4
     finally:
         model.eval().zero_grad()
@@ -115,7 +117,8 @@ def test_training_loss_and_gradients_are_the_reference_ones(released):
 def test_greedy_tokens_are_the_reference_ones(released):
     """Cached decoding at guidance 1 and 7.5, with the mask and without."""
     model, features, mask, expected, meta = released
-    assert {(run["cfg_scale"], run["emb_masks"]) for run in meta["generations"]} == {(1, True), (7.5, True), (7.5, False)}
+    runs = {(run["cfg_scale"], run["emb_masks"]) for run in meta["generations"]}
+    assert runs == {(1, True), (7.5, True), (7.5, False)}
     for run in meta["generations"]:
         codes = sample.generate(model, features, mask if run["emb_masks"] else None, cfg_scale=run["cfg_scale"],
                                 cfg_interval=run["cfg_interval"], top_k=1)
@@ -180,7 +183,8 @@ def test_captions_are_dropped_in_training_only():
 
 
 # ---- from text to features ------------------------------------------------------------------------------------------
-TEXTS = ["A small red star on blue", "a large green circle, on white!", "the quick brown fox", "it jumps over lazy dogs"]
+TEXTS = ["A small red star on blue", "a large green circle, on white!", "the quick brown fox",
+         "it jumps over lazy dogs"]
 
 
 @pytest.fixture(scope="session")
@@ -336,7 +340,8 @@ def codes(tmp_path_factory):
 
 def run(*args, procs=0):
     """Run a script as a user would, alone or under torchrun."""
-    how = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={procs}"] if procs else [sys.executable]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={procs}"]
+    how = [sys.executable, *(torchrun if procs else [])]
     return subprocess.run([*how, *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
@@ -425,9 +430,10 @@ def losses(out):
     return [record["loss"] for record in log(out)]
 
 
-def test_training_learns_what_the_caption_tells_and_remembers_the_encoder(codes, tokenizer, tmp_path, monkeypatch, capsys):
-    train(monkeypatch, codes, tmp_path / "run", "--cond", "text", "--max-steps", 60, "--val-images", 6, "--val-every", 60,
-          "--vq", tokenizer, "--sample-every", 60)
+def test_training_learns_what_the_caption_tells_and_remembers_the_encoder(codes, tokenizer, tmp_path, monkeypatch,
+                                                                          capsys):
+    train(monkeypatch, codes, tmp_path / "run", "--cond", "text", "--max-steps", 60, "--val-images", 6,
+          "--val-every", 60, "--vq", tokenizer, "--sample-every", 60)
     out = capsys.readouterr().out
     assert "captions through words (64 features a token), which 1 images do not have" in out
     assert "first loss should be 3.00" in out and losses(tmp_path / "run")[0] == pytest.approx(np.log(20), abs=1e-5)
@@ -469,7 +475,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(codes, tmp_path, monkeypatch)
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [["--micro-batch", 2], ["--parallel", "fsdp"]])
 def test_two_processes_give_the_losses_of_one(codes, tmp_path, monkeypatch, flags):
-    still = ["--dropout", 0, "--class-dropout", 0, "--max-steps", 30, "--val-images", 7, "--val-every", 15, "--ema-decay", 0.9]
+    still = ["--dropout", 0, "--class-dropout", 0, "--max-steps", 30, "--val-images", 7, "--val-every", 15,
+             "--ema-decay", 0.9]
     train(monkeypatch, codes, tmp_path / "one", *still)
     result = run("train_gpt.py", *flags_for(codes, tmp_path / "two", *still, *flags), procs=2)
     assert result.returncode == 0, result.stderr
@@ -483,7 +490,8 @@ def test_two_processes_give_the_losses_of_one(codes, tmp_path, monkeypatch, flag
 
 @pytest.mark.slow
 def test_from_captions_to_pictures_in_two_stages_through_t5(t5, tokenizer, tmp_path):
-    """Stage I on 4 x 4 codes, stage II from its weights on 8 x 8, samples of three captions: all by the command line."""
+    """Stage I on 4 x 4 codes, stage II from its weights on 8 x 8, samples of three captions: all by the command
+    line."""
     def go(*args):
         result = run(*args)
         assert result.returncode == 0, result.stderr
@@ -538,7 +546,8 @@ def test_npz_of_prompts_is_balanced_and_the_same_on_two_processes(models, tokeni
     ("class", ["--prompt", "a cat"], "draws from classes, not captions: give --classes, not --prompt"),
     ("text", ["--prompt", "***"], "the caption '***' has no words"),
     ("text", ["--prompts", "nowhere.txt"], "nowhere.txt"),
-    ("text", ["--prompt", "a cat", "--t5", "T5"], "(40 features a token) is not the encoder that the GPT was trained with (words, 64)"),
+    ("text", ["--prompt", "a cat", "--t5", "T5"],
+     "(40 features a token) is not the encoder that the GPT was trained with (words, 64)"),
 ])
 def test_a_prompt_that_does_not_fit_gets_one_sentence(models, tokenizer, name, flags, sentence, request):
     flags = [request.getfixturevalue("t5") if f == "T5" else f for f in flags]
@@ -554,8 +563,10 @@ def test_a_prompt_that_does_not_fit_gets_one_sentence(models, tokenizer, name, f
     (["--init", "wide.pt"], "caption_dim 24 there, 64 here"),
     (["--init", "other.pt"], "was trained on captions of another encoder (somebody's)"),
 ])
-def test_weights_or_codes_that_do_not_fit_get_one_sentence(models, codes, tmp_path, monkeypatch, capsys, flags, sentence):
-    demo = gpt.GPTConfig(**{**asdict(gpt.GPT_CONFIGS["demo"]), "vocab_size": 20, "cond_tokens": 120, "num_classes": 0, "grid": 4})
+def test_weights_or_codes_that_do_not_fit_get_one_sentence(models, codes, tmp_path, monkeypatch, capsys, flags,
+                                                           sentence):
+    demo = gpt.GPTConfig(**{**asdict(gpt.GPT_CONFIGS["demo"]), "vocab_size": 20, "cond_tokens": 120, "num_classes": 0,
+                            "grid": 4})
     for name, dim, text in (("wide", 24, None), ("other", 64, {"encoder": "somebody's", "dim": 64, "hash": "0"})):
         model = gpt.GPT(replace(demo, caption_dim=dim))
         torch.save({"model": model.state_dict(), "config": asdict(model.config), "text": text}, tmp_path / f"{name}.pt")
@@ -576,7 +587,8 @@ def clip(tmp_path_factory):
     """A folder with a CLIP and its tokenizer, of 30-pixel images."""
     transformers = pytest.importorskip("transformers", reason="needs transformers: pip install transformers")
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    folder, words = tmp_path_factory.mktemp("text") / "clip", ["<pad>", "<s>", "</s>", "<unk>", "a", "red", "blue", "thing"]
+    folder = tmp_path_factory.mktemp("text") / "clip"
+    words = ["<pad>", "<s>", "</s>", "<unk>", "a", "red", "blue", "thing"]
     tokens = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     tokens.pre_tokenizer = pre_tokenizers.Whitespace()
     tokens.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
@@ -585,15 +597,16 @@ def clip(tmp_path_factory):
     torch.manual_seed(0)
     small = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
     transformers.CLIPModel(transformers.CLIPConfig(
-        text_config=dict(vocab_size=8, max_position_embeddings=20, eos_token_id=2, bos_token_id=1, pad_token_id=0, **small),
+        text_config=dict(vocab_size=8, max_position_embeddings=20, eos_token_id=2, bos_token_id=1, pad_token_id=0,
+                         **small),
         vision_config=dict(image_size=30, patch_size=10, **small), projection_dim=16)).save_pretrained(folder)
     return folder
 
 
 @pytest.mark.parametrize("prefix", [None, ""])
 def test_clip_scores_each_image_with_its_own_caption(prefix, clip, tmp_path, monkeypatch, capsys):
-    """As if one image at a time went through CLIP's two towers; the caption is the one that the label numbers. Before it
-    stand, as in the official evaluation, three words."""
+    """As if one image at a time went through CLIP's two towers; the caption is the one that the label numbers. Before
+    it stand, as in the official evaluation, three words."""
     from transformers import AutoTokenizer, CLIPModel
     prompts, rng = ["a red thing", "blue", "a thing"], np.random.RandomState(0)
     images, labels = rng.randint(0, 256, (7, 30, 30, 3), np.uint8), np.arange(7) % 3

@@ -1,4 +1,5 @@
-"""What data.py and vq.py promise about images and codes on disk: exact crops, clear words about bad data, nothing lost."""
+"""What data.py and vq.py promise about images and codes on disk: exact crops, clear words about bad data, nothing
+lost."""
 import json
 import os
 import random
@@ -79,6 +80,31 @@ def test_shuffling_gives_every_image_once_an_epoch_and_starts_anywhere():
     assert [next(later) for _ in range(12)] == first[23:]
 
 
+def test_a_title_with_a_line_break_stands_on_one_line(tmp_path):
+    """Captions and class names are anybody's; Pillow measures no text of several lines."""
+    images = np.zeros((2, 24, 24, 3), np.uint8)
+    data.save_grid(images, tmp_path / "broken.png", 2, ["a cat\non a mat", "\ttwo\r\n"])
+    data.save_grid(images, tmp_path / "whole.png", 2, ["a cat on a mat", "two"])
+    assert (tmp_path / "broken.png").read_bytes() == (tmp_path / "whole.png").read_bytes()
+
+
+# ---- arrays ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype, shape, given", [(np.uint16, (7, 3, 4), np.int64), (np.int64, (7, 2, 2), np.int64),
+                                                 (np.float16, (7, 5), np.float32), (np.float16, (7, 5), np.float16)])
+def test_arrays_are_written_block_by_block_as_numpy_writes_them_whole(tmp_path, dtype, shape, given):
+    array = np.random.RandomState(0).randint(0, 2 ** 11, shape).astype(given)
+    blocks = (array[rows] for rows in (slice(0, 3), slice(3, 3), slice(3, 4), slice(4, 7)))
+    data.write_npy(tmp_path / "blocks.npy", dtype, shape, blocks)
+    np.save(tmp_path / "whole.npy", array.astype(dtype))
+    assert (tmp_path / "blocks.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's disk that is always full")
+def test_an_array_that_does_not_fit_on_the_disk_is_an_error_and_no_crash():
+    with pytest.raises(OSError, match="No space left on device"):
+        data.write_npy("/dev/full", np.uint16, (2, 2 ** 16), np.zeros((2, 1, 2 ** 16)))
+
+
 # ---- image folders --------------------------------------------------------------------------------------------------
 def folder(root, classes=("ant", "bee", "cat"), each=3, size=20):
     """Class folders with small random pictures."""
@@ -137,8 +163,9 @@ def tokenizer(tmp_path_factory):
 
 def encode(*args, procs=0):
     """vq.py encode as a user runs it."""
-    how = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={procs}"] if procs else [sys.executable]
-    return subprocess.run([*how, "vq.py", "encode", *map(str, args), "--workers", "0"], cwd=ROOT, capture_output=True, text=True)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={procs}"]
+    command = [sys.executable, *(torchrun if procs else []), "vq.py", "encode", *map(str, args), "--workers", "0"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
 def contents(out):
@@ -214,8 +241,8 @@ def test_two_processes_write_what_one_does_and_a_second_start_does_nothing(token
 
 def test_an_interrupted_encode_goes_on_where_it_ended(tokenizer, tmp_path, monkeypatch):
     root, calls = folder(tmp_path / "data"), []
-    args = vq.argparse.Namespace(data=str(root), ckpt=tokenizer, out=str(tmp_path / "codes"), image_size=None, ten_crop=False,
-                                 crop_range=[1.1], batch_size=4, workers=0, device="cpu")
+    args = vq.argparse.Namespace(data=str(root), ckpt=tokenizer, out=str(tmp_path / "codes"), image_size=None,
+                                 ten_crop=False, crop_range=[1.1], batch_size=4, workers=0, device="cpu")
     encode_batch = vq.VQModel.encode
 
     def killed_at_the_third(self, images):
@@ -292,9 +319,11 @@ def test_an_encode_killed_in_its_last_moment_still_completes(tokenizer, tmp_path
 @pytest.mark.parametrize("flags, sentence", [
     (["--ckpt", "missing.pt", "--data", "shapes:4"], "missing.pt"),
     (["--ckpt", "CKPT", "--data", "nowhere"], "--data nowhere: no such file or folder"),
-    (["--ckpt", "CKPT", "--data", "shapes:4", "--image-size", "20"], "--image-size 20 is not a multiple of the tokenizer's 8; try"),
+    (["--ckpt", "CKPT", "--data", "shapes:4", "--image-size", "20"],
+     "--image-size 20 is not a multiple of the tokenizer's 8; try"),
     (["--ckpt", "CKPT", "--data", "shapes:x"], "--data shapes:x"),
-    (["--ckpt", "CKPT", "--data", "shapes:4", "--ten-crop", "--crop-range", "0.9"], "--crop-range 0.9 is not between 1 and 8"),
+    (["--ckpt", "CKPT", "--data", "shapes:4", "--ten-crop", "--crop-range", "0.9"],
+     "--crop-range 0.9 is not between 1 and 8"),
     (["--ckpt", "README.md", "--data", "shapes:4"], "not a PyTorch checkpoint"),
 ])
 def test_a_mistake_gets_one_sentence(tokenizer, tmp_path, flags, sentence):
@@ -308,7 +337,8 @@ WRONG = [*((flag, value) for flag in ("--image-size", "--batch-size") for value 
          ("--device", "gpu"), ("--device", "cuda:99"), ("--data", "nowhere"), ("--data", "EMPTY"), ("--data", "FILE"),
          ("--data", "shapes:0"), ("--ckpt", "nowhere"), ("--ckpt", "EMPTY"), ("--ckpt", "FILE"), ("--out", "FILE"),
          ("--out", "FILE/codes"), ("--out", "/proc/codes"), ("--pretrained", "VQ-17")]
-SHARED = [(flag, value) for flag, value in WRONG if flag in ("--image-size", "--device", "--ckpt", "--out", "--pretrained")]
+SHARED = [(flag, value) for flag, value in WRONG
+          if flag in ("--image-size", "--device", "--ckpt", "--out", "--pretrained")]
 
 
 @pytest.mark.parametrize("command, flag, value", [*(("encode", *pair) for pair in WRONG),
@@ -341,7 +371,8 @@ def test_no_value_of_any_flag_ends_in_a_traceback(tokenizer, tmp_path, monkeypat
 def test_reconstruct_names_an_image_that_it_cannot_read(tokenizer, tmp_path, monkeypatch, capsys):
     (tmp_path / "a.png").write_text("")
     for path in (tmp_path / "a.png", tmp_path / "missing.png", tmp_path):
-        monkeypatch.setattr(sys, "argv", ["vq.py", "reconstruct", "--ckpt", str(tokenizer), "--device", "cpu", str(path)])
+        command = ["vq.py", "reconstruct", "--ckpt", str(tokenizer), "--device", "cpu", str(path)]
+        monkeypatch.setattr(sys, "argv", command)
         with pytest.raises(SystemExit) as stop:
             vq.main()
         assert stop.value.code == 2 and f"error: {path}: " in capsys.readouterr().err
@@ -458,8 +489,10 @@ def test_captioned_images_are_read_in_three_forms_and_what_cannot_be_used_is_cou
                         tar.add(path, path.name)
     result = encode("--ckpt", tokenizer, "--data", where, "--out", tmp_path / "codes")
     assert result.returncode == 0, result.stderr
-    assert "2 images x 1 crop x 4 codes; left out: 1 unreadable, 1 smaller than the crop, 1 without a caption" in result.stdout
-    kept = [json.loads(line) for line in (tmp_path / "codes" / "captions.jsonl").read_text(encoding="utf8").splitlines()]
+    left_out = "left out: 1 unreadable, 1 smaller than the crop, 1 without a caption"
+    assert f"2 images x 1 crop x 4 codes; {left_out}" in result.stdout
+    lines = (tmp_path / "codes" / "captions.jsonl").read_text(encoding="utf8").splitlines()
+    kept = [json.loads(line) for line in lines]
     assert [row["caption"] for row in kept] == ["a cat on a mat", "Größe: 3 m"]
     assert kept[1].get("short_caption") == ("Größe" if form == "jsonl" else None)
     codes = np.load(tmp_path / "codes" / "codes.npy")

@@ -1,4 +1,5 @@
-"""What train_gpt.py promises about several processes: one, many and sharded are the same run, and it survives a kill."""
+"""What train_gpt.py promises about several processes: one, many and sharded are the same run, and it survives a
+kill."""
 import os
 import random
 import shutil
@@ -17,9 +18,11 @@ import checkpoints
 import data
 import gpt
 
-STILL = ["--dropout", 0, "--class-dropout", 0, "--max-steps", 50, "--ema-decay", 0.9, "--val-images", 7, "--val-every", 25]
+STILL = ["--dropout", 0, "--class-dropout", 0, "--max-steps", 50, "--ema-decay", 0.9, "--val-images", 7,
+         "--val-every", 25]
+SHARDED = ["--parallel", "fsdp", "--save-every", 20, "--keep", 1, "--micro-batch", 2, "--checkpoint-activations"]
 pytestmark = pytest.mark.slow
-os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")   # gloo would look up the host's name otherwise, which can take minutes
+os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")   # gloo would look up the host's name otherwise: it can take minutes
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +31,7 @@ def runs(codes, tmp_path_factory):  # noqa: F811
     out = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         train(patch, codes, out / "one", *STILL, "--save-every", 20, "--keep", 2)
-    for name, flags in (("ddp", []), ("fsdp", ["--parallel", "fsdp", "--save-every", 20, "--keep", 1, "--micro-batch", 2,
-                                               "--checkpoint-activations"])):
+    for name, flags in (("ddp", []), ("fsdp", SHARDED)):
         result = torchrun(2, codes, out / name, *STILL, *flags)
         assert result.returncode == 0, result.stderr
     return out
@@ -40,9 +42,10 @@ def workers(n, *args):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    return [subprocess.Popen([sys.executable, "train_gpt.py", *flags_for(*args)], cwd=ROOT, stderr=subprocess.PIPE, text=True,
-                             env={**os.environ, "RANK": str(rank), "WORLD_SIZE": str(n), "LOCAL_RANK": str(rank),
-                                  "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}) for rank in range(n)]
+    return [subprocess.Popen([sys.executable, "train_gpt.py", *flags_for(*args)], cwd=ROOT, stderr=subprocess.PIPE,
+                             text=True, env={**os.environ, "RANK": str(rank), "WORLD_SIZE": str(n),
+                                             "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
+                                             "MASTER_PORT": str(port)}) for rank in range(n)]
 
 
 def wait_for_step(out, step, processes):
@@ -85,6 +88,24 @@ def test_a_sharded_run_killed_goes_on_in_one_process(runs, codes, tmp_path, monk
     assert losses(out) == pytest.approx(losses(runs / "one"), abs=1e-4)
     ema, expected = (data.read_checkpoint(folder / "ckpt.pt")["ema"] for folder in (out, runs / "one"))
     assert max(float((v - expected[k]).abs().max()) for k, v in ema.items()) < 1e-3
+
+
+def test_shards_that_were_not_joined_at_the_end_are_joined_by_resuming(runs, codes, tmp_path):  # noqa: F811
+    """Killed between its last shards and ckpt.pt, it has no step left to take."""
+    shutil.copytree(runs / "fsdp", tmp_path / "run")
+    (tmp_path / "run" / "ckpt.pt").unlink()
+    result = torchrun(2, codes, tmp_path / "run", *STILL, *SHARDED, "--resume")
+    assert result.returncode == 0, result.stderr
+    one, two = (data.read_checkpoint(folder / "ckpt.pt") for folder in (runs / "fsdp", tmp_path / "run"))
+    assert one["step"] == two["step"] == 50
+    assert all(one[name] == two[name] for name in ("images_seen", "config", "classes", "tokenizer"))
+    assert all(torch.equal(one[part][k], two[part][k]) for part in ("model", "ema") for k in one[part])
+    moments, again = (file["optimizer"]["state"] for file in (one, two))
+    assert moments.keys() == again.keys()
+    assert all(torch.equal(value, again[i][k]) for i in moments for k, value in moments[i].items())
+    names = sorted(path.name for path in (tmp_path / "run").glob("ckpt*"))
+    assert names == ["ckpt.pt", "ckpt_00000040", "ckpt_00000050"]
+    assert log(tmp_path / "run") == log(runs / "fsdp")
 
 
 def killed_often(kills, n, codes, out, *flags):  # noqa: F811
@@ -232,7 +253,8 @@ def test_compiled_blocks_are_checkpointed_on_two_processes(codes, tmp_path, monk
                       "--checkpoint-activations", script=ONE_BLOCK)
     assert result.returncode == 0, result.stderr
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
-    assert [r["norm"] for r in log(tmp_path / "two")] == pytest.approx([r["norm"] for r in log(tmp_path / "one")], rel=1e-3)
+    one, two = ([r["norm"] for r in log(tmp_path / name)] for name in ("one", "two"))
+    assert two == pytest.approx(one, rel=1e-3)
 
 
 def test_shards_of_gradients_are_all_that_a_process_keeps_between_micro_batches(codes, tmp_path):  # noqa: F811

@@ -26,7 +26,8 @@ def test_train_encode_train_sample(photos, tmp_path, photographs, size):
     assert f"{len(images):,} images x 10 crops x {(size // 4) ** 2} codes" in out
     run("train_gpt.py", "--codes", codes, "--model", "demo", "--batch-size", 8, "--max-steps", 3, "--vq", tokenizer,
         "--sample-every", 3, "--out", tmp_path / "gpt")
-    run("sample.py", "--vq", tokenizer, "--gpt", model, "--classes", images.classes[3], "--out", tmp_path / "sample.png")
+    run("sample.py", "--vq", tokenizer, "--gpt", model, "--classes", images.classes[3],
+        "--out", tmp_path / "sample.png")
     for picture in ("vq/recon_000004.png", "gpt/samples_000003.png", "sample.png"):
         with Image.open(tmp_path / picture) as image:
             assert image.width > 96

@@ -2,7 +2,9 @@
 import json
 import math
 import os
+import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -16,6 +18,7 @@ import torch
 from bench import imagenet_codes
 from conftest import ROOT, fill
 
+import checkpoints
 import data
 import gpt
 import sample
@@ -100,6 +103,32 @@ def test_a_resumed_run_equals_an_uninterrupted_one(codes, tmp_path, monkeypatch)
     for part in ("model", "ema"):
         assert all(torch.equal(one[part][k], two[part][k]) for k in one[part])
     assert not all(torch.equal(one["model"][k], one["ema"][k]) for k in one["ema"])
+
+
+def test_going_on_without_keep_leaves_what_was_kept(codes, tmp_path, monkeypatch):
+    train(monkeypatch, codes, tmp_path / "run", "--save-every", 1, "--max-steps", 3, "--keep", 1)
+    train(monkeypatch, codes, tmp_path / "run", "--save-every", 1, "--max-steps", 4, "--resume")
+    names = sorted(path.name for path in (tmp_path / "run").glob("ckpt*"))
+    assert names == ["ckpt.pt", "ckpt_00000002.pt", "ckpt_00000003.pt"]
+    assert [data.read_checkpoint(tmp_path / "run" / name)["step"] for name in names] == [4, 2, 3]
+
+
+def test_a_signal_that_comes_again_at_once_is_the_same_wish_and_later_ends_the_process(monkeypatch):
+    """torchrun sends on what a queue has sent to every process already."""
+    numbers, now, ended = (signal.SIGTERM, signal.SIGUSR1), 100.0, []
+    before = [signal.getsignal(number) for number in numbers]
+    monkeypatch.setattr(checkpoints, "time", types.SimpleNamespace(time=lambda: now), raising=False)
+    monkeypatch.setattr(os, "_exit", ended.append)
+    try:
+        caught = checkpoints.catch_signals()
+        assert not caught
+        for now, number, expected in ((100.0, signal.SIGTERM, []), (104.9, signal.SIGTERM, []),
+                                      (104.9, signal.SIGUSR1, []), (105.1, signal.SIGTERM, [143])):
+            signal.getsignal(number)(number, None)
+            assert caught and ended == expected
+    finally:
+        for number, handler in zip(numbers, before):
+            signal.signal(number, handler)
 
 
 def test_two_processes_and_micro_batches_give_the_losses_of_one(codes, tmp_path, monkeypatch):
@@ -191,9 +220,9 @@ def test_every_step_takes_other_images_and_crops(codes, tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="asks Linux for the memory and what was read")
 def test_codes_of_imagenets_size_are_neither_read_nor_held(tmp_path):
-    """13 GB of codes, in a process of its own: it peaks less than 0.7 GB above what its imports take (which is more with
-    a CUDA build), reads less than 1 GB by any read(), and of the memory map gets only the pages of the 16 rows it trained
-    on, not megabytes around each."""
+    """13 GB of codes, in a process of its own: it peaks less than 0.7 GB above what its imports take (which is more
+    with a CUDA build), reads less than 1 GB by any read(), and of the memory map gets only the pages of the 16 rows it
+    trained on, not megabytes around each."""
     (tmp_path / "codes").mkdir()
     imagenet_codes(tmp_path / "codes")
     script = """if True:
@@ -242,7 +271,7 @@ MISTAKES = [
     ("--codes", "FILE", "make it with: python vq.py encode"),
     ("--out", "FILE", "empty: no folder can be made there"),
     ("--out", "/proc/run", "--out /proc/run: no folder can be made there"),
-    ("--out", "OTHER", "ckpt.pt is not one of train_gpt.py's; choose another --out"),
+    *(("--out", place, "ckpt.pt is not one of train_gpt.py's; choose another --out") for place in ("OTHER", "LIST")),
     *((flag, place, sentence) for flag in ("--vq", "--init") for place, sentence in (
         ("NOWHERE", "nowhere: No such file or directory"), ("FOLDER", "folder: Is a directory"),
         ("FILE", "empty is truncated, or not a PyTorch checkpoint"), ("README.md", "not a PyTorch checkpoint"))),
@@ -251,16 +280,17 @@ MISTAKES = [
 
 @pytest.mark.parametrize("flag, value, sentence", MISTAKES, ids=[f"{flag}={value}" for flag, value, _ in MISTAKES])
 def test_a_mistake_gets_one_sentence(codes, tmp_path, monkeypatch, capsys, flag, value, sentence):
-    """NOWHERE, FOLDER, FILE and OTHER stand for a path that is missing, an empty folder, an empty file, and the run of
-    another program; --device cuda is for machines without."""
+    """NOWHERE, FOLDER, FILE, OTHER and LIST stand for a path that is missing, an empty folder, an empty file, and the
+    runs of other programs; --device cuda is for machines without."""
     if flag == "--device" and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    places = {name: tmp_path / name.lower() for name in ("NOWHERE", "FOLDER", "FILE", "OTHER")}
+    places = {name: tmp_path / name.lower() for name in ("NOWHERE", "FOLDER", "FILE", "OTHER", "LIST")}
     places["FOLDER"].mkdir()
     places["FILE"] = tmp_path / "empty"
     places["FILE"].touch()
-    places["OTHER"].mkdir()
-    torch.save({"model": {}}, places["OTHER"] / "ckpt.pt")
+    for name, content in (("OTHER", {"model": {}}), ("LIST", [1, 2])):
+        places[name].mkdir()
+        torch.save(content, places[name] / "ckpt.pt")
     with pytest.raises(SystemExit) as stop:
         train(monkeypatch, codes, tmp_path / "run", "--max-steps", 1, flag, places.get(value, value))
     errors = capsys.readouterr().err
@@ -282,6 +312,17 @@ def test_going_on_without_a_run_gets_one_sentence(codes, tmp_path, monkeypatch, 
     with pytest.raises(SystemExit) as stop:
         train(monkeypatch, codes, tmp_path / "run", "--resume")
     assert stop.value.code == 2 and "ckpt.pt: no such file" in capsys.readouterr().err
+
+
+def test_the_run_of_a_tokenizer_is_not_gone_on_with(codes, tmp_path, monkeypatch, capsys):
+    """It has a step, an optimizer and a config, too."""
+    import test_train_vq
+    test_train_vq.train(monkeypatch, "shapes:8", tmp_path / "vq", "--max-steps", 1, "--sample-every", 0)
+    before = sorted(path.read_bytes() for path in (tmp_path / "vq").iterdir())
+    with pytest.raises(SystemExit) as stop:
+        train(monkeypatch, codes, tmp_path / "vq", "--max-steps", 2, "--resume")
+    assert stop.value.code == 2 and "vq/ckpt.pt is not one of train_gpt.py's; choose" in capsys.readouterr().err
+    assert sorted(path.read_bytes() for path in (tmp_path / "vq").iterdir()) == before
 
 
 def test_a_run_is_neither_overwritten_nor_continued_as_another(codes, tmp_path, monkeypatch, capsys):
@@ -357,10 +398,12 @@ def test_another_tokenizers_pictures_are_refused(codes, tmp_path, monkeypatch, c
 
 def test_a_batch_that_does_not_split_says_which_would(codes, tmp_path):
     result = torchrun(3, codes, tmp_path / "run", "--max-steps", 1)
-    assert result.returncode != 0 and "--batch-size 8 does not split over 3 processes; try --batch-size 6" in result.stderr
+    sentence = "--batch-size 8 does not split over 3 processes; try --batch-size 6"
+    assert result.returncode != 0 and sentence in result.stderr
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(codes, tmp_path, monkeypatch, capsys):
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(codes, tmp_path, monkeypatch,
+                                                                                    capsys):
     train(monkeypatch, codes, tmp_path / "run", "--max-steps", 2)
     good = (tmp_path / "run" / "ckpt.pt").read_bytes()
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *a: torch.tensor(float("nan")))
@@ -368,6 +411,18 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
         train(monkeypatch, codes, tmp_path / "run", "--max-steps", 4, "--resume")
     assert stop.value.code == 2 and "not finite at step 3" in capsys.readouterr().err
     assert (tmp_path / "run" / "ckpt.pt").read_bytes() == good
+
+
+def test_a_full_disk_ends_the_run_with_one_sentence(codes, tmp_path, monkeypatch):
+    """It ends where the log cannot be written; a checkpoint that cannot be is tests/test_data.py's."""
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "log", full)
+    monkeypatch.setattr(sys, "argv", ["train_gpt.py", *flags_for(codes, tmp_path / "run", "--max-steps", 1)])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / "train_gpt.py"), run_name="__main__")
+    assert stop.value.code == "train_gpt.py: [Errno 28] No space left on device; the last checkpoint is untouched"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -378,7 +433,8 @@ def test_the_loss_and_its_gradient_are_those_of_torch(dtype):
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten())
     expected.backward()
     ours = logits.detach().clone()
-    assert float(train_gpt.cross_entropy_(ours, tokens, scale=1 / 200)) == pytest.approx(float(expected.detach()), abs=1e-5)
+    loss = float(train_gpt.cross_entropy_(ours, tokens, scale=1 / 200))
+    assert loss == pytest.approx(float(expected.detach()), abs=1e-5)
     assert torch.allclose(ours, logits.grad, atol=1e-6, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5)
 
 
@@ -390,7 +446,8 @@ def test_weights_of_a_seed_are_the_same_whole_or_drawn_in_parts():
     first, again = dict(model.initial_weights(1)), dict(model.initial_weights(1))
     assert first.keys() == names and all(torch.equal(first[k], again[k]) for k in first)
     wqkv = [v for k, v in first.items() if k.endswith("wqkv.weight")]
-    assert not torch.equal(*wqkv) and not torch.equal(wqkv[0], dict(model.initial_weights(2))["layers.0.attention.wqkv.weight"])
+    other = dict(model.initial_weights(2))["layers.0.attention.wqkv.weight"]
+    assert not torch.equal(*wqkv) and not torch.equal(wqkv[0], other)
     assert float(wqkv[0].std()) == pytest.approx(0.02, rel=0.05) and not first["output.weight"].any()
 
 

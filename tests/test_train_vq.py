@@ -1,6 +1,8 @@
 """What train_vq.py promises: the reference's losses, and runs that resume exactly."""
 import json
 import os
+import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import torch
 from conftest import GOLDEN, ROOT, difference, fill, golden, released_keys
 from PIL import Image
 
+import checkpoints
 import data
 import train_vq
 import vq
@@ -23,8 +26,9 @@ def test_lpips_gives_the_reference_distance_and_gradient():
     expected, _ = golden("lpips/lpips")
     lpips, vgg = train_vq.LPIPS(), {}
     for key, value in lpips.features.state_dict().items():
-        x = np.random.RandomState(zlib.crc32(f"features.{key}".encode())).standard_normal(value.shape).astype(np.float32)
-        vgg[f"features.{key}"] = torch.from_numpy(x * (0.02 if key.endswith("bias") else 1.4 / value[0].numel() ** 0.5))
+        x = np.random.RandomState(zlib.crc32(f"features.{key}".encode())).standard_normal(value.shape)
+        scale = 0.02 if key.endswith("bias") else 1.4 / value[0].numel() ** 0.5
+        vgg[f"features.{key}"] = torch.from_numpy(x.astype(np.float32) * scale)
     lpips.load(vgg, data.read_checkpoint(GOLDEN / "lpips" / "vgg_lin.pth"))
     image1 = expected["image1"].requires_grad_()
     distance = lpips(expected["image0"], image1)
@@ -107,8 +111,8 @@ def test_fine_tuning_starts_from_the_weights_of_another_run_and_its_discriminato
     """A learning rate of 0 changes nothing, so what is saved after a step is what it started from."""
     train(monkeypatch, "shapes:30", tmp_path / "first", "--disc-start", 1, "--max-steps", 3, "--sample-every", 0,
           "--ema-decay", 0.9)
-    train(monkeypatch, "shapes:8", tmp_path / "tuned", "--init", tmp_path / "first" / "ckpt.pt", "--disc-start", 0, "--lr", 0,
-          "--max-steps", 1, "--sample-every", 0)
+    train(monkeypatch, "shapes:8", tmp_path / "tuned", "--init", tmp_path / "first" / "ckpt.pt", "--disc-start", 0,
+          "--lr", 0, "--max-steps", 1, "--sample-every", 0)
     assert "ckpt.pt and its discriminator" in capsys.readouterr().out
     first, tuned = (data.read_checkpoint(tmp_path / name / "ckpt.pt") for name in ("first", "tuned"))
     names = [k for k in first["ema"] if not k.endswith("codebook_used")]
@@ -116,10 +120,12 @@ def test_fine_tuning_starts_from_the_weights_of_another_run_and_its_discriminato
     assert all(torch.equal(v, tuned["disc"][k]) for k, v in first["disc"].items() if k.endswith(("weight", "bias")))
     assert "adv" in log(tmp_path / "tuned")[0] and tuned["step"] == 1
     torch.save({"model": first["model"], "config": first["config"]}, tmp_path / "bare.pt")
-    train(monkeypatch, "shapes:8", tmp_path / "new", "--init", tmp_path / "bare.pt", "--disc-start", 0, "--max-steps", 1)
+    train(monkeypatch, "shapes:8", tmp_path / "new", "--init", tmp_path / "bare.pt", "--disc-start", 0,
+          "--max-steps", 1)
     assert "bare.pt, which came without a discriminator: that one is new" in capsys.readouterr().out
     with pytest.raises(SystemExit) as stop:
-        train(monkeypatch, "shapes:8", tmp_path / "run", "--init", tmp_path / "first" / "ckpt.pt", "--codebook-size", 99)
+        train(monkeypatch, "shapes:8", tmp_path / "run", "--init", tmp_path / "first" / "ckpt.pt",
+              "--codebook-size", 99)
     assert stop.value.code == 2 and "--model VQ-demo is not what --init" in capsys.readouterr().err
 
 
@@ -142,8 +148,9 @@ def test_two_processes_give_the_losses_of_one(tmp_path, monkeypatch):
     """Without the discriminator, whose batch statistics are each process's own."""
     flags = ["--max-steps", 10, "--sample-every", 0]
     train(monkeypatch, "shapes:30", tmp_path / "one", *flags)
-    result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_vq.py",
-                             *flags_for("shapes:30", tmp_path / "two", *flags)], cwd=ROOT, capture_output=True, text=True)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    result = subprocess.run([*torchrun, "train_vq.py", *flags_for("shapes:30", tmp_path / "two", *flags)], cwd=ROOT,
+                            capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     for term in ("rec", "vq", "commit"):
         one, two = ([r[term] for r in log(tmp_path / name)] for name in ("one", "two"))
@@ -193,16 +200,37 @@ def test_the_discriminator_judges_micro_batches_and_its_loss_has_its_weight(tmp_
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_finishes_the_step_saves_and_exits_0(tmp_path, number):
-    command = [sys.executable, "train_vq.py", *flags_for("shapes:30", tmp_path / "run", "--max-steps", 100000)]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    while not (tmp_path / "run" / "log.jsonl").exists():
+    """It goes to the whole process group, as torchrun sends it: to the loader's workers too."""
+    command = [sys.executable, "train_vq.py", *flags_for("shapes:30", tmp_path / "run", "--max-steps", 100000,
+                                                         "--workers", 2)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                               start_new_session=True)
+    while not (tmp_path / "run" / "log.jsonl").exists() or len(log(tmp_path / "run")) < 3:   # both workers have begun
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
-    process.send_signal(number)
+    os.killpg(process.pid, number)
     out, err = process.communicate(timeout=60)
     step = log(tmp_path / "run")[-1]["step"]
     assert process.returncode == 0 and f"asked to stop: saved at step {step}; --resume goes on" in out, err
     assert data.read_checkpoint(tmp_path / "run" / "ckpt.pt")["step"] == step
+
+
+def test_an_error_ends_a_run_whose_workers_read_ahead(tmp_path):
+    """They do not go by a signal that is for the run, but must end with it: with torchrun the others would wait."""
+    script = """if True:
+        import checkpoints, train_vq
+        def fails(*_):
+            raise RuntimeError("a GPU is out of memory")
+        checkpoints.status = fails
+        train_vq.main()
+        """
+    command = [sys.executable, "-c", script, *flags_for("shapes:30", tmp_path / "run", "--workers", 2)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        assert "a GPU is out of memory" in process.communicate(timeout=30)[1] and process.returncode == 1
+    finally:
+        if process.returncode is None:
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_old_checkpoints_are_kept_as_asked_and_steps_after_the_last_come_again(tmp_path, monkeypatch):
@@ -214,6 +242,19 @@ def test_old_checkpoints_are_kept_as_asked_and_steps_after_the_last_come_again(t
     os.replace(tmp_path / "run" / "ckpt_00000006.pt", tmp_path / "run" / "ckpt.pt")
     train(monkeypatch, "shapes:8", tmp_path / "run", *flags, "--max-steps", 8, "--resume")
     assert [r["step"] for r in log(tmp_path / "run")] == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_the_weight_decay_given_at_resume_is_the_one_that_counts(tmp_path, monkeypatch):
+    """Each of two runs goes on from the same first step; its second differs by what decays, of every weight alike."""
+    train(monkeypatch, "shapes:8", tmp_path / "plain", "--max-steps", 1, "--sample-every", 0)
+    shutil.copytree(tmp_path / "plain", tmp_path / "decayed")
+    first = data.read_checkpoint(tmp_path / "plain" / "ckpt.pt")["model"]
+    for name, decay in (("plain", 0), ("decayed", 10)):
+        train(monkeypatch, "shapes:8", tmp_path / name, "--max-steps", 2, "--sample-every", 0, "--resume", "--lr", 0.01,
+              "--weight-decay", decay)
+    plain, decayed = (data.read_checkpoint(tmp_path / name / "ckpt.pt")["model"] for name in ("plain", "decayed"))
+    assert difference(plain["encoder.conv_in.weight"] - decayed["encoder.conv_in.weight"],
+                      0.1 * first["encoder.conv_in.weight"]) < 1e-4
 
 
 def test_tensorboard_gets_what_the_log_gets_and_hides_the_steps_that_come_again(tmp_path, monkeypatch, capsys):
@@ -287,7 +328,8 @@ def test_a_mistake_gets_one_sentence(tmp_path, monkeypatch, capsys, flags, sente
 
 
 # what is refused beyond 0 or more, or 1 or more
-AT_LEAST_1 = ["--image-size", "--codebook-size", "--code-dim", "--batch-size", "--micro-batch", "--max-steps", "--log-every"]
+AT_LEAST_1 = ["--image-size", "--codebook-size", "--code-dim", "--batch-size", "--micro-batch", "--max-steps",
+              "--log-every"]
 AT_LEAST_0 = ["--warmup-steps", "--disc-start", "--sample-every", "--save-every", "--keep", "--seed", "--workers"]
 ABOVE_0 = ["--epochs", "--grad-clip", "--timeout"]                                   # and not a number is none of these
 WEIGHTS = ["--lr", "--weight-decay", "--ema-decay", "--lpips-weight", "--disc-weight", "--entropy-weight"]
@@ -304,7 +346,8 @@ WRONG = [*((flag, value) for flag in AT_LEAST_1 for value in ("0", "-1", "nan", 
 @pytest.mark.parametrize("flag, value", WRONG)
 def test_no_value_of_any_flag_ends_in_a_traceback(tmp_path, monkeypatch, capsys, flag, value):
     """Exit code 2 and one sentence that names the flag or the file; nothing is written."""
-    places = {"FILE": tmp_path / "file", "EMPTY": tmp_path / "empty", "GPT": tmp_path / "gpt.pt", "BROKEN": tmp_path / "broken"}
+    places = {"FILE": tmp_path / "file", "EMPTY": tmp_path / "empty", "GPT": tmp_path / "gpt.pt",
+              "BROKEN": tmp_path / "broken"}
     places["FILE"].write_text("")
     places["EMPTY"].mkdir()
     places["BROKEN"].mkdir()
@@ -342,11 +385,29 @@ def test_missing_lpips_files_are_named(tmp_path, monkeypatch):
         train_vq.load_lpips()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, capsys):
-    train(monkeypatch, "shapes:8", tmp_path / "run", "--max-steps", 1, "--sample-every", 0)
+@pytest.mark.parametrize("module, name, value", [
+    (vq, "to_tensor", lambda image: torch.full((3, 24, 24), torch.nan)),
+    (train_vq, "hinge", lambda real, fake: torch.nan * real.mean()),         # the discriminator's alone
+])
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, capsys,
+                                                                                    module, name, value):
+    flags = ["--disc-start", 0, "--sample-every", 0, "--save-every", 1]
+    train(monkeypatch, "shapes:8", tmp_path / "run", "--max-steps", 1, *flags)
     good = (tmp_path / "run" / "ckpt.pt").read_bytes()
-    monkeypatch.setattr(vq, "to_tensor", lambda image: torch.full((3, 24, 24), torch.nan))
+    monkeypatch.setattr(module, name, value)
     with pytest.raises(SystemExit) as stop:
-        train(monkeypatch, "shapes:8", tmp_path / "run", "--max-steps", 3, "--sample-every", 0, "--resume")
+        train(monkeypatch, "shapes:8", tmp_path / "run", "--max-steps", 3, *flags, "--resume")
     assert stop.value.code == 2 and "not finite at step 2" in capsys.readouterr().err
     assert (tmp_path / "run" / "ckpt.pt").read_bytes() == good
+
+
+def test_a_full_disk_ends_the_run_with_one_sentence(tmp_path, monkeypatch):
+    """It ends where the log cannot be written; a checkpoint that cannot be is tests/test_data.py's."""
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "log", full)
+    monkeypatch.setattr(sys, "argv", ["train_vq.py", *flags_for("shapes:8", tmp_path / "run", "--max-steps", 1)])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / "train_vq.py"), run_name="__main__")
+    assert stop.value.code == "train_vq.py: [Errno 28] No space left on device; the last checkpoint is untouched"

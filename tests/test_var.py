@@ -1,7 +1,9 @@
-"""What extras/var.py promises: VAR's official arithmetic to the last code, and pictures that follow from their seeds."""
+"""What extras/var.py promises: VAR's official arithmetic to the last code, and pictures that follow from their
+seeds."""
 import json
 import math
 import os
+import runpy
 import subprocess
 import sys
 import zlib
@@ -13,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from conftest import GOLDEN, ROOT, difference, golden
 
+import checkpoints
 import data
 import gpt
 import sample
@@ -77,8 +80,8 @@ def tokenizer(meta):
 
 def transformer(meta):
     """Our transformer with the golden weights."""
-    model = var.VAR(var.VARConfig(meta["depth"], tuple(meta["patch_nums"]), meta["V"], meta["Cvae"], meta["num_classes"],
-                                  meta["shared_aln"]))
+    model = var.VAR(var.VARConfig(meta["depth"], tuple(meta["patch_nums"]), meta["V"], meta["Cvae"],
+                                  meta["num_classes"], meta["shared_aln"]))
     keep = ("lvl_1L", "attn_bias_for_masking")
     model.load_state_dict({k: v if k in keep else weight(k, v.shape) for k, v in model.state_dict().items()})
     return model.eval()
@@ -298,14 +301,16 @@ def test_an_untrained_model_has_the_official_spread_of_weights():
     for kind in ("plain", "shared"):
         given = meta[f"init_{kind}"]
         torch.manual_seed(0)
-        config = var.VARConfig(given["depth"], (1, 2, 3, 4), given["V"], given["Cvae"], shared_adaln=given["shared_aln"])
+        config = var.VARConfig(given["depth"], (1, 2, 3, 4), given["V"], given["Cvae"],
+                               shared_adaln=given["shared_aln"])
         model = var.VAR(config)
         var.init_weights(model, given["init_adaln_gamma"])
         parameters = dict(model.named_parameters())
         decayed = {id(q) for q in train_var.decayed(model)}
         assert [block.drop for block in model.blocks] == pytest.approx(g[f"init_{kind}_drop_path"].tolist(), abs=1e-7)
         seen = set()
-        for name, (numel, mean, std, _, decay) in zip(g[f"init_{kind}_names"].tolist(), g[f"init_{kind}_stats"].tolist()):
+        stats = zip(g[f"init_{kind}_names"].tolist(), g[f"init_{kind}_stats"].tolist())
+        for name, (numel, mean, std, _, decay) in stats:
             base, _, part = name.partition("[")
             q = parameters[base]
             seen.add(base)
@@ -315,7 +320,8 @@ def test_an_untrained_model_has_the_official_spread_of_weights():
                 q = halves[:2] if part.endswith(":2]") or part == ":2C]" else halves[2:]
             assert q.numel() == numel, name
             if std == 0:
-                assert float(q.detach().std()) < 1e-6 and float(q.detach().mean()) == pytest.approx(mean, abs=1e-6), name
+                assert float(q.detach().std()) < 1e-6, name
+                assert float(q.detach().mean()) == pytest.approx(mean, abs=1e-6), name
             else:
                 assert float(q.detach().std()) == pytest.approx(std, rel=8 / numel ** 0.5), name
         assert seen == set(parameters)
@@ -366,8 +372,9 @@ def trained(tmp_path_factory):
     that was also stopped after its third and resumed (cut)."""
     folder = tmp_path_factory.mktemp("var")
     with pytest.MonkeyPatch.context() as patch:
-        call(patch, train_var, "tokenizer", "--data", "shapes:40", "--model", "VAR-demo", "--image-size", 24, "--lpips-weight",
-             0, "--batch-size", 8, "--disc-start", 2, "--max-steps", 3, "--ema-decay", 0.9, "--out", folder / "vq")
+        call(patch, train_var, "tokenizer", "--data", "shapes:40", "--model", "VAR-demo", "--image-size", 24,
+             "--lpips-weight", 0, "--batch-size", 8, "--disc-start", 2, "--max-steps", 3, "--ema-decay", 0.9,
+             "--out", folder / "vq")
         call(patch, var, "encode", "--vq", folder / "vq" / "ckpt.pt", "--data", "shapes:40", "--out", folder / "codes",
              "--workers", 0)
         flags = ["--vq", folder / "vq" / "ckpt.pt", "--codes", folder / "codes", "--model", "demo", "--batch-size", 4,
@@ -415,6 +422,30 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_last_bit(trained):
     assert (trained / "run" / "samples_000006.png").exists()
 
 
+def test_a_resumed_tokenizer_equals_an_uninterrupted_one_after_a_hundred_visits(tmp_path, monkeypatch):
+    """Weights, hits and the usage that follows from them. Fewer than 100 visits of scales, here 20 steps of five,
+    would not do: how fast the hits move follows from the number of visits, which is not kept."""
+    flags = ["--data", "shapes:8", "--model", "VAR-demo", "--image-size", 24, "--lpips-weight", 0, "--disc-weight", 0,
+             "--batch-size", 2, "--max-steps", 23, "--save-every", 21, "--sample-every", 0, "--log-every", 1]
+    call(monkeypatch, train_var, "tokenizer", *flags, "--out", tmp_path / "whole")
+    save = data.save_checkpoint
+
+    def save_and_stop(*what):
+        save(*what)
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "save_checkpoint", save_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            call(patch, train_var, "tokenizer", *flags, "--out", tmp_path / "cut")
+    assert data.read_checkpoint(tmp_path / "cut" / "ckpt.pt")["step"] == 21
+    call(monkeypatch, train_var, "tokenizer", *flags, "--out", tmp_path / "cut", "--resume")
+    one, two = (data.read_checkpoint(tmp_path / name / "ckpt.pt")["model"] for name in ("whole", "cut"))
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+    usage = [[json.loads(line)["usage"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+             for name in ("whole", "cut")]
+    assert usage[0] == usage[1] and len(usage[0]) == 23 and 0 < usage[0][-1] < 1
+
+
 @pytest.mark.slow
 def test_two_processes_train_as_one_even_where_a_convolution_is_idle(trained, tmp_path):
     """Of two scales the first takes φ 0, the last φ 3; DDP would wait for the others' gradients."""
@@ -427,8 +458,8 @@ train_vq.main(var_vq.ScaleVQ, {{"two": replace(var_vq.TOKENIZERS["VAR-demo"], sc
 """)
     env = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    flags = ["--data", "shapes:40", "--image-size", "24", "--lpips-weight", "0", "--disc-weight", "0", "--batch-size", "8",
-             "--max-steps", "2", "--sample-every", "0", "--log-every", "1"]
+    flags = ["--data", "shapes:40", "--image-size", "24", "--lpips-weight", "0", "--disc-weight", "0",
+             "--batch-size", "8", "--max-steps", "2", "--sample-every", "0", "--log-every", "1"]
     results = []
     for name, start in (("one", [sys.executable]), ("two", torchrun)):
         done = subprocess.run([*start, run, *flags, "--out", tmp_path / name], env=env, capture_output=True, text=True)
@@ -450,8 +481,8 @@ def test_a_queues_signal_saves_and_exits_0(trained, tmp_path, stage):
     if stage == "transformer":
         words = ["--vq", trained / "vq" / "ckpt.pt", "--codes", trained / "codes", "--model", "demo"]
     words += ["--batch-size", 2, "--max-steps", 100_000, "--log-every", 1, "--out", tmp_path / "run"]
-    process = subprocess.Popen([sys.executable, "extras/train_var.py", *map(str, words)], cwd=ROOT, stdout=subprocess.PIPE,
-                               text=True)
+    process = subprocess.Popen([sys.executable, "extras/train_var.py", *map(str, words)], cwd=ROOT,
+                               stdout=subprocess.PIPE, text=True)
     while "step 000002" not in process.stdout.readline():
         assert process.poll() is None
     process.terminate()
@@ -470,8 +501,8 @@ def test_an_image_follows_from_its_seed_whatever_the_batch_and_goes_on_after_a_s
         real = np.save
         patch.setattr(np, "save", lambda *a: (real(*a), None)[1] if "0000000" in str(a[0]) else sys.exit(9))
         with pytest.raises(SystemExit):
-            call(patch, var, "sample", *pair_flags(trained), "--num-samples", 7, "--batch-size", 2, "--seed", 5, "--out",
-                 tmp_path / "b.npz")
+            call(patch, var, "sample", *pair_flags(trained), "--num-samples", 7, "--batch-size", 2, "--seed", 5,
+                 "--out", tmp_path / "b.npz")
     call(monkeypatch, var, "sample", *pair_flags(trained), "--num-samples", 7, "--batch-size", 2, "--seed", 5, "--out",
          tmp_path / "b.npz")
     with np.load(tmp_path / "a.npz", allow_pickle=False) as a, np.load(tmp_path / "b.npz", allow_pickle=False) as b:
@@ -485,17 +516,20 @@ def test_an_edit_keeps_what_is_to_be_kept_and_pictures_are_written(trained, tmp_
     model, tokenizer = var.load_var(trained / "run" / "ckpt.pt"), var_vq.load_tokenizer(trained / "vq" / "ckpt.pt")
     codes = torch.randint(256, (1, 66))
     keep = torch.ones(66, dtype=torch.bool)
-    *_, (_, f_hat) = var.draw_scales(model, tokenizer.quantize, torch.tensor([0]), torch.tensor([0]), keep=(codes, keep),
-                                     more_smooth=True)
+    *_, (_, f_hat) = var.draw_scales(model, tokenizer.quantize, torch.tensor([0]), torch.tensor([0]),
+                                     keep=(codes, keep), more_smooth=True)
     assert torch.allclose(f_hat, list(tokenizer.quantize.sums(codes))[-1], atol=1e-6)
     crop = data.center_crop(data.draw_shape((3, 3)), 24)
     crop.save(tmp_path / "star.png")
-    for words in (["--box", "0.5,0,1,1"], ["--box", "0.25,0.25,0.75,0.75", "--outside", "--classes", "star", "--count", 2]):
-        call(monkeypatch, var, "edit", *pair_flags(trained), *words, "--out", tmp_path / "edit.png", tmp_path / "star.png")
+    for words in (["--box", "0.5,0,1,1"],
+                  ["--box", "0.25,0.25,0.75,0.75", "--outside", "--classes", "star", "--count", 2]):
+        call(monkeypatch, var, "edit", *pair_flags(trained), *words, "--out", tmp_path / "edit.png",
+             tmp_path / "star.png")
         assert data.open_image(tmp_path / "edit.png").width > 300
     call(monkeypatch, var, "reconstruct", "--vq", trained / "vq" / "ckpt.pt", "--out", tmp_path / "scales.png",
          tmp_path / "star.png")
-    call(monkeypatch, var, "sample", *pair_flags(trained), "--classes", "star,0", "--count", 2, "--out", tmp_path / "s.png")
+    call(monkeypatch, var, "sample", *pair_flags(trained), "--classes", "star,0", "--count", 2,
+         "--out", tmp_path / "s.png")
     assert (tmp_path / "scales.png").exists() and (tmp_path / "s.png").exists()
 
 
@@ -555,14 +589,32 @@ def test_training_refuses_in_one_sentence(trained, tmp_path, monkeypatch, capsys
     flags = ["--vq", trained / "vq" / "ckpt.pt", "--codes", trained / "codes", "--model", "demo", "--batch-size", 4]
     demo = vq.VQ_CONFIGS["VQ-demo"]
     torch.save({"model": vq.VQModel(demo).state_dict(), "config": asdict(demo)}, tmp_path / "vq.pt")
-    for words, sentence in ((["tokenizer", "--data", "shapes", "--model", "VAR-demo", "--image-size", 32], "do not end at 8"),
+    other_size = ["tokenizer", "--data", "shapes", "--model", "VAR-demo", "--image-size", 32]
+    for words, sentence in ((other_size, "do not end at 8"),
                             ([*flags, "--out", trained / "run"], "add --resume"),
                             ([*flags, "--model", "d16", "--out", trained / "run", "--resume"], "is of another model"),
                             ([*flags, "--micro-batch", 3], "does not divide"),
+                            ([*flags, "--out", trained / "vq", "--resume"], "was not written by train_var.py"),
                             ([*flags, "--vq", tmp_path / "vq.pt"], "is a tokenizer of LlamaGen")):
         with pytest.raises(SystemExit) as stop:
             call(monkeypatch, train_var, *words)
         assert stop.value.code == 2 and sentence in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        call(monkeypatch, train_gpt, "--codes", trained / "codes", "--model", "demo", "--out", tmp_path / "gpt")
-    assert "for extras/train_var.py" in capsys.readouterr().err
+    for out, sentence in ((tmp_path / "gpt", "for extras/train_var.py"),
+                          (trained / "run", "is not one of train_gpt.py's; choose another --out")):
+        with pytest.raises(SystemExit) as stop:
+            call(monkeypatch, train_gpt, "--codes", trained / "codes", "--model", "demo", "--out", out,
+                 *["--resume"] * (out == trained / "run"))
+        assert stop.value.code == 2 and sentence in capsys.readouterr().err
+
+
+def test_a_full_disk_ends_the_run_with_one_sentence(trained, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "log", full)
+    words = ["--vq", trained / "vq" / "ckpt.pt", "--codes", trained / "codes", "--model", "demo", "--batch-size", 4,
+             "--max-steps", 1, "--out", tmp_path / "run"]
+    monkeypatch.setattr(sys, "argv", ["train_var.py", *map(str, words)])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / "extras" / "train_var.py"), run_name="__main__")
+    assert stop.value.code == "train_var.py: [Errno 28] No space left on device; the last checkpoint is untouched"

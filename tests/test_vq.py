@@ -91,7 +91,8 @@ def test_released_files_load_and_their_kind_is_recognised(released, tmp_path, ca
         loaded = vq.load_vq(tmp_path / "vq.pt")
         assert loaded.config == vq.VQ_CONFIGS[name] and not loaded.training
         assert vq.weights_hash(loaded) == vq.weights_hash(model), kind
-        assert ("1 unknown weights are passed over, the first is loss.step" in capsys.readouterr().err) == (kind == "stray")
+        warned = "1 unknown weights are passed over, the first is loss.step" in capsys.readouterr().err
+        assert warned == (kind == "stray")
     del state["encoder.conv_in.bias"]
     torch.save(state, tmp_path / "vq.pt")
     with pytest.raises(ValueError, match="does not fit the model: Missing key.*encoder.conv_in.bias"):
@@ -100,7 +101,8 @@ def test_released_files_load_and_their_kind_is_recognised(released, tmp_path, ca
 
 @pytest.mark.parametrize("checkpoint, sentence", [
     ({"model": {"tok_embeddings.weight": torch.zeros(1)}}, "is not a tokenizer checkpoint"),
-    ({"model": {"quantize.embedding.weight": torch.zeros(3, 8), "encoder.conv_blocks.4.x": torch.zeros(1)}}, "does not fit"),
+    ({"model": {"quantize.embedding.weight": torch.zeros(3, 8), "encoder.conv_blocks.4.x": torch.zeros(1)}},
+     "does not fit"),
     ([1, 2], "holds a list"),
 ])
 def test_a_wrong_checkpoint_gets_one_sentence(tmp_path, checkpoint, sentence):
