@@ -125,7 +125,8 @@ def find_checkpoint(out):
     if (out / "ckpt.pt").exists():
         found.append((out / "ckpt.pt", data.read_checkpoint(out / "ckpt.pt", mmap=True)))
         saved = found[0][1]
-        if not {"step", "optimizer", "config"} <= saved.keys() or "n_layer" not in saved["config"]:
+        if not (isinstance(saved, dict) and {"step", "optimizer", "config"} <= saved.keys()
+                and "n_layer" in saved["config"]):
             raise ValueError(f"{out}/ckpt.pt is not one of train_gpt.py's; choose another --out")
     for folder in sorted(out.glob("ckpt_[0-9]*/"))[-1:]:
         try:
@@ -163,7 +164,7 @@ def restore_run(model, optimizer, ema, path, saved):
 def save(state, plain, out, rank, sharded, consolidated, keep):
     """Write tensors and plain values as ckpt.pt, or as ckpt_STEP/ under FSDP (and as ckpt.pt too if consolidated), and
     delete older ones but for `keep`. All processes call it. Raises OSError with one sentence."""
-    if sharded:
+    if sharded and not (out / f"ckpt_{plain['step']:08d}").exists():   # it does where shards are left to be joined
         save_shards(state, {**plain, "ema": "ema" in state}, out)
     if not sharded or consolidated:
         state = whole(state)

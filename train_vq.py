@@ -14,7 +14,6 @@ import argparse
 import math
 import os
 import random
-import signal
 import sys
 import time
 from dataclasses import asdict, replace
@@ -208,9 +207,9 @@ class TrainCrops(torch.utils.data.Dataset):
         raise ValueError("100 unreadable images in a row")
 
 
-def ignore_sigterm(_):
-    """For the loader's workers: torchrun sends SIGTERM to them too, and without them there would be no last step."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def own_group(_):
+    """For the loader's workers: torchrun signals a process and its group, and without them there is no last step."""
+    os.setpgid(0, 0)
 
 
 def batches(n, seed, start, rank, world, per_rank):
@@ -281,7 +280,7 @@ def main(tokenizer=vq.VQModel, configs=vq.VQ_CONFIGS):
     workers = args.workers if args.workers is not None else 8 * (device.type == "cuda")
     loader = torch.utils.data.DataLoader(
         TrainCrops(images, args.image_size, args.seed), num_workers=workers, pin_memory=device.type == "cuda",
-        worker_init_fn=ignore_sigterm,
+        worker_init_fn=own_group,
         batch_sampler=batches(len(images), args.seed, seen, rank, world, per_rank))
 
     # ---- model ------------------------------------------------------------------------------------------------------
