@@ -343,8 +343,10 @@ def join(folder, about, files):
     if not tokens:
         raise ValueError(f"{folder}/captions.jsonl has no words in any caption")
     moved = (spans + start for spans, start in zip(each("spans"), starts))
-    data.write_npy(folder / "spans.tmp", np.int64, (about["images"], 2, 2), moved)
-    data.write_npy(folder / "text.tmp", np.float16, (tokens, about["dim"]), each("text"))
+    with open(folder / "spans.tmp", "wb") as f:
+        data.write_npy(f, np.int64, (about["images"], 2, 2), moved)
+    with open(folder / "text.tmp", "wb") as f:
+        data.write_npy(f, np.float16, (tokens, about["dim"]), each("text"))
     (folder / "json.tmp").write_text(json.dumps({**about, "tokens": tokens}, indent=1))
     for tmp, name in (("text.tmp", "text.npy"), ("spans.tmp", "text_spans.npy"), ("json.tmp", "text.json")):
         os.replace(folder / tmp, folder / name)

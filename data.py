@@ -347,13 +347,12 @@ def save_checkpoint(state, path, keep=0):
             old.unlink()
 
 
-def write_npy(path, dtype, shape, blocks):
-    """Write arrays, one after the other, as one .npy file of this shape. (Through a memory map, which would not need
-    them in order, a full disk is a bus error.)"""
-    with open(path, "wb") as f:
-        np.lib.format.write_array_header_1_0(f, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape})
-        for block in blocks:
-            f.write(block.astype(dtype).tobytes())
+def write_npy(f, dtype, shape, blocks):
+    """Write arrays, one after the other, to an open file as one .npy of this shape, so that memory does not grow with
+    it. (Through a memory map, which would not need them in order, a full disk is a bus error.)"""
+    np.lib.format.write_array_header_1_0(f, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape})
+    for block in blocks:
+        f.write(block.astype(dtype).tobytes())
 
 
 def file_hash(path):

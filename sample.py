@@ -330,18 +330,14 @@ def write_npz(path, model, vq_model, num_samples, *, given=None, seed=0, batch_s
 
 
 def join(path, parts, labels):
-    """Stream the part files into one NPZ, so that memory does not grow with the number of images."""
+    """Stream the part files into one NPZ."""
     files = sorted(parts.glob("[0-9]*.npy"))
     shape = (len(labels), *np.load(files[0], mmap_mode="r", allow_pickle=False).shape[1:])
     with zipfile.ZipFile(f"{path}.tmp", "w") as z:
-        for name, dtype, blocks in (("arr_0", np.uint8, (np.load(f, allow_pickle=False) for f in files)),
-                                    ("labels", np.int64, [labels])):
-            header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False,
-                      "shape": shape if name == "arr_0" else labels.shape}
-            with z.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as f:
-                np.lib.format.write_array_header_1_0(f, header)
-                for block in blocks:
-                    f.write(np.ascontiguousarray(block, dtype).tobytes())
+        with z.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as f:
+            data.write_npy(f, np.uint8, shape, (np.load(file, allow_pickle=False) for file in files))
+        with z.open(zipfile.ZipInfo("labels.npy"), "w") as f:
+            data.write_npy(f, np.int64, labels.shape, [labels])
     os.replace(f"{path}.tmp", path)
     shutil.rmtree(parts)
 

@@ -423,7 +423,8 @@ def join(out, parts, images, meta, A):
         shutil.rmtree(out / "parts")
         raise ValueError(f"none of the {len(images)} images could be used ({counts}); nothing was written")
     rows = (np.load(part, allow_pickle=False)["codes"] for part in parts)
-    data.write_npy(out / "codes.npy", np.uint16, (len(keep), A, meta["codes"]), rows)
+    with open(out / "codes.npy", "wb") as f:
+        data.write_npy(f, np.uint16, (len(keep), A, meta["codes"]), rows)
     if images.captions:
         with open(out / "captions.jsonl", "w", encoding="utf8") as f:
             f.writelines(json.dumps(images.captions[i], ensure_ascii=False) + "\n" for i in keep)

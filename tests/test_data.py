@@ -94,15 +94,16 @@ def test_a_title_with_a_line_break_stands_on_one_line(tmp_path):
 def test_arrays_are_written_block_by_block_as_numpy_writes_them_whole(tmp_path, dtype, shape, given):
     array = np.random.RandomState(0).randint(0, 2 ** 11, shape).astype(given)
     blocks = (array[rows] for rows in (slice(0, 3), slice(3, 3), slice(3, 4), slice(4, 7)))
-    data.write_npy(tmp_path / "blocks.npy", dtype, shape, blocks)
+    with open(tmp_path / "blocks.npy", "wb") as file:
+        data.write_npy(file, dtype, shape, blocks)
     np.save(tmp_path / "whole.npy", array.astype(dtype))
     assert (tmp_path / "blocks.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's disk that is always full")
 def test_an_array_that_does_not_fit_on_the_disk_is_an_error_and_no_crash():
-    with pytest.raises(OSError, match="No space left on device"):
-        data.write_npy("/dev/full", np.uint16, (2, 2 ** 16), np.zeros((2, 1, 2 ** 16)))
+    with pytest.raises(OSError, match="No space left on device"), open("/dev/full", "wb") as file:
+        data.write_npy(file, np.uint16, (2, 2 ** 16), np.zeros((2, 1, 2 ** 16)))
 
 
 # ---- image folders --------------------------------------------------------------------------------------------------
