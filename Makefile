@@ -58,7 +58,7 @@ demo: $(RUN)/samples.npz
 $(TEXT)/codes/text.json: $(RUN)/vq/ckpt.pt
 	@echo "1/3  captioned pictures as codes, and the features of their words"
 	$(PYTHON) vq.py encode --ckpt $(RUN)/vq/ckpt.pt --data shapes-captions:12000 --out $(TEXT)/codes --workers 0
-	$(PYTHON) captions.py encode --codes $(TEXT)/codes --t5 words
+	$(PYTHON) -m nanollamagen.captions encode --codes $(TEXT)/codes --t5 words
 
 $(TEXT)/gpt/ckpt.pt: $(TEXT)/codes/text.json
 	@echo "2/3  the GPT over codes, from captions"
@@ -66,7 +66,7 @@ $(TEXT)/gpt/ckpt.pt: $(TEXT)/codes/text.json
 	    --warmup-steps 50 --schedule cosine --dropout 0 --val-images 500 --val-every 200 --log-every 50 --out $(TEXT)/gpt
 
 $(TEXT)/prompts.txt: $(TEXT)/gpt/ckpt.pt
-	$(PYTHON) -c "import data; print(*(c['caption'] for c in data.shapes(400, 3, captioned=True).captions), sep='\n')" > $@
+	$(PYTHON) -c "from nanollamagen import data; print(*(c['caption'] for c in data.shapes(400, 3, captioned=True).captions), sep='\n')" > $@
 
 $(TEXT)/samples.npz: $(TEXT)/prompts.txt
 	@echo "3/3  samples"
@@ -99,7 +99,7 @@ $(VAR)/samples.npz: $(VAR)/var/ckpt.pt
 	@echo "4/4  samples, and drawings that the model has not seen: half of them, or all around them, drawn anew"
 	$(PYTHON) extras/var.py sample --vq $(VAR)/vq/ckpt.pt --var $(VAR)/var/ckpt.pt --count 10 --batch-size 100 \
 	    --cfg-scale 2 --out $(VAR)/samples.png
-	$(PYTHON) -c "import data; [data.center_crop(data.draw_shape((3, i)), 24).save(f'$(VAR)/given{i}.png') for i in range(10)]"
+	$(PYTHON) -c "from nanollamagen import data; [data.center_crop(data.draw_shape((3, i)), 24).save(f'$(VAR)/given{i}.png') for i in range(10)]"
 	$(PYTHON) extras/var.py edit --vq $(VAR)/vq/ckpt.pt --var $(VAR)/var/ckpt.pt --box 0,0.5,1,1 \
 	    --classes 0,1,2,3,4,5,6,7,8,9 --out $(VAR)/inpainted.png $(VAR)/given*.png
 	$(PYTHON) extras/var.py edit --vq $(VAR)/vq/ckpt.pt --var $(VAR)/var/ckpt.pt --box 0,0,0.67,1 --outside \

@@ -31,9 +31,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-import captions
-import data
-import inception
+from nanollamagen import captions
+from nanollamagen import data
+from nanollamagen import inception
 import sample
 import vq
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import data
+from nanollamagen import data
 
 
 # ---- sizes ----------------------------------------------------------------------------------------------------------

@@ -26,8 +26,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-import captions
-import data
+from nanollamagen import captions
+from nanollamagen import data
 import gpt
 import vq
 

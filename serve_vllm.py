@@ -37,8 +37,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import captions
-import data
+from nanollamagen import captions
+from nanollamagen import data
 import gpt
 import sample
 import vq

@@ -6,7 +6,7 @@ The paper's 343M model, one node with 8 GPUs (the defaults are its recipe; --res
 $ torchrun --nproc_per_node=8 train_gpt.py --model L
 The 3.1B model on two nodes, which both run this line; its weights, gradients and averages are sharded (FSDP):
 $ torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 train_gpt.py --model 3B
-The paper's text model in its two stages, after captions.py encode; the second starts from the weights of the first:
+The paper's text model in its two stages, after nanollamagen.captions encode; the second starts from the weights of the first:
 $ torchrun --nproc_per_node=8 train_gpt.py --cond text --codes codes256 --model XL --out runs/t2i-256
 $ torchrun --nproc_per_node=8 train_gpt.py --cond text --codes codes512 --model XL --init runs/t2i-256/ckpt.pt \
       --image-size 512 --out runs/t2i-512
@@ -37,9 +37,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-import captions
-import checkpoints
-import data
+from nanollamagen import captions
+from nanollamagen import runs
+from nanollamagen import data
 import gpt
 import sample
 import vq
@@ -136,10 +136,10 @@ def main():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index)
         torch.cuda.set_device(device)
     bf16 = args.dtype == "bfloat16" if args.dtype else device.type == "cuda"
-    compiled = checkpoints.can_compile(args.compile, device)
+    compiled = runs.can_compile(args.compile, device)
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)   # weights stay float32
     out = Path(args.out)
-    signals = checkpoints.catch_signals()
+    signals = runs.catch_signals()
 
     def print0(text):
         if rank == 0:
@@ -164,13 +164,13 @@ def main():
             model = gpt.GPT(config)   # shapes only; memory comes when it is known what this process holds
         parameters = sum(weight.numel() for weight in model.parameters())
         sharded = args.parallel == "fsdp" or args.parallel == "auto" and parameters > 1e9 and world > 1
-        path, resumed = checkpoints.find_checkpoint(out)
+        path, resumed = runs.find_checkpoint(out)
         init = gpt.load_gpt(args.init) if args.init and not resumed else None
         vq_model = vq.load_vq(args.vq, device) if args.vq and rank == 0 else None
         source = {"classes": meta["classes"], "tokenizer": meta["tokenizer"], "image_size": meta["image_size"],
                   "crops": meta.get("crops"), "images": len(codes), "text": encoder}
         check_files(args, world, sharded, meta, config, source, len(usable), path, resumed, init, vq_model)
-        board = checkpoints.open_log(out, resumed["step"] if resumed else 0, args.tensorboard) if rank == 0 else None
+        board = runs.open_log(out, resumed["step"] if resumed else 0, args.tensorboard) if rank == 0 else None
     except (OSError, ValueError) as error:
         parser.error(str(error))
 
@@ -220,7 +220,7 @@ def main():
     if not resumed:
         weights = model.state_dict()
         for name, value in init.state_dict().items() if init else model.initial_weights(args.seed):
-            weights[name].copy_(checkpoints.part(value, weights[name]))
+            weights[name].copy_(runs.part(value, weights[name]))
         init = None   # lets go of its memory
     forward = model
     if world > 1 and not sharded:   # averages the gradients over the processes while the backward pass still runs
@@ -235,7 +235,7 @@ def main():
     ema = {name: value.clone() for name, value in model.state_dict().items()} if args.ema_decay else None
     first, seen = 0, 0
     if resumed:
-        first, seen = checkpoints.restore_run(model, optimizer, ema, path, resumed)
+        first, seen = runs.restore_run(model, optimizer, ema, path, resumed)
         resumed = None   # lets go of the file
 
     about = f"captions through {encoder['encoder']} ({encoder['dim']} features a token), which " \
@@ -265,7 +265,7 @@ def main():
         state |= {"ema": ema} if ema else {}
         plain = {"step": step, "images_seen": seen, "config": asdict(config), "args": vars(args), **source}
         try:
-            checkpoints.save(state, plain, out, rank, sharded, args.consolidate or step >= max_steps, args.keep)
+            runs.save(state, plain, out, rank, sharded, args.consolidate or step >= max_steps, args.keep)
         except OSError as error:
             parser.exit(2, f"train_gpt.py: {error}\n" * (rank == 0))
 
@@ -320,7 +320,7 @@ def main():
         #    a GPU has done all its work. So it asks rarely, though always before it shows or saves something.
         showing = any(map(due, (args.log_every, args.val_every, args.sample_every, args.save_every)))
         if showing or step % 10 == 0 or step == first + 1 or device.type == "cpu":
-            finite, stop = checkpoints.status(norm, bool(signals), world)
+            finite, stop = runs.status(norm, bool(signals), world)
             if not finite:
                 parser.exit(2, f"train_gpt.py: the loss is not finite at step {step}; {out} holds the last good state. "
                             "A lower --lr or --dtype float32 may help\n" * (rank == 0))
@@ -335,12 +335,12 @@ def main():
                       "mfu": gpt.utilisation(config, args.batch_size / world / seconds, device)}
             record = {name: value for name, value in record.items() if value is not None}
             if rank == 0:
-                checkpoints.log(record, out, board)
+                runs.log(record, out, board)
                 print_step(record, seconds, max_steps)
             total.zero_()
             clock, clock_step, val_loss = time.time(), step, None
         if args.vq and due(args.sample_every):
-            weights = checkpoints.whole(ema or model.state_dict())
+            weights = runs.whole(ema or model.state_dict())
             if rank == 0:
                 given, titles = conditions(config, meta, Path(args.codes), text, spans, usable)
                 picture(config, weights, vq_model, given, titles, device, out / f"samples_{step:06d}.png")

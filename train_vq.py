@@ -30,8 +30,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-import checkpoints
-import data
+from nanollamagen import runs
+from nanollamagen import data
 import vq
 
 
@@ -251,7 +251,7 @@ def main(tokenizer=vq.VQModel, configs=vq.VQ_CONFIGS):
     bf16 = args.dtype == "bfloat16" if args.dtype else device.type == "cuda"
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)   # weights stay float32
     torch.manual_seed(args.seed)
-    out, signals = Path(args.out), checkpoints.catch_signals()
+    out, signals = Path(args.out), runs.catch_signals()
 
     def print0(text):
         if rank == 0:
@@ -270,7 +270,7 @@ def main(tokenizer=vq.VQModel, configs=vq.VQ_CONFIGS):
         shown = pictures_to_watch(images, args)
         lpips = load_lpips().to(device) if args.lpips_weight else None
         first, seen = (resumed["step"], resumed["images_seen"]) if resumed else (0, 0)
-        board = checkpoints.open_log(out, first, args.tensorboard) if rank == 0 else None
+        board = runs.open_log(out, first, args.tensorboard) if rank == 0 else None
     except (OSError, ValueError) as error:
         parser.error(str(error))
 
@@ -390,7 +390,7 @@ def main(tokenizer=vq.VQModel, configs=vq.VQ_CONFIGS):
         #    all its work. So it asks rarely, though always before it shows or saves something.
         showing = any(map(due, (args.log_every, args.sample_every, args.save_every)))
         if showing or step % 10 == 0 or step == first + 1 or device.type == "cpu":
-            finite, stop = checkpoints.status(norm, bool(signals), world)
+            finite, stop = runs.status(norm, bool(signals), world)
             if not finite:
                 parser.exit(2, f"train_vq.py: the loss is not finite at step {step}; {out} holds the last good state. "
                             "A lower --lr or --dtype float32 may help\n" * (rank == 0))
@@ -402,7 +402,7 @@ def main(tokenizer=vq.VQModel, configs=vq.VQ_CONFIGS):
             record = {"step": step, **dict(zip(terms, (values / world).tolist())), "usage": model.quantize.usage(),
                       "lr": args.lr * scale, "norm": float(norm), "img_per_s": args.batch_size / seconds}
             if rank == 0:
-                checkpoints.log(record, out, board)
+                runs.log(record, out, board)
                 print_step(record, terms, seconds, max_steps)
             clock, clock_step = time.time(), step
         if rank == 0 and due(args.sample_every):

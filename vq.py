@@ -28,7 +28,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-import data
+from nanollamagen import data
 
 
 # ---- model ----------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 sys.path[:0] = [str(Path.cwd()), str(Path(__file__).resolve().parent.parent)]
-import data
+from nanollamagen import data
 import evaluate
 import vq
 

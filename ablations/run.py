@@ -28,7 +28,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
-import data
+from nanollamagen import data
 import vq
 
 # What every run of a stage gets: the demo's model, and a schedule that fits in a few hundred steps.
@@ -72,7 +72,8 @@ def changed_scripts(path, folder):
     folder.mkdir(parents=True)
     for script in ROOT.glob("*.py"):
         shutil.copy(script, folder)
-    shutil.copytree(ROOT / "assets", folder / "assets")
+    for lean_on in ("nanollamagen", "assets"):
+        shutil.copytree(ROOT / lean_on, folder / lean_on)
     if path is None or path.suffix == ".txt":
         return
     # the folder may lie in a clone, where git would look for the files at the clone's root: hide the clone from it

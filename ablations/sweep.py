@@ -17,9 +17,9 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))   # the scripts at the top
-import data
+from nanollamagen import data
 import gpt
-import inception
+from nanollamagen import inception
 import sample
 import vq
 from evaluate import RANK, WORLD, cautions, measure, open_npz, open_set, report, score

@@ -19,8 +19,8 @@ import torch
 from PIL import Image, ImageOps
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))   # the scripts at the top
-import captions
-import data
+from nanollamagen import captions
+from nanollamagen import data
 import gpt
 import sample
 import vq

@@ -29,8 +29,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))   # the scripts at the top
-import checkpoints
-import data
+from nanollamagen import runs
+from nanollamagen import data
 import train_vq
 import var
 import var_vq
@@ -110,7 +110,7 @@ def main():
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)   # weights stay float32
     torch.manual_seed(args.seed)
     out = Path(args.out)
-    signals = checkpoints.catch_signals()
+    signals = runs.catch_signals()
 
     def print0(text):
         if rank == 0:
@@ -124,7 +124,7 @@ def main():
         resumed = data.read_checkpoint(out / "ckpt.pt") if args.resume else None
         tokenizer, config = check(args, labels, meta, resumed, world, device)
         if rank == 0:
-            checkpoints.open_log(out, resumed["step"] if resumed else 0, tensorboard=False)
+            runs.open_log(out, resumed["step"] if resumed else 0, tensorboard=False)
     except (OSError, ValueError) as error:
         parser.error(str(error))
     per_rank = args.batch_size // world      # images of a step that this process takes,
@@ -208,7 +208,7 @@ def main():
         step, seen = step + 1, seen + args.batch_size
 
         # 5. One line, a picture, a checkpoint; if any process was asked to stop, all do.
-        finite, stop = checkpoints.status(norm, bool(signals), world)
+        finite, stop = runs.status(norm, bool(signals), world)
         if not finite:
             parser.exit(2, f"train_var.py: the loss is not finite at step {step}; {out}/ckpt.pt is the last good "
                         "state. A lower --lr or --dtype float32 may help\n" * (rank == 0))
@@ -218,7 +218,7 @@ def main():
             seconds = (time.time() - clock) / (step - clock_step)
             loss, last = (total / world / (step - clock_step)).tolist()
             if rank == 0:
-                checkpoints.log({"step": step, "loss": loss, "last_scale": last, "lr": optimizer.param_groups[0]["lr"],
+                runs.log({"step": step, "loss": loss, "last_scale": last, "lr": optimizer.param_groups[0]["lr"],
                           "norm": float(norm), "images_per_s": args.batch_size / seconds}, out, None)
             print0(f"step {step:06d}/{max_steps} | loss {loss:.4f} | last scale {last:.4f} | norm {float(norm):.2f} | "
                    f"{seconds * 1e3:.0f} ms | {(max_steps - step) * seconds / 60:.1f} min left")

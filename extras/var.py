@@ -28,8 +28,8 @@ import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))   # the scripts at the top
-import captions
-import data
+from nanollamagen import captions
+from nanollamagen import data
 import sample
 import vq
 from var_vq import SCALES_256, SCALES_512, ScaleVQ, ScaleVQ512, load_tokenizer

@@ -26,10 +26,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import data  # noqa: E402
+from nanollamagen import data  # noqa: E402
 import evaluate  # noqa: E402
 import gpt  # noqa: E402
-import inception  # noqa: E402
+from nanollamagen import inception  # noqa: E402
 import sample  # noqa: E402
 import train_gpt  # noqa: E402
 import vq  # noqa: E402

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import data  # noqa: E402
+from nanollamagen import data  # noqa: E402
 
 
 def pictures(n, seed, size):

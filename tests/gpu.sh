@@ -37,7 +37,8 @@ from dataclasses import asdict
 from pathlib import Path
 import numpy as np
 sys.path.insert(0, ".")
-import data, vq
+import vq
+from nanollamagen import data
 out, name, size = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 model = vq.VQModel(vq.VQ_CONFIGS[name])
 data.save_checkpoint({"model": model.state_dict(), "config": asdict(model.config), "image_size": size}, out / "vq.pt")

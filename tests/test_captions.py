@@ -17,8 +17,8 @@ from conftest import ROOT, difference, fill, golden, released_keys
 from PIL import Image
 
 import evaluate
-import captions
-import data
+from nanollamagen import captions
+from nanollamagen import data
 import gpt
 import sample
 import train_gpt
@@ -334,7 +334,7 @@ def tokenizer(tmp_path_factory):
 def codes(tmp_path_factory):
     """Sixty images with captions, read by the stand-in."""
     folder = caption_folder(tmp_path_factory.mktemp("data") / "codes")
-    assert run("captions.py", "encode", "--codes", folder, "--t5", "words").returncode == 0
+    assert run("-m", "nanollamagen.captions", "encode", "--codes", folder, "--t5", "words").returncode == 0
     return folder
 
 
@@ -347,7 +347,7 @@ def run(*args, procs=0):
 
 def test_features_on_disk_are_those_of_each_caption_without_padding(t5, tmp_path):
     folder = caption_folder(tmp_path / "codes", count=30, long=[7, 9])
-    result = run("captions.py", "encode", "--codes", folder, "--t5", t5)
+    result = run("-m", "nanollamagen.captions", "encode", "--codes", folder, "--t5", t5)
     assert result.returncode == 0, result.stderr
     assert "29 captions and 15 short ones; 1 captions are empty, 2 were cut to 120 tokens" in result.stdout
     text, spans, about = captions.load_text(folder)
@@ -358,7 +358,7 @@ def test_features_on_disk_are_those_of_each_caption_without_padding(t5, tmp_path
     for i, (row, keep, which) in enumerate(zip(features, mask, (0, 1))):
         a, b = spans[(6, 7)[i], which]
         assert np.allclose(text[a:b], row[keep], atol=2e-3)
-    assert "Nothing to do" in run("captions.py", "encode", "--codes", folder, "--t5", t5).stdout
+    assert "Nothing to do" in run("-m", "nanollamagen.captions", "encode", "--codes", folder, "--t5", t5).stdout
 
 
 def test_an_interrupted_run_goes_on_and_two_processes_write_what_one_writes(tmp_path, monkeypatch, capsys):
@@ -376,11 +376,11 @@ def test_an_interrupted_run_goes_on_and_two_processes_write_what_one_writes(tmp_
     monkeypatch.setattr(captions.CaptionEncoder, "__call__", stops_at_the_second_part)
     with pytest.raises(KeyboardInterrupt):
         captions.encode(args[1])
-    with pytest.raises(ValueError, match="make them with: python captions.py encode --codes"):
+    with pytest.raises(ValueError, match="make them with: python -m nanollamagen.captions encode --codes"):
         captions.load_text(folders[1])
     captions.encode(args[1])
     assert len(calls) == 1 + 1 + 2                            # the first part was kept
-    result = run("captions.py", "encode", "--codes", folders[2], "--t5", "words", procs=2)
+    result = run("-m", "nanollamagen.captions", "encode", "--codes", folders[2], "--t5", "words", procs=2)
     assert result.returncode == 0, result.stderr
     assert "1 were cut to 120 tokens" in capsys.readouterr().out and "1 were cut to 120 tokens" in result.stdout
     names = sorted(p.name for p in folders[0].iterdir())
@@ -400,12 +400,12 @@ def test_a_line_without_a_caption_gets_one_sentence(tmp_path, line, sentence):
     folder = caption_folder(tmp_path / "codes")
     lines = (folder / "captions.jsonl").read_text().splitlines()
     (folder / "captions.jsonl").write_text("\n".join(lines[:7] + ([line] + lines[8:] if line else [])) + "\n")
-    result = run("captions.py", "encode", "--codes", folder, "--t5", "words")
+    result = run("-m", "nanollamagen.captions", "encode", "--codes", folder, "--t5", "words")
     assert result.returncode == 2 and sentence in result.stderr and "Traceback" not in result.stderr
 
 
 def test_features_of_another_encoder_are_not_mixed(codes, t5):
-    result = run("captions.py", "encode", "--codes", codes, "--t5", t5)
+    result = run("-m", "nanollamagen.captions", "encode", "--codes", codes, "--t5", t5)
     assert result.returncode == 2 and "tells of another encoder or other captions (words, 64 features" in result.stderr
 
 
@@ -499,7 +499,7 @@ def test_from_captions_to_pictures_in_two_stages_through_t5(t5, tokenizer, tmp_p
 
     for stage, grid, more in ((1, 4, ["--max-steps", 60]),
                               (2, 8, ["--max-steps", 1, "--init", tmp_path / "1" / "ckpt.pt", "--image-size", 32])):
-        go("captions.py", "encode", "--codes", caption_folder(tmp_path / f"codes{stage}", grid), "--t5", t5)
+        go("-m", "nanollamagen.captions", "encode", "--codes", caption_folder(tmp_path / f"codes{stage}", grid), "--t5", t5)
         out = go("train_gpt.py", *flags_for(tmp_path / f"codes{stage}", tmp_path / str(stage), "--cond", "text",
                                             "--dropout", 0, *more))
         assert ("the first weights are those of" in out) == (stage == 2)
@@ -579,7 +579,7 @@ def test_weights_or_codes_that_do_not_fit_get_one_sentence(models, codes, tmp_pa
 def test_training_without_features_says_how_to_make_them(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         train(monkeypatch, caption_folder(tmp_path / "codes"), tmp_path / "run", "--max-steps", 1)
-    assert stop.value.code == 2 and "make them with: python captions.py encode --codes" in capsys.readouterr().err
+    assert stop.value.code == 2 and "make them with: python -m nanollamagen.captions encode --codes" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ import torch
 from conftest import ROOT, golden
 from PIL import Image
 
-import data
+from nanollamagen import data
 import vq
 
 

@@ -10,7 +10,7 @@ from conftest import ROOT
 from PIL import Image
 from test_gpt import TINY, random_model
 
-import data
+from nanollamagen import data
 import gpt
 import sample
 import vq

@@ -12,9 +12,9 @@ import torch
 from conftest import GOLDEN, ROOT, difference
 from PIL import Image
 
-import data
+from nanollamagen import data
 import evaluate
-import inception
+from nanollamagen import inception
 import vq
 
 METRICS = GOLDEN / "metrics"

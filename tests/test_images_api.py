@@ -30,8 +30,8 @@ from conftest import ROOT, fill
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-import captions
-import data
+from nanollamagen import captions
+from nanollamagen import data
 import gpt
 import sample
 import vq
@@ -40,7 +40,7 @@ httpx, openai, uvicorn = (pytest.importorskip(m) for m in ("httpx", "openai", "u
 pytest.importorskip("vllm", reason="vLLM is not installed")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
-import images_api  # noqa: E402
+from nanollamagen import images_api  # noqa: E402
 from vllm.entrypoints.launchers.app import build_app  # noqa: E402
 from vllm.entrypoints.launchers.cli_args import make_arg_parser  # noqa: E402
 from vllm.exceptions import QueueOverflowError  # noqa: E402

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-import captions
+from nanollamagen import captions
 import evaluate
 import gpt
 import sample

@@ -14,8 +14,8 @@ import torch
 from conftest import ROOT
 from test_train_gpt import codes, flags_for, log, losses, torchrun, train  # noqa: F401 (codes is a fixture)
 
-import checkpoints
-import data
+from nanollamagen import runs
+from nanollamagen import data
 import gpt
 
 STILL = ["--dropout", 0, "--class-dropout", 0, "--max-steps", 50, "--ema-decay", 0.9, "--val-images", 7,
@@ -26,7 +26,7 @@ os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")   # gloo would look up the hos
 
 
 @pytest.fixture(scope="module")
-def runs(codes, tmp_path_factory):  # noqa: F811
+def trained(codes, tmp_path_factory):  # noqa: F811
     """A folder with 50 steps each on one process, two DDP and two FSDP processes: one, ddp, fsdp."""
     out = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
@@ -54,28 +54,28 @@ def wait_for_step(out, step, processes):
         time.sleep(0.02)
 
 
-def test_one_process_two_and_two_with_shards_agree(runs):
-    one = log(runs / "one")
+def test_one_process_two_and_two_with_shards_agree(trained):
+    one = log(trained / "one")
     assert one[-1]["loss"] < 2.7                                 # so that there was something to differ
     for name in ("ddp", "fsdp"):
-        assert losses(runs / name) == pytest.approx(losses(runs / "one"), abs=1e-4)
-        assert [r["norm"] for r in log(runs / name)] == pytest.approx([r["norm"] for r in one], rel=1e-3)
-        assert log(runs / name)[-1]["val_loss"] == pytest.approx(one[-1]["val_loss"], abs=1e-4)
-    saved = {name: data.read_checkpoint(runs / name / "ckpt.pt") for name in ("one", "ddp", "fsdp")}
+        assert losses(trained / name) == pytest.approx(losses(trained / "one"), abs=1e-4)
+        assert [r["norm"] for r in log(trained / name)] == pytest.approx([r["norm"] for r in one], rel=1e-3)
+        assert log(trained / name)[-1]["val_loss"] == pytest.approx(one[-1]["val_loss"], abs=1e-4)
+    saved = {name: data.read_checkpoint(trained / name / "ckpt.pt") for name in ("one", "ddp", "fsdp")}
     for name in ("ddp", "fsdp"):
         assert saved[name].keys() == saved["one"].keys()
         for part in ("model", "ema"):
             assert max(float((v - saved["one"][part][k]).abs().max()) for k, v in saved[name][part].items()) < 1e-3
 
 
-def test_old_checkpoints_are_kept_as_asked(runs):
-    names = {name: sorted(p.name for p in (runs / name).glob("ckpt*")) for name in ("one", "ddp", "fsdp")}
+def test_old_checkpoints_are_kept_as_asked(trained):
+    names = {name: sorted(p.name for p in (trained / name).glob("ckpt*")) for name in ("one", "ddp", "fsdp")}
     assert names["one"] == ["ckpt.pt", "ckpt_00000020.pt", "ckpt_00000040.pt", "ckpt_00000050.pt"]
     assert names["ddp"] == ["ckpt.pt"]
     assert names["fsdp"] == ["ckpt.pt", "ckpt_00000040", "ckpt_00000050"]
 
 
-def test_a_sharded_run_killed_goes_on_in_one_process(runs, codes, tmp_path, monkeypatch):  # noqa: F811
+def test_a_sharded_run_killed_goes_on_in_one_process(trained, codes, tmp_path, monkeypatch):  # noqa: F811
     out, flags = tmp_path / "run", [*STILL, "--save-every", 10]
     processes = workers(2, codes, out, *flags, "--parallel", "fsdp")
     wait_for_step(out, 23, processes)
@@ -85,18 +85,18 @@ def test_a_sharded_run_killed_goes_on_in_one_process(runs, codes, tmp_path, monk
     assert not (out / "ckpt.pt").exists()
     (out / "ckpt.tmp").mkdir(exist_ok=True)                      # as a save leaves it that is killed half-way
     train(monkeypatch, codes, out, *flags, "--resume")
-    assert losses(out) == pytest.approx(losses(runs / "one"), abs=1e-4)
-    ema, expected = (data.read_checkpoint(folder / "ckpt.pt")["ema"] for folder in (out, runs / "one"))
+    assert losses(out) == pytest.approx(losses(trained / "one"), abs=1e-4)
+    ema, expected = (data.read_checkpoint(folder / "ckpt.pt")["ema"] for folder in (out, trained / "one"))
     assert max(float((v - expected[k]).abs().max()) for k, v in ema.items()) < 1e-3
 
 
-def test_shards_that_were_not_joined_at_the_end_are_joined_by_resuming(runs, codes, tmp_path):  # noqa: F811
+def test_shards_that_were_not_joined_at_the_end_are_joined_by_resuming(trained, codes, tmp_path):  # noqa: F811
     """Killed between its last shards and ckpt.pt, it has no step left to take."""
-    shutil.copytree(runs / "fsdp", tmp_path / "run")
+    shutil.copytree(trained / "fsdp", tmp_path / "run")
     (tmp_path / "run" / "ckpt.pt").unlink()
     result = torchrun(2, codes, tmp_path / "run", *STILL, *SHARDED, "--resume")
     assert result.returncode == 0, result.stderr
-    one, two = (data.read_checkpoint(folder / "ckpt.pt") for folder in (runs / "fsdp", tmp_path / "run"))
+    one, two = (data.read_checkpoint(folder / "ckpt.pt") for folder in (trained / "fsdp", tmp_path / "run"))
     assert one["step"] == two["step"] == 50
     assert all(one[name] == two[name] for name in ("images_seen", "config", "classes", "tokenizer"))
     assert all(torch.equal(one[part][k], two[part][k]) for part in ("model", "ema") for k in one[part])
@@ -105,7 +105,7 @@ def test_shards_that_were_not_joined_at_the_end_are_joined_by_resuming(runs, cod
     assert all(torch.equal(value, again[i][k]) for i in moments for k, value in moments[i].items())
     names = sorted(path.name for path in (tmp_path / "run").glob("ckpt*"))
     assert names == ["ckpt.pt", "ckpt_00000040", "ckpt_00000050"]
-    assert log(tmp_path / "run") == log(runs / "fsdp")
+    assert log(tmp_path / "run") == log(trained / "fsdp")
 
 
 def killed_often(kills, n, codes, out, *flags):  # noqa: F811
@@ -113,7 +113,7 @@ def killed_often(kills, n, codes, out, *flags):  # noqa: F811
     five steps; then let it end. It saves after every step, so that many of the kills fall into a save."""
     rng, step, start_s, step_s = random.Random(kills), 1, 3.0, 0.05
     for _ in range(kills):
-        resume = ["--resume"] if checkpoints.find_checkpoint(out)[0] else []
+        resume = ["--resume"] if runs.find_checkpoint(out)[0] else []
         processes, ahead = workers(n, codes, out, *flags, "--save-every", 1, *resume), rng.randrange(6)
         if ahead:
             step += ahead
@@ -141,22 +141,22 @@ def test_a_run_killed_at_twenty_random_moments_equals_one_never_killed(codes, tm
         "ckpt.pt", "ckpt_00000058.pt", "ckpt_00000059.pt", "ckpt_00000060.pt", "log.jsonl"]
 
 
-def test_a_sharded_run_killed_at_five_random_moments_equals_one_never_killed(runs, codes, tmp_path):  # noqa: F811
+def test_a_sharded_run_killed_at_five_random_moments_equals_one_never_killed(trained, codes, tmp_path):  # noqa: F811
     killed_often(5, 2, codes, tmp_path / "run", *STILL, "--parallel", "fsdp")
-    assert losses(tmp_path / "run") == pytest.approx(losses(runs / "one"), abs=1e-4)
+    assert losses(tmp_path / "run") == pytest.approx(losses(trained / "one"), abs=1e-4)
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["ckpt.pt", "ckpt_00000050", "log.jsonl"]
 
 
-def test_one_process_goes_on_as_shards_and_two_copies_as_two_shards(runs, codes, tmp_path):  # noqa: F811
+def test_one_process_goes_on_as_shards_and_two_copies_as_two_shards(trained, codes, tmp_path):  # noqa: F811
     """From ckpt.pt to FSDP with --shard-size 1 (a whole copy in each of two processes), then from its shards to two."""
     (tmp_path / "run").mkdir()
-    shutil.copy(runs / "one" / "ckpt_00000020.pt", tmp_path / "run" / "ckpt.pt")
+    shutil.copy(trained / "one" / "ckpt_00000020.pt", tmp_path / "run" / "ckpt.pt")
     for steps, size in ((35, 1), (50, 2)):
         result = torchrun(2, codes, tmp_path / "run", *STILL, "--resume", "--parallel", "fsdp", "--shard-size", size,
                           "--max-steps", steps, "--micro-batch", 2)
         assert result.returncode == 0, result.stderr
-    assert losses(tmp_path / "run") == pytest.approx(losses(runs / "one")[20:], abs=1e-4)
-    norms = [r["norm"] for r in log(runs / "one")][20:]
+    assert losses(tmp_path / "run") == pytest.approx(losses(trained / "one")[20:], abs=1e-4)
+    norms = [r["norm"] for r in log(trained / "one")][20:]
     assert [r["norm"] for r in log(tmp_path / "run")] == pytest.approx(norms, rel=1e-3)
 
 
@@ -174,7 +174,7 @@ def test_a_signal_to_any_process_saves_and_exits_0(codes, tmp_path, parallel, nu
     if parallel == "fsdp":                                       # --consolidate: the file holds what the shards hold
         shards, = (tmp_path / "run").glob("ckpt_[0-9]*")
         state = {k: torch.empty_like(v) for k, v in file["model"].items()}
-        checkpoints.restore({"model": state}, shards, None)
+        runs.restore({"model": state}, shards, None)
         assert shards.name == f"ckpt_{file['step']:08d}"
         assert all(torch.equal(state[k], v) for k, v in file["model"].items())
 
@@ -194,9 +194,9 @@ def test_a_process_that_dies_ends_the_others(codes, tmp_path):  # noqa: F811
     (["--resume", "--model", "B"], "is of another model or other codes (dim was 128, is 768; "),
     (["--resume"], "__1_0.distcp not found); remove it to resume from an earlier one"),
 ])
-def test_a_mistake_gets_one_sentence(runs, codes, tmp_path, monkeypatch, capsys, flags, sentence):  # noqa: F811
+def test_a_mistake_gets_one_sentence(trained, codes, tmp_path, monkeypatch, capsys, flags, sentence):  # noqa: F811
     if "--resume" in flags:
-        shutil.copytree(runs / "fsdp" / "ckpt_00000040", tmp_path / "run" / "ckpt_00000040")
+        shutil.copytree(trained / "fsdp" / "ckpt_00000040", tmp_path / "run" / "ckpt_00000040")
         if "--model" not in flags:
             (tmp_path / "run" / "ckpt_00000040" / "__1_0.distcp").unlink()
     monkeypatch.setenv("RANK", "0")

@@ -6,7 +6,7 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-import data
+from nanollamagen import data
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from conftest import ROOT, fill, golden
 from PIL import Image
 from test_gpt import TINY, random_model
 
-import captions
+from nanollamagen import captions
 import gpt
 import sample
 import vq

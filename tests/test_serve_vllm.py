@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from conftest import ROOT, fill
 
-import captions
-import data
+from nanollamagen import captions
+from nanollamagen import data
 import gpt
 import sample
 import vq

@@ -18,8 +18,8 @@ import torch
 from bench import imagenet_codes
 from conftest import ROOT, fill
 
-import checkpoints
-import data
+from nanollamagen import runs
+from nanollamagen import data
 import gpt
 import sample
 import train_gpt
@@ -117,10 +117,10 @@ def test_a_signal_that_comes_again_at_once_is_the_same_wish_and_later_ends_the_p
     """torchrun sends on what a queue has sent to every process already."""
     numbers, now, ended = (signal.SIGTERM, signal.SIGUSR1), 100.0, []
     before = [signal.getsignal(number) for number in numbers]
-    monkeypatch.setattr(checkpoints, "time", types.SimpleNamespace(time=lambda: now), raising=False)
+    monkeypatch.setattr(runs, "time", types.SimpleNamespace(time=lambda: now), raising=False)
     monkeypatch.setattr(os, "_exit", ended.append)
     try:
-        caught = checkpoints.catch_signals()
+        caught = runs.catch_signals()
         assert not caught
         for now, number, expected in ((100.0, signal.SIGTERM, []), (104.9, signal.SIGTERM, []),
                                       (104.9, signal.SIGUSR1, []), (105.1, signal.SIGTERM, [143])):
@@ -226,7 +226,8 @@ def test_codes_of_imagenets_size_are_neither_read_nor_held(tmp_path):
     (tmp_path / "codes").mkdir()
     imagenet_codes(tmp_path / "codes")
     script = """if True:
-        import data, train_gpt
+        import train_gpt
+        from nanollamagen import data
         load, kept = data.load_codes, []
         imports = open("/proc/self/status").read().partition("VmHWM:")[2].split()[0]
         data.load_codes = lambda folder: kept.append(load(folder)) or kept[0]   # the map stays, to be looked at
@@ -418,7 +419,7 @@ def test_a_full_disk_ends_the_run_with_one_sentence(codes, tmp_path, monkeypatch
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoints, "log", full)
+    monkeypatch.setattr(runs, "log", full)
     monkeypatch.setattr(sys, "argv", ["train_gpt.py", *flags_for(codes, tmp_path / "run", "--max-steps", 1)])
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(ROOT / "train_gpt.py"), run_name="__main__")

@@ -16,8 +16,8 @@ import torch
 from conftest import GOLDEN, ROOT, difference, fill, golden, released_keys
 from PIL import Image
 
-import checkpoints
-import data
+from nanollamagen import runs
+from nanollamagen import data
 import train_vq
 import vq
 
@@ -218,10 +218,11 @@ def test_a_signal_finishes_the_step_saves_and_exits_0(tmp_path, number):
 def test_an_error_ends_a_run_whose_workers_read_ahead(tmp_path):
     """They do not go by a signal that is for the run, but must end with it: with torchrun the others would wait."""
     script = """if True:
-        import checkpoints, train_vq
+        import train_vq
+        from nanollamagen import runs
         def fails(*_):
             raise RuntimeError("a GPU is out of memory")
-        checkpoints.status = fails
+        runs.status = fails
         train_vq.main()
         """
     command = [sys.executable, "-c", script, *flags_for("shapes:30", tmp_path / "run", "--workers", 2)]
@@ -406,7 +407,7 @@ def test_a_full_disk_ends_the_run_with_one_sentence(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoints, "log", full)
+    monkeypatch.setattr(runs, "log", full)
     monkeypatch.setattr(sys, "argv", ["train_vq.py", *flags_for("shapes:8", tmp_path / "run", "--max-steps", 1)])
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(ROOT / "train_vq.py"), run_name="__main__")

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from conftest import GOLDEN, ROOT, difference, golden
 
-import checkpoints
-import data
+from nanollamagen import runs
+from nanollamagen import data
 import gpt
 import sample
 import train_gpt
@@ -611,7 +611,7 @@ def test_a_full_disk_ends_the_run_with_one_sentence(trained, tmp_path, monkeypat
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoints, "log", full)
+    monkeypatch.setattr(runs, "log", full)
     words = ["--vq", trained / "vq" / "ckpt.pt", "--codes", trained / "codes", "--model", "demo", "--batch-size", 4,
              "--max-steps", 1, "--out", tmp_path / "run"]
     monkeypatch.setattr(sys, "argv", ["train_var.py", *map(str, words)])

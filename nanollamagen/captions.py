@@ -1,8 +1,8 @@
 """Words: the names of classes, and in place of classes captions, with the features of their words by FLAN-T5.
 
 After `vq.py encode` has made codes of captioned images, once for all epochs of training:
-$ python captions.py encode --codes codes --t5 google/flan-t5-xl
-$ torchrun --nproc_per_node=8 captions.py encode --codes codes
+$ python -m nanollamagen.captions encode --codes codes --t5 google/flan-t5-xl
+$ torchrun --nproc_per_node=8 -m nanollamagen.captions encode --codes codes
 
     features, mask = captions.encode_captions(["a red fox in the snow"])      # (1, 120, 2048), (1, 120)
 
@@ -32,7 +32,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-import data
+from nanollamagen import data
 
 CAPTION_TOKENS = 120   # c of caption models: longer captions are cut, shorter ones padded on the left
 
@@ -40,7 +40,7 @@ CAPTION_TOKENS = 120   # c of caption models: longer captions are cut, shorter o
 # ---- names of classes, and captions in a file -----------------------------------------------------------------------
 def imagenet_classes():
     """The 1000 names in label order, each a list of synonyms separated by commas."""
-    lines = (Path(__file__).parent / "assets" / "imagenet_classes.txt").read_text().splitlines()
+    lines = (Path(__file__).parent.parent / "assets" / "imagenet_classes.txt").read_text().splitlines()
     return [line.split(" ", 1)[1] for line in lines]
 
 
@@ -361,7 +361,7 @@ def load_text(folder):
     folder = Path(folder)
     if not (folder / "text.json").exists():
         raise ValueError(f"{folder} has no features of its captions; make them with: "
-                         f"python captions.py encode --codes {folder}")
+                         f"python -m nanollamagen.captions encode --codes {folder}")
     about = read_about(folder)
     try:
         text = np.load(folder / "text.npy", mmap_mode="r", allow_pickle=False)
@@ -371,7 +371,7 @@ def load_text(folder):
         fits = False
     if not fits:
         raise ValueError(f"{folder}: text.npy, text_spans.npy and text.json do not belong together; delete text.json "
-                         "and run captions.py encode again")
+                         "and run nanollamagen.captions encode again")
     return text, spans, {key: about[key] for key in ("encoder", "dim", "hash")}
 
 
@@ -412,7 +412,7 @@ def main():
     args = p.parse_args()
     if args.device == "cuda":
         args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    p.usage = "python captions.py encode --codes DIR ... (encode --help lists the flags)"
+    p.usage = "python -m nanollamagen.captions encode --codes DIR ... (encode --help lists the flags)"
     data.within(p, args, batch_size=(1, 1e5))
     try:
         encode(args)
@@ -431,7 +431,7 @@ def read_about(folder, expected=()):
         same = not expected or all(about[key] == expected[key] for key in ("hash", "images", "bytes"))
         encoder = f"{about['encoder']}, {about['dim']} features a token"
     except (ValueError, LookupError, TypeError):
-        raise ValueError(f"{folder}/text.json is damaged; delete it and run captions.py encode again") from None
+        raise ValueError(f"{folder}/text.json is damaged; delete it and run nanollamagen.captions encode again") from None
     if not same:
         raise ValueError(f"{folder}/text.json tells of another encoder or other captions ({encoder}); delete it to "
                          "replace them")

@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-import data
+from nanollamagen import data
 
 
 # ---- before the first step, and between steps -----------------------------------------------------------------------

@@ -40,8 +40,8 @@ from vllm.entrypoints.serve.utils.api_utils import with_cancellation
 from vllm.exceptions import VLLMError, VLLMValidationError
 from vllm.v1.engine.exceptions import EngineDeadError
 
-import captions
-import data
+from nanollamagen import captions
+from nanollamagen import data
 import sample
 import serve_vllm
 import vq
@@ -107,7 +107,7 @@ def prepare(state, engine, info, vq_model, name, encode=None):
     of a caption its prompt, None where it has no words, and whether it was cut."""
     about = {"id": name, "size": f"{info['image_size']}x{info['image_size']}", "rows": info["grid"],
              "classes": info["classes"], "captions": info["captions"], "key": bool(keys_of(state))}
-    page = (Path(__file__).parent / "assets" / "page.html").read_text()
+    page = (Path(__file__).parent.parent / "assets" / "page.html").read_text()
     page = page.replace("{{ABOUT}}", json.dumps(about).replace("<", "\\u003c"))   # no name may end the script
     decoder = asyncio.Queue()
     state.images = SimpleNamespace(
