@@ -1,12 +1,15 @@
-"""Judges for toy runs, where Inception would see nothing: how faithful a tokenizer is, how real samples are.
+"""Judges for toy runs, where Inception would see nothing: how faithful a tokenizer is, how real
+samples are.
 
 $ python ablations/judge.py recon --ckpt runs/vq/ckpt.pt --data cifar10/test        # PSNR, share of the codebook used
 $ python ablations/judge.py samples samples.npz --data cifar10/train --net runs/judge.pt
 
-A small network learns the classes of --data once and is kept in --net. `accuracy` is how often it sees in a sample the
-class that was asked for, `distance` the Frechet distance of its features between samples and all images of --data.
-Started in a folder with changed scripts, it takes those: vq.py is that of the current folder. Prints one line of JSON.
+A small network learns the classes of --data once and is kept in --net. `accuracy` is how often it
+sees in a sample the class that was asked for, `distance` the Frechet distance of its features
+between samples and all images of --data. Started in a folder with changed scripts, it takes those:
+vq.py is that of the current folder. Prints one line of JSON.
 """
+
 import argparse
 import json
 import sys
@@ -18,9 +21,9 @@ import torch.nn.functional as F
 from torch import nn
 
 sys.path[:0] = [str(Path.cwd()), str(Path(__file__).resolve().parent.parent)]
-from nanollamagen import data
 import evaluate
 import vq
+from nanollamagen import data
 
 
 def pixels(images, size):
@@ -48,15 +51,27 @@ def recon(args):
 
 def network(classes):
     """32 x 32 pixels -> 64 features -> scores of the classes."""
+
     def halve(c_in, c):
-        return nn.Sequential(nn.Conv2d(c_in, c, 3, 1, 1, bias=False), nn.BatchNorm2d(c), nn.ReLU(), nn.MaxPool2d(2))
-    features = nn.Sequential(halve(3, 24), halve(24, 48), halve(48, 64), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
-                             nn.Linear(256, 64), nn.ReLU())
+        return nn.Sequential(
+            nn.Conv2d(c_in, c, 3, 1, 1, bias=False), nn.BatchNorm2d(c), nn.ReLU(), nn.MaxPool2d(2)
+        )
+
+    features = nn.Sequential(
+        halve(3, 24),
+        halve(24, 48),
+        halve(48, 64),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(256, 64),
+        nn.ReLU(),
+    )
     return nn.Sequential(features, nn.Linear(64, classes))
 
 
 def train_network(images, labels, classes, epochs=8):
-    """A network that names the classes of images (N, 3, H, W), blurred or not, since reconstructions are."""
+    """A network that names the classes of images (N, 3, H, W), blurred or not, since
+    reconstructions are."""
     torch.manual_seed(0)
     net, steps = network(classes), epochs * len(images) // 64
     optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.05)
@@ -73,13 +88,14 @@ def train_network(images, labels, classes, epochs=8):
 
 
 def samples(args):
-    """Accuracy and distance of the samples in an NPZ; the network's own accuracy is on images that it did not see."""
+    """Accuracy and distance of the samples in an NPZ; the network's own accuracy is on images that
+    it did not see."""
     images = data.open_images(args.data)
     with np.load(args.npz, allow_pickle=False) as file:
         drawn, wanted = to_input(file["arr_0"]), torch.from_numpy(file["labels"])
     x, y = to_input(pixels(images, drawn.shape[-1])), torch.tensor(images.labels)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    seen, unseen = order[len(x) // 10:], order[:len(x) // 10]
+    seen, unseen = order[len(x) // 10 :], order[: len(x) // 10]
     net = network(len(images.classes))
     if Path(args.net).exists():
         net.load_state_dict(data.read_checkpoint(args.net))
@@ -91,13 +107,17 @@ def samples(args):
         real, fake = (torch.cat([net[0](part) for part in z.split(500)]) for z in (x, drawn))
         right = (net[1](real[unseen]).argmax(-1) == y[unseen]).float().mean()
         agree = (net[1](fake).argmax(-1) == wanted).float().mean()
-    distance = evaluate.frechet_distance(*(s for z in (real, fake) for s in evaluate.statistics(z.double().numpy())))
+    distance = evaluate.frechet_distance(
+        *(s for z in (real, fake) for s in evaluate.statistics(z.double().numpy()))
+    )
     return {"accuracy": float(agree), "distance": float(distance), "judge": float(right)}
 
 
 def main():
     """The command line."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = p.add_subparsers(required=True)
     for run in (recon, samples):
         command = commands.add_parser(run.__name__, help=run.__doc__)
@@ -107,7 +127,9 @@ def main():
             command.add_argument("--ckpt", required=True, help="tokenizer checkpoint")
         else:
             command.add_argument("npz", help="NPZ of sample.py --num-samples")
-            command.add_argument("--net", default="runs/judge.pt", help="the network's weights, made if missing")
+            command.add_argument(
+                "--net", default="runs/judge.pt", help="the network's weights, made if missing"
+            )
     args = p.parse_args()
     try:
         print(json.dumps(args.run(args)))

@@ -1,4 +1,6 @@
-"""What run.py measured as the table of README.md and three pictures; started as `python ablations/run.py --table`."""
+"""What run.py measured as the table of README.md and three pictures; started as `python
+ablations/run.py --table`."""
+
 import json
 import math
 import os
@@ -9,14 +11,32 @@ from PIL import Image, ImageDraw, ImageFont
 
 HERE = Path(__file__).resolve().parent
 ASSETS = HERE.parent / "assets"
-NAMES = {"val_loss": ("validation loss", 4), "psnr": ("PSNR", 2), "usage": ("codebook used", 3),
-         "accuracy": ("accuracy", 3), "distance": ("distance", 2)}          # of a measure: its words, its decimals
-STUDENT = {1: 12.7, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26, 10: 2.23, 11: 2.20,
-           12: 2.18, 13: 2.16}   # 95% of t lie within; by degrees of freedom
+NAMES = {
+    "val_loss": ("validation loss", 4),
+    "psnr": ("PSNR", 2),
+    "usage": ("codebook used", 3),
+    "accuracy": ("accuracy", 3),
+    "distance": ("distance", 2),
+}  # of a measure: its words, its decimals
+STUDENT = {
+    1: 12.7,
+    2: 4.30,
+    3: 3.18,
+    4: 2.78,
+    5: 2.57,
+    6: 2.45,
+    7: 2.36,
+    8: 2.31,
+    9: 2.26,
+    10: 2.23,
+    11: 2.20,
+    12: 2.18,
+    13: 2.16,
+}  # 95% of t lie within; by degrees of freedom
 COLOURS = ["#1b6ca8", "#d1495b", "#3a7d44", "#edae49", "#6f4c9b"]
 
 
-# ---- numbers ---------------------------------------------------------------------------------------------------------
+# ---- numbers -----------------------------------------------------------------------------------
 def mean_and_error(values):
     """Mean and standard error; of a single value the error is None."""
     error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
@@ -30,12 +50,15 @@ def written(value, error, decimals, sign=""):
 
 
 def pairs(rows, variant):
-    """(baseline's row, variant's row) of every seed that both have, with the same length, data and common flags."""
+    """(baseline's row, variant's row) of every seed that both have, with the same length, data and
+    common flags."""
     stage, same = variant[0]["stage"], ["seed", "steps", "more", "data"]
-    if stage == "codes":   # the baseline is a GPT on the codes as they are
+    if stage == "codes":  # the baseline is a GPT on the codes as they are
         stage, same = "gpt", same[:3]
     baselines = [row for row in rows if row["ablation"] == "baseline" and row["stage"] == stage]
-    return [(base, row) for row in variant for base in baselines if all(base[k] == row[k] for k in same)]
+    return [
+        (base, row) for row in variant for base in baselines if all(base[k] == row[k] for k in same)
+    ]
 
 
 def variants(rows, idea):
@@ -43,13 +66,17 @@ def variants(rows, idea):
     mine = [row for row in rows if row["ablation"] == idea["name"]]
     longest = max((row["steps"] for row in mine), default=0)
     order = idea["flags"] or [""]
-    return [(flags, found) for flags in order
-            if (found := [r for r in mine if r["flags"] == flags and r["steps"] == longest])]
+    return [
+        (flags, found)
+        for flags in order
+        if (found := [r for r in mine if r["flags"] == flags and r["steps"] == longest])
+    ]
 
 
 def spread(rows, ideas):
-    """How far differences between ablation and baseline scatter from seed to seed: {(stage, measure): (standard
-    deviation, degrees of freedom)}, pooled over all ablations, since two or three seeds of one say little."""
+    """How far differences between ablation and baseline scatter from seed to seed: {(stage,
+    measure): (standard deviation, degrees of freedom)}, pooled over all ablations, since two or
+    three seeds of one say little."""
     found = {}
     for idea in ideas:
         for _, variant in variants(rows, idea):
@@ -64,12 +91,16 @@ def spread(rows, ideas):
 
 
 def verdict(expected, difference, error, freedom):
-    """A few honest words on a difference; `expected` is higher, lower, same, or nothing in particular. It counts as
-    seen where zero lies outside of the difference's 95% interval."""
+    """A few honest words on a difference; `expected` is higher, lower, same, or nothing in
+    particular. It counts as seen where zero lies outside of the difference's 95% interval."""
     if error is None:
         return "one seed: no error known"
     if abs(difference) <= STUDENT.get(freedom, 2.3) * error:
-        return "agrees: no difference to be seen" if expected == "same" else "cannot be seen at this size"
+        return (
+            "agrees: no difference to be seen"
+            if expected == "same"
+            else "cannot be seen at this size"
+        )
     seen = "higher" if difference > 0 else "lower"
     return f"{seen}: {'agrees' if seen == expected else 'does not agree'}" if expected else seen
 
@@ -80,7 +111,9 @@ def lines_of(rows, idea, scatter):
     head = f"| [{idea['name']}]({idea['path'].name}) | {changed} |"
     found = variants(rows, idea)
     if not found or idea["stage"] == "sample":
-        return [f"{head} | {'see the picture' if found else 'not run'} | | | | | |"]   # nothing to compare with
+        return [
+            f"{head} | {'see the picture' if found else 'not run'} | | | | | |"
+        ]  # nothing to compare with
     out = []
     for flags, variant in found:
         for name in [name for name in idea["measure"] if name in NAMES]:
@@ -92,18 +125,24 @@ def lines_of(rows, idea, scatter):
             difference = statistics.mean(mine) - statistics.mean(base)
             deviation, freedom = scatter.get((idea["stage"], name), (None, 0))
             own = mean_and_error([b - a for a, b in zip(base, mine)])[1] or 0
-            error = None if deviation is None else max(own, deviation / len(both) ** 0.5)   # some scatter more
+            error = (
+                None if deviation is None else max(own, deviation / len(both) ** 0.5)
+            )  # some scatter more
             expected = idea["expect"].split()[0].strip(":,;") if name == idea["measure"][0] else ""
             expected = expected if expected in ("higher", "lower", "same") else ""
-            cells = [f"`{flags}`" if flags and name == idea["measure"][0] else "",
-                     f"{words} {written(*mean_and_error(base), decimals)}", written(*mean_and_error(mine), decimals),
-                     written(difference, error, decimals, "+"), str(len(both)),
-                     verdict(expected, difference, error, freedom)]
+            cells = [
+                f"`{flags}`" if flags and name == idea["measure"][0] else "",
+                f"{words} {written(*mean_and_error(base), decimals)}",
+                written(*mean_and_error(mine), decimals),
+                written(difference, error, decimals, "+"),
+                str(len(both)),
+                verdict(expected, difference, error, freedom),
+            ]
             out.append(f"{'| | |' if out else head} {' | '.join(cells)} |")
     return out or [f"{head} | not run | | | | | |"]
 
 
-# ---- pictures, drawn at twice their size and halved at the end -------------------------------------------------------
+# ---- pictures, drawn at twice their size and halved at the end ---------------------------------
 FONT = ImageFont.load_default(26)
 
 
@@ -126,8 +165,8 @@ def dot(draw, x, y, colour):
 
 
 def bars(panels, path):
-    """Differences with their errors, blue where they are for the better: panels are (title, whether more is better,
-    [(label, difference, error)])."""
+    """Differences with their errors, blue where they are for the better: panels are (title, whether
+    more is better, [(label, difference, error)])."""
     height = 120 + 60 * max(len(items) for _, _, items in panels)
     image, draw = blank(560 * len(panels), height // 2)
     for n, (title, more, items) in enumerate(panels):
@@ -152,27 +191,34 @@ def power_law(sizes, losses):
 
 
 def scaling(points, path):
-    """Loss over size, both logarithmic, with the fitted line: points are (weights, loss). Returns power_law's."""
+    """Loss over size, both logarithmic, with the fitted line: points are (weights, loss). Returns
+    power_law's."""
     a, b, r = power_law(*zip(*points))
     image, draw = blank(640, 400)
     (x0, x1), (y0, y1) = ([math.log(f(p[i] for p in points)) for f in (min, max)] for i in (0, 1))
 
     def place(size, loss):
-        return 220 + 860 * (math.log(size) - x0) / (x1 - x0), 640 - 460 * (math.log(loss) - y0) / (y1 - y0)
+        return 220 + 860 * (math.log(size) - x0) / (x1 - x0), 640 - 460 * (math.log(loss) - y0) / (
+            y1 - y0
+        )
+
     title = f"validation loss = {a:.3g} x weights^({b:.4f}); correlation of the logarithms {r:.3f}"
     draw.text((40, 50), title, "#333", FONT, "lm")
-    draw.line([place(size, a * size ** b) for size, _ in points], COLOURS[1], 4)
+    draw.line([place(size, a * size**b) for size, _ in points], COLOURS[1], 4)
     for size, loss in points:
         x, y = place(size, loss)
         dot(draw, x, y, COLOURS[0])
         draw.text((x, 720), f"{size / 1e6:.2g}M", "#777", FONT, "mm")
-        draw.text((x + 24, y + (28 if loss < a * size ** b else -28)), f"{loss:.3f}", "#333", FONT, "lm")
+        draw.text(
+            (x + 24, y + (28 if loss < a * size**b else -28)), f"{loss:.3f}", "#333", FONT, "lm"
+        )
     save(image, path)
     return a, b, r
 
 
 def guidance(cells, path):
-    """Distance and accuracy over guidance, a line for each top-k: cells are (scale, k, distance, accuracy)."""
+    """Distance and accuracy over guidance, a line for each top-k: cells are (scale, k, distance,
+    accuracy)."""
     image, draw = blank(1120, 420)
     scales, ks = (sorted({cell[i] for cell in cells}) for i in (0, 1))
     for left, what, title in ((160, 2, "distance of samples"), (1280, 3, "accuracy of samples")):
@@ -180,13 +226,18 @@ def guidance(cells, path):
         draw.text((left, 50), f"{title} over guidance; top-k:", "#333", FONT, "lm")
         for n in range(5):
             draw.line((left, 700 - 140 * n, left + 840, 700 - 140 * n), "#ddd", 2)
-            draw.text((left - 16, 700 - 140 * n), f"{low + n / 4 * (high - low):.3g}", "#777", FONT, "rm")
+            draw.text(
+                (left - 16, 700 - 140 * n), f"{low + n / 4 * (high - low):.3g}", "#777", FONT, "rm"
+            )
         middle = {scale: left + 840 * (i + 0.5) / len(scales) for i, scale in enumerate(scales)}
         for scale, x in middle.items():
             draw.text((x, 760), f"{scale:g}", "#777", FONT, "mm")
         for n, k in enumerate(ks):
-            points = [(middle[cell[0]], 700 - 560 * (cell[what] - low) / (high - low or 1))
-                      for cell in sorted(cells) if cell[1] == k]
+            points = [
+                (middle[cell[0]], 700 - 560 * (cell[what] - low) / (high - low or 1))
+                for cell in sorted(cells)
+                if cell[1] == k
+            ]
             draw.line(points, COLOURS[n], 6)
             for x, y in points:
                 dot(draw, x, y, COLOURS[n])
@@ -194,18 +245,25 @@ def guidance(cells, path):
     save(image, path)
 
 
-# ---- all of it -------------------------------------------------------------------------------------------------------
+# ---- all of it ---------------------------------------------------------------------------------
 def write(results, ideas):
-    """Replace the table in README.md and draw the pictures. Raises ValueError where nothing was measured."""
+    """Replace the table in README.md and draw the pictures. Raises ValueError where nothing was
+    measured."""
     if not results.exists():
         raise ValueError(f"--results {results}: no such file; nothing was measured yet")
     rows = json.loads(results.read_text())
-    ordered = sorted(ideas.values(), key=lambda idea: (idea["stage"] != "gpt", idea["stage"], idea["path"].suffix))
+    ordered = sorted(
+        ideas.values(),
+        key=lambda idea: (idea["stage"] != "gpt", idea["stage"], idea["path"].suffix),
+    )
     scatter = spread(rows, ordered)
     words = ["ablation", "what changes", "from", "reported there", "expected"]
     about = [f"| {' | '.join(words)} |", "|---" * len(words) + "|"]
-    about += [f"| [{idea['name']}]({idea['path'].name}) | {idea['title']} | {idea['source']} | {idea['reported']} | "
-              f"{idea['expect']} |" for idea in ordered]
+    about += [
+        f"| [{idea['name']}]({idea['path'].name}) | {idea['title']} | {idea['source']} | {idea['reported']} | "
+        f"{idea['expect']} |"
+        for idea in ordered
+    ]
     words = ["ablation", "lines", "flags", "baseline", "with it", "difference", "seeds", "verdict"]
     table = [f"| {' | '.join(words)} |", "|---" * len(words) + "|"]
     for idea in ordered:
@@ -213,19 +271,29 @@ def write(results, ideas):
     readme = HERE / "README.md"
     before, _, rest = readme.read_text().partition("<!-- table -->\n")
     after = rest.partition("<!-- /table -->\n")[2]
-    readme.write_text(f"{before}<!-- table -->\n" + "\n".join([*table, "", *about]) + f"\n<!-- /table -->\n{after}")
+    readme.write_text(
+        f"{before}<!-- table -->\n"
+        + "\n".join([*table, "", *about])
+        + f"\n<!-- /table -->\n{after}"
+    )
 
     panels = []
-    for title, more, stage, name in (("validation loss, ablation - baseline", False, "gpt", "val_loss"),
-                                     ("PSNR in dB, ablation - baseline", True, "vq", "psnr")):
+    for title, more, stage, name in (
+        ("validation loss, ablation - baseline", False, "gpt", "val_loss"),
+        ("PSNR in dB, ablation - baseline", True, "vq", "psnr"),
+    ):
         deviation, _ = scatter.get((stage, name), (0, 0))
         items = []
         for idea in ideas.values():
-            for flags, variant in variants(rows, idea) if idea["stage"] == stage and name in idea["measure"] else ():
+            for flags, variant in (
+                variants(rows, idea) if idea["stage"] == stage and name in idea["measure"] else ()
+            ):
                 both = pairs(rows, variant)
                 values = [b[name] - a[name] for a, b in both]
                 label = idea["name"] + (f" {flags.split()[-1]}" if len(idea["flags"]) > 1 else "")
-                error = max(mean_and_error(values)[1] or 0, deviation / len(values) ** 0.5)   # as in the table
+                error = max(
+                    mean_and_error(values)[1] or 0, deviation / len(values) ** 0.5
+                )  # as in the table
                 items.append((label, statistics.mean(values), error))
         panels += [(title, more, items)] if items else []
     if panels:
@@ -234,12 +302,24 @@ def write(results, ideas):
     sizes = [variant for _, variant in variants(rows, ideas["model_size"])]
     if sizes:
         sizes.append([a for a, _ in pairs(rows, sizes[0])])
-        points = sorted((v[0]["parameters"], statistics.mean(r["val_loss"] for r in v)) for v in sizes)
-        print("loss = {:.4g} * weights^{:.4f}, correlation {:.4f}".format(*scaling(points, ASSETS / "scaling.png")))
+        points = sorted(
+            (v[0]["parameters"], statistics.mean(r["val_loss"] for r in v)) for v in sizes
+        )
+        print(
+            "loss = {:.4g} * weights^{:.4f}, correlation {:.4f}".format(
+                *scaling(points, ASSETS / "scaling.png")
+            )
+        )
     cells = []
     for flags, variant in variants(rows, ideas["guidance"]):
         scale, k = (float(word) for word in flags.split()[1::2])
-        cells.append((scale, k, *(statistics.mean(r[name] for r in variant) for name in ("distance", "accuracy"))))
+        cells.append(
+            (
+                scale,
+                k,
+                *(statistics.mean(r[name] for r in variant) for name in ("distance", "accuracy")),
+            )
+        )
     if cells:
         guidance(cells, ASSETS / "guidance.png")
     print(f"{readme}: {len(table) - 2} lines from {len(rows)} runs; the pictures are in {ASSETS}")

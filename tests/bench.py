@@ -1,14 +1,16 @@
-"""Speed against the hardware: one JSON line a case, with the fraction of the roofline that it reaches.
+"""Speed against the hardware: one JSON line a case, with the fraction of the roofline that it
+reaches.
 
 $ python tests/bench.py                      # all cases; nothing else should be running
 $ python tests/bench.py encode train         # some of them
 $ python tests/bench.py train --model L --batch 64 --compile
 
-Roofline time = max(FLOPs / GEMM rate, bytes that must move / read bandwidth), both rates measured here, first. FLOPs
-are counted by torch.utils.flop_counter (for training by gpt.py's formula, as for MFU); the bytes are the least
-possible: every weight (and for decoding every cached key and value) read once, for training also gradients and
-optimizer state written and read once.
+Roofline time = max(FLOPs / GEMM rate, bytes that must move / read bandwidth), both rates measured
+here, first. FLOPs are counted by torch.utils.flop_counter (for training by gpt.py's formula, as for
+MFU); the bytes are the least possible: every weight (and for decoding every cached key and value)
+read once, for training also gradients and optimizer state written and read once.
 """
+
 import argparse
 import importlib.util
 import json
@@ -26,16 +28,27 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from nanollamagen import data  # noqa: E402
 import evaluate  # noqa: E402
 import gpt  # noqa: E402
-from nanollamagen import inception  # noqa: E402
 import sample  # noqa: E402
 import train_gpt  # noqa: E402
 import vq  # noqa: E402
+from nanollamagen import (
+    data,  # noqa: E402
+    inception,  # noqa: E402
+)
 
-
-CASES = ["encode", "decode-images", "train", "load", "sample", "window", "serve", "features", "precision-recall"]
+CASES = [
+    "encode",
+    "decode-images",
+    "train",
+    "load",
+    "sample",
+    "window",
+    "serve",
+    "features",
+    "precision-recall",
+]
 
 
 def seconds(f, device, repeats=5):
@@ -61,8 +74,8 @@ def rates(device, dtype):
     """(FLOP/s of a large matrix product, bytes/s of reading a large array)."""
     n = 8192 if device.type == "cuda" else 2048
     a, b = torch.randn(2, n, n, device=device).to(dtype).unbind()
-    gemm = 2 * n ** 3 / seconds(lambda: a @ b, device, 9)
-    x = torch.ones(2 ** 28 if device.type == "cuda" else 2 ** 27, device=device)   # 1 GB, 512 MB
+    gemm = 2 * n**3 / seconds(lambda: a @ b, device, 9)
+    x = torch.ones(2**28 if device.type == "cuda" else 2**27, device=device)  # 1 GB, 512 MB
     return gemm, x.numel() * 4 / seconds(lambda: x.sum(), device, 9)
 
 
@@ -70,9 +83,20 @@ def report(case, work, time_s, count, n_bytes, roof, unit, **more):
     """Print one case."""
     gemm, bandwidth = roof
     ideal = max(work / gemm, n_bytes / bandwidth)
-    print(json.dumps({"case": case, **more, unit: round(count / time_s, 2), "ms": round(time_s * 1e3, 1),
-                      "GFLOP": round(work / 1e9, 1), "MB": round(n_bytes / 1e6), "roofline": round(ideal / time_s, 3)}),
-          flush=True)
+    print(
+        json.dumps(
+            {
+                "case": case,
+                **more,
+                unit: round(count / time_s, 2),
+                "ms": round(time_s * 1e3, 1),
+                "GFLOP": round(work / 1e9, 1),
+                "MB": round(n_bytes / 1e6),
+                "roofline": round(ideal / time_s, 3),
+            }
+        ),
+        flush=True,
+    )
 
 
 def size(model):
@@ -91,15 +115,27 @@ def bench_tokenizer(case, device, dtype, roof, batch):
             return model.encode(x) if case == "encode" else model.decode(codes)
 
     half = model.encoder if case == "encode" else model.decoder
-    report(case, flops(step), seconds(step, device, 3), batch, size(half) + x.numel() * 4, roof, "images/s",
-           model="VQ-16", batch=batch)
+    report(
+        case,
+        flops(step),
+        seconds(step, device, 3),
+        batch,
+        size(half) + x.numel() * 4,
+        roof,
+        "images/s",
+        model="VQ-16",
+        batch=batch,
+    )
 
 
 def bench_train(name, device, dtype, roof, batch, compiled):
     """One optimizer step at 256 codes an image, dropout on, as train_gpt.py does it."""
     model = gpt.GPT(gpt.GPT_CONFIGS[name]).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    codes, labels = torch.randint(16384, (batch, 256), device=device), torch.randint(1000, (batch,), device=device)
+    codes, labels = (
+        torch.randint(16384, (batch, 256), device=device),
+        torch.randint(1000, (batch,), device=device),
+    )
     for layer in model.layers if compiled else ():
         layer.forward = torch.compile(layer.forward)
 
@@ -112,29 +148,53 @@ def bench_train(name, device, dtype, roof, batch, compiled):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    # a weight is read twice, its gradient written and read, weight and both moments read and written: 10 passes
-    work = gpt.flops_per_image(model.config) * batch   # torch's counter does not know attention on a CPU
-    report("train", work, seconds(step, device, 3), batch * 256, 10 * size(model), roof, "codes/s", model=name,
-           batch=batch, compiled=compiled)
+    # a weight is read twice, its gradient written and read, weight and both moments read and
+    # written: 10 passes
+    work = (
+        gpt.flops_per_image(model.config) * batch
+    )  # torch's counter does not know attention on a CPU
+    report(
+        "train",
+        work,
+        seconds(step, device, 3),
+        batch * 256,
+        10 * size(model),
+        roof,
+        "codes/s",
+        model=name,
+        batch=batch,
+        compiled=compiled,
+    )
 
 
 def imagenet_codes(folder):
-    """Write a codes folder of ImageNet's size, 1,281,167 images x 20 crops x 256 codes: 13 GB to who reads it, but
-    a sparse file that takes no room on disk. All codes are 0."""
+    """Write a codes folder of ImageNet's size, 1,281,167 images x 20 crops x 256 codes: 13 GB to
+    who reads it, but a sparse file that takes no room on disk. All codes are 0."""
     n = 1281167
     np.lib.format.open_memmap(folder / "codes.npy", "w+", np.uint16, (n, 20, 256))
     np.save(folder / "labels.npy", np.arange(n, dtype=np.int32) % 1000)
-    meta = {"classes": [str(c) for c in range(1000)], "h": 16, "w": 16, "codebook_size": 16384, "image_size": 256,
-            "tokenizer": "0", "skipped": []}
+    meta = {
+        "classes": [str(c) for c in range(1000)],
+        "h": 16,
+        "w": 16,
+        "codebook_size": 16384,
+        "image_size": 256,
+        "tokenizer": "0",
+        "skipped": [],
+    }
     (folder / "meta.json").write_text(json.dumps(meta))
 
 
 def bench_load(name, roof, batch, steps=50):
-    """The codes of a batch, as train_gpt.py reads them from a folder of ImageNet's size; the file has no blocks on
-    disk, so this is everything but the disk. steps_ahead: batches loaded in the roofline time of a training step."""
+    """The codes of a batch, as train_gpt.py reads them from a folder of ImageNet's size; the file
+    has no blocks on disk, so this is everything but the disk. steps_ahead: batches loaded in the
+    roofline time of a training step."""
+
     def anonymous():
         """Memory of this process that is not a mapped file, bytes."""
-        return 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon"))
+        return 1024 * next(
+            int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")
+        )
 
     before = anonymous()
     with tempfile.TemporaryDirectory() as folder:
@@ -155,9 +215,21 @@ def bench_load(name, roof, batch, steps=50):
         time_s = seconds(lambda: [load() for _ in range(steps)], torch.device("cpu"), 9) / steps
         memory = anonymous() - before
     step_s = gpt.flops_per_image(gpt.GPT_CONFIGS[name]) * batch / roof[0]
-    print(json.dumps({"case": "load", "model": name, "batch": batch, "batches/s": round(1 / time_s),
-                      "ms": round(time_s * 1e3, 2), "start_s": round(start, 2),
-                      "memory_MB": round(memory / 1e6), "steps_ahead": round(step_s / time_s)}), flush=True)
+    print(
+        json.dumps(
+            {
+                "case": "load",
+                "model": name,
+                "batch": batch,
+                "batches/s": round(1 / time_s),
+                "ms": round(time_s * 1e3, 2),
+                "start_s": round(start, 2),
+                "memory_MB": round(memory / 1e6),
+                "steps_ahead": round(step_s / time_s),
+            }
+        ),
+        flush=True,
+    )
 
 
 def bench_decode(name, device, dtype, roof, images):
@@ -166,22 +238,36 @@ def bench_decode(name, device, dtype, roof, images):
     labels, T, rows = torch.randint(1000, (images,), device=device), 256, 2 * images
     config = model.config
     weights = size(model) - size(model.tok_embeddings) - size(model.cls_embedding)
-    cached = rows * 2 * config.n_layer * config.dim * next(model.parameters()).element_size()   # bytes a position
-    work = rows * (2 * T * weights / next(model.parameters()).element_size()
-                   + 4 * config.n_layer * config.dim * T * (T + 1) / 2)
+    cached = (
+        rows * 2 * config.n_layer * config.dim * next(model.parameters()).element_size()
+    )  # bytes a position
+    work = rows * (
+        2 * T * weights / next(model.parameters()).element_size()
+        + 4 * config.n_layer * config.dim * T * (T + 1) / 2
+    )
     sample.pack(model)
 
     def run():
         sample.generate(model, labels, cfg_scale=4.0, top_k=2000)
 
     n_bytes = T * weights + T * (T + 1) / 2 * cached
-    report("decode", work, seconds(run, device, 1), images, n_bytes, roof, "images/s", model=name, images=images,
-           cache_MB=round(T * cached / 1e6))
+    report(
+        "decode",
+        work,
+        seconds(run, device, 1),
+        images,
+        n_bytes,
+        roof,
+        "images/s",
+        model=name,
+        images=images,
+        cache_MB=round(T * cached / 1e6),
+    )
 
 
 def bench_window(path, device, dtype):
-    """Guided sampling from a trained model, one image and eight, with windows of codes that are computed at once: the
-    codes are the same, the steps fewer."""
+    """Guided sampling from a trained model, one image and eight, with windows of codes that are
+    computed at once: the codes are the same, the steps fewer."""
     if not path:
         return print(json.dumps({"case": "window", "skipped": "give --gpt CKPT, a trained model"}))
     model = sample.pack(gpt.load_gpt(path, device).to(dtype))
@@ -192,48 +278,86 @@ def bench_window(path, device, dtype):
 
             def run():
                 traces.append([])
-                return sample.generate(model, labels, seeds=range(images), cfg_scale=2.0, temperature=0.8,
-                                       window=window, trace=traces[-1])
+                return sample.generate(
+                    model,
+                    labels,
+                    seeds=range(images),
+                    cfg_scale=2.0,
+                    temperature=0.8,
+                    window=window,
+                    trace=traces[-1],
+                )
 
             time_s = seconds(run, device, 3)
             codes = traces[-1][-1][1]
             if window == 1:
                 plain_s, plain = time_s, codes
             same = (codes == plain).float().mean().item()
-            print(json.dumps({"case": "window", "images": images, "window": window, "codes": model.config.grid ** 2,
-                              "steps": 1 + len(traces[-1]), "s": round(time_s, 3), "same_codes": round(same, 4),
-                              "faster": round(plain_s / time_s, 2)}), flush=True)
+            print(
+                json.dumps(
+                    {
+                        "case": "window",
+                        "images": images,
+                        "window": window,
+                        "codes": model.config.grid**2,
+                        "steps": 1 + len(traces[-1]),
+                        "s": round(time_s, 3),
+                        "same_codes": round(same, 4),
+                        "faster": round(plain_s / time_s, 2),
+                    }
+                ),
+                flush=True,
+            )
 
 
 def bench_serve(name, device, dtype, images, requests=64):
-    """vLLM (serve_vllm.py) against sample.generate: a batch of guided images of 256 codes, and how many of the codes
-    are the same; and `requests` that arrive at random over a minute, which sample.generate draws one by one as they
-    come. For that, one image is timed and the queue computed, since nothing else happens in it."""
+    """vLLM (serve_vllm.py) against sample.generate: a batch of guided images of 256 codes, and how
+    many of the codes are the same; and `requests` that arrive at random over a minute, which
+    sample.generate draws one by one as they come. For that, one image is timed and the queue
+    computed, since nothing else happens in it."""
     if importlib.util.find_spec("vllm") is None:
         return print(json.dumps({"case": "serve", "skipped": "vLLM is not installed"}))
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    import serve_vllm
     import vllm
+
+    import serve_vllm
+
     model, vq_config = gpt.GPT(gpt.GPT_CONFIGS[name]), vq.VQ_CONFIGS["VQ-16"]
     torch.nn.init.normal_(model.output.weight, std=0.02)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "exported"
-        for file, saved, config in (("gpt.pt", model, model.config), ("vq.pt", vq.VQModel(vq_config), vq_config)):
+        for file, saved, config in (
+            ("gpt.pt", model, model.config),
+            ("vq.pt", vq.VQModel(vq_config), vq_config),
+        ):
             torch.save({"model": saved.state_dict(), "config": asdict(config)}, Path(folder) / file)
-        serve_vllm.export(argparse.Namespace(gpt=f"{folder}/gpt.pt", vq=f"{folder}/vq.pt", pretrained=None, out=out,
-                                             image_size=None))
+        serve_vllm.export(
+            argparse.Namespace(
+                gpt=f"{folder}/gpt.pt",
+                vq=f"{folder}/vq.pt",
+                pretrained=None,
+                out=out,
+                image_size=None,
+            )
+        )
         info = serve_vllm.read_export(out)
         model = sample.pack(model.to(device, dtype).eval())
 
         def plain(n):
-            return sample.generate(model, torch.arange(n, device=device), cfg_scale=4.0, top_k=2000, seeds=range(n))
+            return sample.generate(
+                model, torch.arange(n, device=device), cfg_scale=4.0, top_k=2000, seeds=range(n)
+            )
 
         right = plain(images).tolist()
-        batch_s, alone_s = seconds(lambda: plain(images), device, 1), seconds(lambda: plain(1), device, 3)
-        model = None   # vLLM takes what memory there is
+        batch_s, alone_s = (
+            seconds(lambda: plain(images), device, 1),
+            seconds(lambda: plain(1), device, 3),
+        )
+        model = None  # vLLM takes what memory there is
         torch.cuda.empty_cache()
-        engine = vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**serve_vllm.engine_arguments(out),
-                                                                 disable_log_stats=True))
+        engine = vllm.LLMEngine.from_engine_args(
+            vllm.EngineArgs(**serve_vllm.engine_arguments(out), disable_log_stats=True)
+        )
 
     def served(arrivals):
         """Seconds until all are drawn of as many images as there are arrivals (s, sorted)."""
@@ -241,8 +365,11 @@ def bench_serve(name, device, dtype, images, requests=64):
         drawn.clear()
         while sent < len(arrivals) or engine.has_unfinished_requests():
             while sent < len(arrivals) and arrivals[sent] <= time.perf_counter() - began:
-                engine.add_request(f"{began}/{sent}", serve_vllm.class_prompt(sent, info),
-                                   serve_vllm.sampling_params(info, seed=sent))
+                engine.add_request(
+                    f"{began}/{sent}",
+                    serve_vllm.class_prompt(sent, info),
+                    serve_vllm.sampling_params(info, seed=sent),
+                )
                 sent += 1
             if not engine.has_unfinished_requests():
                 time.sleep(0.01)
@@ -251,23 +378,43 @@ def bench_serve(name, device, dtype, images, requests=64):
                 drawn[int(output.request_id.split("/")[1])] = list(output.outputs[0].token_ids)
         return time.perf_counter() - began
 
-    drawn = {}   # number of a request -> its codes
+    drawn = {}  # number of a request -> its codes
     served([0] * images)
     same = np.mean([a == b for i, codes in enumerate(right) for a, b in zip(codes, drawn[i])])
-    vllm_s, arrivals, end = served([0] * images), np.sort(np.random.RandomState(0).uniform(0, 60, requests)), 0
+    vllm_s, arrivals, end = (
+        served([0] * images),
+        np.sort(np.random.RandomState(0).uniform(0, 60, requests)),
+        0,
+    )
     spread_s = served(arrivals)
     for arrival in arrivals:
         end = max(end, arrival) + alone_s
-    print(json.dumps({"case": "serve", "model": name, "images": images, "images/s": round(images / vllm_s, 3),
-                      "sample.generate_images/s": round(images / batch_s, 3), "ratio": round(batch_s / vllm_s, 2),
-                      "same_codes": round(float(same), 4), "requests_in_a_minute": requests,
-                      "done_s": round(spread_s, 1), "one_by_one_s": round(end, 1),
-                      "sooner": round(end / spread_s, 2), "vllm": vllm.__version__}), flush=True)
+    print(
+        json.dumps(
+            {
+                "case": "serve",
+                "model": name,
+                "images": images,
+                "images/s": round(images / vllm_s, 3),
+                "sample.generate_images/s": round(images / batch_s, 3),
+                "ratio": round(batch_s / vllm_s, 2),
+                "same_codes": round(float(same), 4),
+                "requests_in_a_minute": requests,
+                "done_s": round(spread_s, 1),
+                "one_by_one_s": round(end, 1),
+                "sooner": round(end / spread_s, 2),
+                "vllm": vllm.__version__,
+            }
+        ),
+        flush=True,
+    )
 
 
 def bench_features(device, batch):
     """Features of inception.py at 256 pixels, in float32 whatever the other cases run in."""
-    shapes = json.loads((Path(__file__).parent / "golden" / "metrics" / "inception_keys.json").read_text())["tensors"]
+    shapes = json.loads(
+        (Path(__file__).parent / "golden" / "metrics" / "inception_keys.json").read_text()
+    )["tensors"]
     net = {name: torch.rand(shape, device=device) for name, shape in shapes.items()}
     images = torch.randint(256, (batch, 256, 256, 3), dtype=torch.uint8, device=device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -276,26 +423,52 @@ def bench_features(device, batch):
         inception.features(net, images)
 
     n_bytes = sum(x.numel() * 4 for x in net.values()) + images.numel()
-    report("features", flops(run), seconds(run, device, 3), batch, n_bytes, rates(device, torch.float32), "images/s",
-           model="Inception", batch=batch, dtype="float32")
+    report(
+        "features",
+        flops(run),
+        seconds(run, device, 3),
+        batch,
+        n_bytes,
+        rates(device, torch.float32),
+        "images/s",
+        model="Inception",
+        batch=batch,
+        dtype="float32",
+    )
 
 
 def bench_precision_recall(device, n=10_000):
-    """Precision and recall of n against n features: the distances within both sets and between them."""
+    """Precision and recall of n against n features: the distances within both sets and between
+    them."""
     ref, gen = torch.rand(2, n, 2048, device=device).unbind()
 
     def run():
         evaluate.precision_recall(ref, gen, device=device)
 
-    report("precision-recall", 3 * 2 * n * n * 2048, seconds(run, device, 1), n, 3 * n * n * 4,
-           rates(device, torch.float32), "images/s", images=n, dtype="float32")
+    report(
+        "precision-recall",
+        3 * 2 * n * n * 2048,
+        seconds(run, device, 1),
+        n,
+        3 * n * n * 4,
+        rates(device, torch.float32),
+        "images/s",
+        images=n,
+        dtype="float32",
+    )
 
 
 def main():
     """Measure the machine, then the cases asked for."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("cases", nargs="*", default=CASES, metavar="CASE", help=f"{', '.join(CASES)} (default: all)")
-    p.add_argument("--model", default="B", choices=gpt.GPT_CONFIGS, help="GPT size for train, load and sample")
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument(
+        "cases", nargs="*", default=CASES, metavar="CASE", help=f"{', '.join(CASES)} (default: all)"
+    )
+    p.add_argument(
+        "--model", default="B", choices=gpt.GPT_CONFIGS, help="GPT size for train, load and sample"
+    )
     p.add_argument("--batch", type=int, help="images in a batch")
     p.add_argument("--gpt", metavar="CKPT", help="trained model for window")
     p.add_argument("--compile", action="store_true", help="torch.compile the training step")
@@ -305,16 +478,38 @@ def main():
     dtype = torch.bfloat16 if on_gpu else torch.float32
     torch.manual_seed(0)
     roof = rates(device, dtype)
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),
-               platform.processor()) if Path("/proc/cpuinfo").exists() else platform.processor()
+    cpu = (
+        next(
+            (
+                line.split(":")[1].strip()
+                for line in open("/proc/cpuinfo")
+                if line.startswith("model name")
+            ),
+            platform.processor(),
+        )
+        if Path("/proc/cpuinfo").exists()
+        else platform.processor()
+    )
     name = torch.cuda.get_device_name() if on_gpu else f"{cpu}, {torch.get_num_threads()} threads"
-    print(json.dumps({"device": name, "torch": torch.__version__, "dtype": str(dtype).removeprefix("torch."),
-                      "GEMM_GFLOP/s": round(roof[0] / 1e9), "read_GB/s": round(roof[1] / 1e9, 1)}), flush=True)
+    print(
+        json.dumps(
+            {
+                "device": name,
+                "torch": torch.__version__,
+                "dtype": str(dtype).removeprefix("torch."),
+                "GEMM_GFLOP/s": round(roof[0] / 1e9),
+                "read_GB/s": round(roof[1] / 1e9, 1),
+            }
+        ),
+        flush=True,
+    )
     for case in args.cases:
         if case in ("encode", "decode-images"):
             bench_tokenizer(case, device, dtype, roof, args.batch or (32 if on_gpu else 2))
         elif case == "train":
-            bench_train(args.model, device, dtype, roof, args.batch or (64 if on_gpu else 8), args.compile)
+            bench_train(
+                args.model, device, dtype, roof, args.batch or (64 if on_gpu else 8), args.compile
+            )
         elif case == "load":
             bench_load(args.model, roof, args.batch or 256)
         elif case == "sample":

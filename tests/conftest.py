@@ -1,4 +1,6 @@
-"""Shared by all tests: the project's root on the path, the golden files, and models filled by the golden rule."""
+"""Shared by all tests: the project's root on the path, the golden files, and models filled by the
+golden rule."""
+
 import json
 import os
 import sys
@@ -11,21 +13,28 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
-PHOTOS = Path(os.environ.get("NANOLLAMAGEN_PHOTOS", ROOT.parent / "shared" / "data"))   # never part of the repository
+PHOTOS = Path(
+    os.environ.get("NANOLLAMAGEN_PHOTOS", ROOT.parent / "shared" / "data")
+)  # never part of the repository
 sys.path.insert(0, str(ROOT))
 
 
 def filled(shapes, salt=""):
-    """Weights made from each tensor's name: {name: shape} -> {name: float32 tensor} (the rule of the golden files)."""
+    """Weights made from each tensor's name: {name: shape} -> {name: float32 tensor} (the rule of
+    the golden files)."""
     out = {}
-    std = {"quantize.embedding.weight": 1.0, "tok_embeddings.weight": 0.5, "cls_embedding.embedding_table.weight": 0.5}
+    std = {
+        "quantize.embedding.weight": 1.0,
+        "tok_embeddings.weight": 0.5,
+        "cls_embedding.embedding_table.weight": 0.5,
+    }
     for name, shape in shapes.items():
         if name.endswith(("codebook_used", "running_mean", "running_var", "num_batches_tracked")):
             continue
         x = np.random.RandomState(zlib.crc32((salt + name).encode()) & 0xFFFFFFFF)
         x = x.standard_normal(tuple(shape)).astype(np.float32)
         fan_in = float(np.prod(shape[1:]))
-        scale = 2 * fan_in ** -0.5 if name == "output.weight" else std.get(name, fan_in ** -0.5)
+        scale = 2 * fan_in**-0.5 if name == "output.weight" else std.get(name, fan_in**-0.5)
         if name.endswith(".bias"):
             x *= np.float32(0.02)
         elif len(shape) == 1:
@@ -38,7 +47,10 @@ def filled(shapes, salt=""):
 
 def fill(model, salt=""):
     """Give a model the golden weights, in place; returns it."""
-    state = {**model.state_dict(), **filled({k: v.shape for k, v in model.state_dict().items()}, salt)}
+    state = {
+        **model.state_dict(),
+        **filled({k: v.shape for k, v in model.state_dict().items()}, salt),
+    }
     model.load_state_dict(state, strict=True)
     return model
 
@@ -48,7 +60,9 @@ def golden(name):
     with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as f:
         arrays = {k: f[k] for k in f.files}
     meta = json.loads(str(arrays.pop("meta"))) if "meta" in arrays else {}
-    return {k: torch.from_numpy(v) if v.dtype.kind in "fiub" else v for k, v in arrays.items()}, meta
+    return {
+        k: torch.from_numpy(v) if v.dtype.kind in "fiub" else v for k, v in arrays.items()
+    }, meta
 
 
 def released_keys(name):
@@ -59,12 +73,19 @@ def released_keys(name):
         if key not in block:
             out[key] = shape
         elif key == block[0]:
-            out.update({b.replace("{i}", str(i)): model["keys"][b] for i in range(model["n_layer"]) for b in block})
+            out.update(
+                {
+                    b.replace("{i}", str(i)): model["keys"][b]
+                    for i in range(model["n_layer"])
+                    for b in block
+                }
+            )
     return out, model["parameters"]
 
 
 def difference(got, stored):
-    """Largest absolute difference over the largest stored value (the measure of the golden tolerances)."""
+    """Largest absolute difference over the largest stored value (the measure of the golden
+    tolerances)."""
     stored = torch.as_tensor(stored, dtype=torch.float64)
     return float((torch.as_tensor(got).detach().double() - stored).abs().max() / stored.abs().max())
 
@@ -73,6 +94,8 @@ def difference(got, stored):
 def photos():
     """The folder of real photographs; tests that use it skip where it is missing."""
     if not PHOTOS.exists():
-        pytest.skip(f"no photographs in {PHOTOS}; set NANOLLAMAGEN_PHOTOS to a folder with cifar10/ and "
-                    "imagenet_sample/")
+        pytest.skip(
+            f"no photographs in {PHOTOS}; set NANOLLAMAGEN_PHOTOS to a folder with cifar10/ and "
+            "imagenet_sample/"
+        )
     return PHOTOS

@@ -1,12 +1,15 @@
-"""How often does an independent classifier see in the demo's samples the class they were asked to show?
+"""How often does an independent classifier see in the demo's samples the class they were asked to
+show?
 
 $ python tests/demo_agreement.py runs/demo/samples.npz --at-least 0.8
 $ python tests/demo_agreement.py runs/demo-text/samples.npz --prompts runs/demo-text/prompts.txt --at-least 0.8
 
-With --prompts it must see the caption's shape, and the caption's colour must be the ink that most pixels are nearest
-to. A small convolutional network learns the ten shapes from fresh drawings (seed 1; the demo trains on seed 0), is
-tested on others (seed 2), and is then shown the samples. Exit code 1 below --at-least.
+With --prompts it must see the caption's shape, and the caption's colour must be the ink that most
+pixels are nearest to. A small convolutional network learns the ten shapes from fresh drawings (seed
+1; the demo trains on seed 0), is tested on others (seed 2), and is then shown the samples. Exit
+code 1 below --at-least.
 """
+
 import argparse
 import sys
 from pathlib import Path
@@ -23,7 +26,9 @@ from nanollamagen import data  # noqa: E402
 def pictures(n, seed, size):
     """n fresh shapes as (uint8 (n, size, size, 3), labels (n,))."""
     shapes = data.shapes(n, seed)
-    return np.stack([np.array(data.center_crop(shapes.load(i), size)) for i in range(n)]), torch.tensor(shapes.labels)
+    return np.stack(
+        [np.array(data.center_crop(shapes.load(i), size)) for i in range(n)]
+    ), torch.tensor(shapes.labels)
 
 
 def to_input(images):
@@ -32,20 +37,32 @@ def to_input(images):
 
 
 def ink_of(images):
-    """uint8 (n, H, W, 3) -> number in data.INKS of the ink that most pixels are nearest to; nearest to paper count
-    not."""
+    """uint8 (n, H, W, 3) -> number in data.INKS of the ink that most pixels are nearest to; nearest
+    to paper count not."""
     palette = torch.tensor([*data.INKS.values(), *data.PAPERS.values()]).float()
-    nearest = torch.cdist(torch.from_numpy(images).flatten(1, 2).float(), palette[None]).argmin(-1)      # (n, H * W)
-    return F.one_hot(nearest, len(palette)).sum(1)[:, :len(data.INKS)].argmax(-1)
+    nearest = torch.cdist(torch.from_numpy(images).flatten(1, 2).float(), palette[None]).argmin(
+        -1
+    )  # (n, H * W)
+    return F.one_hot(nearest, len(palette)).sum(1)[:, : len(data.INKS)].argmax(-1)
 
 
 def train_classifier(size, n=8000, epochs=7):
-    """A network that names shapes of size x size pixels, blurred or not; takes about 20 seconds on two cores."""
+    """A network that names shapes of size x size pixels, blurred or not; takes about 20 seconds on
+    two cores."""
     torch.manual_seed(0)
     images, labels = pictures(n, seed=1, size=size)
     images = to_input(images)
-    net = nn.Sequential(nn.Conv2d(3, 32, 3, 2, 1), nn.ReLU(), nn.Conv2d(32, 64, 3, 2, 1), nn.ReLU(),
-                        nn.Conv2d(64, 128, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Dropout(0.2), nn.LazyLinear(10))
+    net = nn.Sequential(
+        nn.Conv2d(3, 32, 3, 2, 1),
+        nn.ReLU(),
+        nn.Conv2d(32, 64, 3, 2, 1),
+        nn.ReLU(),
+        nn.Conv2d(64, 128, 3, 2, 1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Dropout(0.2),
+        nn.LazyLinear(10),
+    )
     net(images[:1])
     optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=0.05)
     steps = epochs * n // 64
@@ -53,7 +70,9 @@ def train_classifier(size, n=8000, epochs=7):
     for step in range(steps):
         ids = torch.randint(n, (64,))
         x, y = images[ids], labels[ids]
-        x = F.avg_pool2d(x, 3, 1, 1, count_include_pad=False) if step % 2 else x   # samples are softer than drawings
+        x = (
+            F.avg_pool2d(x, 3, 1, 1, count_include_pad=False) if step % 2 else x
+        )  # samples are softer than drawings
         loss = F.cross_entropy(net(x + 0.05 * torch.randn_like(x)), y)
         optimizer.zero_grad()
         loss.backward()
@@ -65,7 +84,9 @@ def train_classifier(size, n=8000, epochs=7):
 @torch.no_grad()
 def main():
     """Print both rates; exit 1 when the samples' is too low."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("samples", help="NPZ of sample.py --num-samples")
     p.add_argument("--prompts", help="the captions they were drawn from, one a line")
     p.add_argument("--at-least", type=float, default=0.0, help="smallest agreement that passes")
@@ -75,25 +96,37 @@ def main():
     shapes, inks, what, colour = list(data.SHAPES), list(data.INKS), "class", None
     if args.prompts:
         words = [line.split() for line in Path(args.prompts).read_text().splitlines()]
-        colour = torch.tensor([next(inks.index(w) for w in line if w in inks) for line in words])[labels]
-        labels = torch.tensor([next(shapes.index(w) for w in line if w in shapes) for line in words])[labels]
+        colour = torch.tensor([next(inks.index(w) for w in line if w in inks) for line in words])[
+            labels
+        ]
+        labels = torch.tensor(
+            [next(shapes.index(w) for w in line if w in shapes) for line in words]
+        )[labels]
         what = "shape"
     with torch.enable_grad():
         net = train_classifier(images.shape[1])
     fresh, truth = pictures(1000, seed=2, size=images.shape[1])
     right = (net(to_input(fresh)).argmax(-1) == truth).float().mean().item()
     agree = net(to_input(images)).argmax(-1) == labels
-    each = ", ".join(f"{shapes[c]} {agree[labels == c].float().mean():.0%}" for c in range(len(shapes)))
-    print(f"a classifier that is right on {right:.1%} of fresh drawings sees the wanted {what} in "
-          f"{agree.float().mean():.1%} of {len(agree)} samples ({each})")
+    each = ", ".join(
+        f"{shapes[c]} {agree[labels == c].float().mean():.0%}" for c in range(len(shapes))
+    )
+    print(
+        f"a classifier that is right on {right:.1%} of fresh drawings sees the wanted {what} in "
+        f"{agree.float().mean():.1%} of {len(agree)} samples ({each})"
+    )
     if args.prompts:
         truth = torch.tensor([inks.index(data.plan_shape((2, i))[1]) for i in range(len(fresh))])
         told = (ink_of(fresh) == truth).float().mean().item()
         right, seen = min(right, told), ink_of(images) == colour
         agree &= seen
-        each = ", ".join(f"{inks[c]} {seen[colour == c].float().mean():.0%}" for c in range(len(inks)))
-        print(f"colours, told right in {told:.1%} of fresh drawings, are the wanted ones in {seen.float().mean():.1%} "
-              f"({each}); shape and colour in {agree.float().mean():.1%}")
+        each = ", ".join(
+            f"{inks[c]} {seen[colour == c].float().mean():.0%}" for c in range(len(inks))
+        )
+        print(
+            f"colours, told right in {told:.1%} of fresh drawings, are the wanted ones in {seen.float().mean():.1%} "
+            f"({each}); shape and colour in {agree.float().mean():.1%}"
+        )
     if right < 0.98:
         sys.exit(f"the classifier itself is too weak to judge ({right:.1%} < 98%)")
     if agree.float().mean() < args.at_least:

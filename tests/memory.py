@@ -1,15 +1,19 @@
-"""Memory and speed to expect when training B to 3B on 8 GPUs of 80 GB, as a Markdown table: computed, not measured.
+"""Memory and speed to expect when training B to 3B on 8 GPUs of 80 GB, as a Markdown table:
+computed, not measured.
 
 $ python tests/memory.py                 # on any machine, in half a minute
 $ python tests/memory.py --grid 24       # codes of 384-pixel images
 
-What the backward pass will need is counted while one image passes through one and two blocks. To it come weights,
-gradients and AdamW's moments in float32 (DDP: and its copy of the gradients; FSDP: an eighth of all, and two gathered
-blocks), and the logits. Not counted: what PyTorch and CUDA take for themselves, and fragments, some GB together.
+What the backward pass will need is counted while one image passes through one and two blocks. To it
+come weights, gradients and AdamW's moments in float32 (DDP: and its copy of the gradients; FSDP: an
+eighth of all, and two gathered blocks), and the logits. Not counted: what PyTorch and CUDA take for
+themselves, and fragments, some GB together.
 
-A step's time is taken as matrix products at 0.75 of an H100's 989 TFLOP/s, plus traffic at 3.35 TB/s: what is kept for
-the backward pass moves five times, optimizer states seven. Communication is taken to hide behind the rest.
+A step's time is taken as matrix products at 0.75 of an H100's 989 TFLOP/s, plus traffic at 3.35
+TB/s: what is kept for the backward pass moves five times, optimizer states seven. Communication is
+taken to hide behind the rest.
 """
+
 import argparse
 import sys
 from dataclasses import replace
@@ -22,34 +26,43 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import gpt  # noqa: E402
 import train_gpt  # noqa: E402
 
-GPUS, ROOM = 8, 72e9                        # bytes that a run may plan with, of 80 GB
+GPUS, ROOM = 8, 72e9  # bytes that a run may plan with, of 80 GB
 PEAK, GEMM, BANDWIDTH = 989e12, 0.75, 3.35e12
 
 
 @cache
 def kept(name, grid, n_layer):
-    """Bytes that autograd keeps for the backward pass over one image, in bfloat16 but for the residual stream and the
-    norms, with the logits. The weights' copies in bfloat16 are not counted: they do not grow with the batch."""
+    """Bytes that autograd keeps for the backward pass over one image, in bfloat16 but for the
+    residual stream and the norms, with the logits. The weights' copies in bfloat16 are not counted:
+    they do not grow with the batch."""
     storages = {}
 
     def note(tensor):
-        storages[tensor.untyped_storage().data_ptr()] = tensor   # a view keeps all that it is a view of
+        storages[tensor.untyped_storage().data_ptr()] = (
+            tensor  # a view keeps all that it is a view of
+        )
         return tensor
 
     config = replace(gpt.GPT_CONFIGS[name], grid=grid, n_layer=n_layer)
     with torch.device("meta"):
         model = gpt.GPT(config).train()
-    model.to_empty(device="cpu")                                      # nobody looks at the numbers
-    shapes = {p.shape for p in model.parameters()} | {p.T.shape for p in model.parameters() if p.dim() > 1}
-    codes, label = torch.zeros(1, grid ** 2 - 1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+    model.to_empty(device="cpu")  # nobody looks at the numbers
+    shapes = {p.shape for p in model.parameters()} | {
+        p.T.shape for p in model.parameters() if p.dim() > 1
+    }
+    codes, label = torch.zeros(1, grid**2 - 1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16),
+    ):
         logits = model(codes, label)
     activations = [tensor for tensor in storages.values() if tensor.shape not in shapes]
     return sum(tensor.untyped_storage().nbytes() for tensor in activations) + logits.numel() * 2
 
 
 def expect(name, grid, micro, recompute):
-    """(bytes a GPU, seconds a step, images a step) of a training run with the authors' batch size."""
+    """(bytes a GPU, seconds a step, images a step) of a training run with the authors' batch
+    size."""
     config = replace(gpt.GPT_CONFIGS[name], grid=grid)
     with torch.device("meta"):
         model = gpt.GPT(config)
@@ -59,13 +72,13 @@ def expect(name, grid, micro, recompute):
     sharded = parameters > 1e9
 
     one, two = (micro * kept(name, grid, n_layer) for n_layer in (1, 2))
-    layer, ends = two - one, 2 * one - two                             # of one block, of what is before and after
-    stream = micro * grid ** 2 * config.dim * 4                        # a block's input, all that recomputing keeps
+    layer, ends = two - one, 2 * one - two  # of one block, of what is before and after
+    stream = micro * grid**2 * config.dim * 4  # a block's input, all that recomputing keeps
     activations = ends + (config.n_layer * stream + layer if recompute else config.n_layer * layer)
     if sharded:
         states = 16 * parameters / GPUS + 6 * (2 * block + parameters - config.n_layer * block)
     else:
-        states = 20 * parameters + 2 * parameters                      # 2: bfloat16 copies that autocast makes
+        states = 20 * parameters + 2 * parameters  # 2: bfloat16 copies that autocast makes
 
     work = gpt.flops_per_image(config) * batch / GPUS * (4 / 3 if recompute else 1)
     traffic = 5 * (ends + config.n_layer * layer) * batch / GPUS / micro * (1.4 if recompute else 1)
@@ -75,10 +88,19 @@ def expect(name, grid, micro, recompute):
 
 def main():
     """Print the table."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--grid", type=int, default=16, help="rows of codes: 16 for 256 pixels, 24 for 384 (default: 16)")
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument(
+        "--grid",
+        type=int,
+        default=16,
+        help="rows of codes: 16 for 256 pixels, 24 for 384 (default: 16)",
+    )
     grid = p.parse_args().grid
-    print(f"| {grid * 16} pixels | flags | memory a GPU | MFU | images/s | 300 epochs |\n|---|---|---:|---:|---:|---:|")
+    print(
+        f"| {grid * 16} pixels | flags | memory a GPU | MFU | images/s | 300 epochs |\n|---|---|---:|---:|---:|---:|"
+    )
     for name in ("B", "L", "XL", "XXL", "3B"):
         share = train_gpt.RECIPES.get(name, (256, 0))[0] // GPUS
         for recompute in (False, True):
@@ -87,11 +109,21 @@ def main():
             if fits:
                 break
         memory, seconds, batch = expect(name, grid, fits[0], recompute)
-        flags = f"--micro-batch {fits[0]}" * (fits[0] < share) + " --checkpoint-activations" * recompute
-        mfu = gpt.flops_per_image(replace(gpt.GPT_CONFIGS[name], grid=grid)) * batch / GPUS / seconds / PEAK
+        flags = (
+            f"--micro-batch {fits[0]}" * (fits[0] < share) + " --checkpoint-activations" * recompute
+        )
+        mfu = (
+            gpt.flops_per_image(replace(gpt.GPT_CONFIGS[name], grid=grid))
+            * batch
+            / GPUS
+            / seconds
+            / PEAK
+        )
         days = 300 * 1_281_167 / batch * seconds / 86400
-        print(f"| {name}, {batch} images | {flags.strip() or 'none'} | {memory / 1e9:.0f} GB | {mfu:.2f} | "
-              f"{batch / seconds:,.0f} | {days:.1f} days |")
+        print(
+            f"| {name}, {batch} images | {flags.strip() or 'none'} | {memory / 1e9:.0f} GB | {mfu:.2f} | "
+            f"{batch / seconds:,.0f} | {days:.1f} days |"
+        )
 
 
 if __name__ == "__main__":

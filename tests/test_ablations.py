@@ -1,4 +1,6 @@
-"""What ablations/ promises: diffs that apply and do what they say, runs and sweeps that repeat nothing."""
+"""What ablations/ promises: diffs that apply and do what they say, runs and sweeps that repeat
+nothing."""
+
 import json
 import re
 import shutil
@@ -26,17 +28,43 @@ import table  # noqa: E402
 
 @pytest.fixture
 def swept(tokenizer, weights, tmp_path, capsys, monkeypatch):
-    """A sweep of four cells with an untrained GPT; `calls` lists the samplings that it asked for."""
+    """A sweep of four cells with an untrained GPT; `calls` lists the samplings that it asked
+    for."""
     config = gpt.GPTConfig(dim=32, n_layer=1, n_head=2, vocab_size=64, grid=4, num_classes=3)
     torch.manual_seed(0)
     torch.save({"model": gpt.GPT(config).state_dict(), "config": vars(config)}, tmp_path / "gpt.pt")
-    ref, calls, write_npz = save_npz(tmp_path / "ref.npz", arr_0=pictures(4)), [], sweep.sample.write_npz
-    monkeypatch.setattr(evaluate, "frechet_distance", lambda *a: float(np.square(a[0] - a[2]).sum()))   # in no time
-    monkeypatch.setattr(sweep.sample, "write_npz", lambda *a, **k: calls.append(k) or write_npz(*a, **k))
+    ref, calls, write_npz = (
+        save_npz(tmp_path / "ref.npz", arr_0=pictures(4)),
+        [],
+        sweep.sample.write_npz,
+    )
+    monkeypatch.setattr(
+        evaluate, "frechet_distance", lambda *a: float(np.square(a[0] - a[2]).sum())
+    )  # in no time
+    monkeypatch.setattr(
+        sweep.sample, "write_npz", lambda *a, **k: calls.append(k) or write_npz(*a, **k)
+    )
 
     def start(*words):
-        flags = ["--vq", tokenizer[1], "--gpt", tmp_path / "gpt.pt", "--ref", ref, "--cfg-scale", "1,2.5", "--top-k",
-                 "0,8", "--num-samples", 4, "--out", tmp_path / "sweep", "--inception", weights, *words]
+        flags = [
+            "--vq",
+            tokenizer[1],
+            "--gpt",
+            tmp_path / "gpt.pt",
+            "--ref",
+            ref,
+            "--cfg-scale",
+            "1,2.5",
+            "--top-k",
+            "0,8",
+            "--num-samples",
+            4,
+            "--out",
+            tmp_path / "sweep",
+            "--inception",
+            weights,
+            *words,
+        ]
         monkeypatch.setattr(sys, "argv", ["sweep.py", *map(str, flags)])
         code = 0
         try:
@@ -45,23 +73,32 @@ def swept(tokenizer, weights, tmp_path, capsys, monkeypatch):
             code = stop.code
         printed = capsys.readouterr()
         return code, printed.out + printed.err
+
     return SimpleNamespace(run=start, calls=calls, out=tmp_path / "sweep")
 
 
 def test_a_sweep_writes_a_table_and_a_picture_and_never_repeats_a_cell(swept):
     code, text = swept.run()
     assert code == 0 and "4 of 4 cells were new" in text, text
-    assert [(c["cfg_scale"], c["top_k"]) for c in swept.calls] == [(1, 0), (1, 8), (2.5, 0), (2.5, 8)]
+    assert [(c["cfg_scale"], c["top_k"]) for c in swept.calls] == [
+        (1, 0),
+        (1, 8),
+        (2.5, 0),
+        (2.5, 8),
+    ]
     table = (swept.out / "sweep.md").read_text().splitlines()
-    assert table[0] == "| cfg_scale | top_k | IS | FID | sFID | precision | recall |" and len(table) == 6
+    assert (
+        table[0] == "| cfg_scale | top_k | IS | FID | sFID | precision | recall |"
+        and len(table) == 6
+    )
     assert len((swept.out / "sweep.csv").read_text().splitlines()) == 5
     assert Image.open(swept.out / "sweep.png").size == (1200, 500)
     code, text = swept.run()
     assert code == 0 and "0 of 4 cells were new" in text and len(swept.calls) == 4
-    next(swept.out.glob("cfg2.5-top8-*.json")).unlink()                           # scores lost, samples still there
+    next(swept.out.glob("cfg2.5-top8-*.json")).unlink()  # scores lost, samples still there
     code, text = swept.run()
     assert code == 0 and "1 of 4 cells were new" in text and len(swept.calls) == 4
-    code, text = swept.run("--pr-half", "--top-k", 0)                             # other scores of the same samples
+    code, text = swept.run("--pr-half", "--top-k", 0)  # other scores of the same samples
     assert code == 0 and "2 of 2 cells were new" in text and len(swept.calls) == 4
     code, text = swept.run("--seed", 1, "--top-k", 0, "--cfg-scale", 1)
     assert code == 0 and len(swept.calls) == 5
@@ -74,11 +111,12 @@ def test_a_sweep_refuses_models_that_do_not_belong_together(swept, tokenizer, tm
     assert code == 2 and "do not belong together" in text.splitlines()[-1]
 
 
-# ---- diffs and run.py ------------------------------------------------------------------------------------------------
+# ---- diffs and run.py --------------------------------------------------------------------------
 DIFFS = sorted(path.stem for path in (ROOT / "ablations").glob("*.diff"))
 TOKENIZERS = ("fsq", "no_sphere")
 
-PROMISES = {   # run in the folder with the changed scripts, after five steps; `model` is what they trained
+# run in the folder with the changed scripts, after five steps; `model` is what they trained
+PROMISES = {
     "adaln": """
         fresh = gpt.GPT(model.config).eval()
         x, given = torch.randn(2, 3, 128), torch.randn(2, 1, 128)
@@ -144,17 +182,32 @@ torch.set_grad_enabled(False)
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """A folder with vq.pt, an untrained tokenizer of 64 codes, and codes/, 1100 images of 4 x 4 random codes of it."""
+    """A folder with vq.pt, an untrained tokenizer of 64 codes, and codes/, 1100 images of 4 x 4
+    random codes of it."""
     folder, rng = tmp_path_factory.mktemp("small"), np.random.RandomState(0)
     config = vq.VQConfig(ch=32, ch_mult=(1, 1), res_blocks=1, z_channels=32, codebook_size=64)
     torch.manual_seed(0)
     model = vq.VQModel(config)
-    torch.save({"model": model.state_dict(), "config": vars(config), "image_size": 8}, folder / "vq.pt")
+    torch.save(
+        {"model": model.state_dict(), "config": vars(config), "image_size": 8}, folder / "vq.pt"
+    )
     (folder / "codes").mkdir()
     np.save(folder / "codes" / "codes.npy", rng.randint(64, size=(1100, 2, 16)).astype(np.uint16))
     np.save(folder / "codes" / "labels.npy", rng.randint(3, size=1100).astype(np.int32))
-    meta = {"classes": ["a", "b", "c"], "captions": False, "image_size": 8, "h": 4, "w": 4, "codes": 16, "images": 1100,
-            "codebook_size": 64, "crops": "centre", "tokenizer": vq.weights_hash(model), "data": "none", "skipped": {}}
+    meta = {
+        "classes": ["a", "b", "c"],
+        "captions": False,
+        "image_size": 8,
+        "h": 4,
+        "w": 4,
+        "codes": 16,
+        "images": 1100,
+        "codebook_size": 64,
+        "crops": "centre",
+        "tokenizer": vq.weights_hash(model),
+        "data": "none",
+        "skipped": {},
+    }
     (folder / "codes" / "meta.json").write_text(json.dumps(meta))
     return folder
 
@@ -165,30 +218,103 @@ def test_every_diff_applies_to_the_scripts_and_says_what_it_is_about():
         assert {"title", "idea", "source", "reported", "expect", "stage"} <= idea.keys(), name
         assert idea["added"] + idea["removed"] <= (120 if name == "maskgit" else 66), name
         if name in DIFFS:
-            done = subprocess.run(["git", "apply", "--check", idea["path"]], cwd=ROOT, capture_output=True, text=True)
+            done = subprocess.run(
+                ["git", "apply", "--check", idea["path"]], cwd=ROOT, capture_output=True, text=True
+            )
             assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("name", DIFFS)
-def test_with_the_diff_five_steps_are_trained_two_pictures_drawn_and_its_promise_holds(name, small, tmp_path):
+def test_with_the_diff_five_steps_are_trained_two_pictures_drawn_and_its_promise_holds(
+    name, small, tmp_path
+):
     run.changed_scripts(run.names()[name], tmp_path / "scripts")
     if name in TOKENIZERS:
-        size = ["--codebook-size", "1000", "--code-dim", "4"] if name == "fsq" else ["--codebook-size", "64"]
-        calls = [["train_vq.py", "--data", "shapes", "--model", "VQ-demo", "--image-size", "16", "--batch-size", "2",
-                  "--lpips-weight", "0", "--disc-weight", "0", "--max-steps", "5", "--out", "out", *size],
-                 ["vq.py", "encode", "--ckpt", "out/ckpt.pt", "--data", "shapes:2", "--out", "codes", "--workers", "0"]]
+        size = (
+            ["--codebook-size", "1000", "--code-dim", "4"]
+            if name == "fsq"
+            else ["--codebook-size", "64"]
+        )
+        calls = [
+            [
+                "train_vq.py",
+                "--data",
+                "shapes",
+                "--model",
+                "VQ-demo",
+                "--image-size",
+                "16",
+                "--batch-size",
+                "2",
+                "--lpips-weight",
+                "0",
+                "--disc-weight",
+                "0",
+                "--max-steps",
+                "5",
+                "--out",
+                "out",
+                *size,
+            ],
+            [
+                "vq.py",
+                "encode",
+                "--ckpt",
+                "out/ckpt.pt",
+                "--data",
+                "shapes:2",
+                "--out",
+                "codes",
+                "--workers",
+                "0",
+            ],
+        ]
         load = "vq.load_vq('out/ckpt.pt')"
     else:
         size = "toy-0.1M" if name == "model_size" else "demo"
-        calls = [["train_gpt.py", "--codes", str(small / "codes"), "--model", size, "--batch-size", "8", "--lr", "1e-2",
-                  "--max-steps", "5", "--val-images", "8", "--val-every", "5", "--out", "out"],
-                 ["sample.py", "--vq", str(small / "vq.pt"), "--gpt", "out/ckpt.pt", "--classes", "0,1",
-                  "--cfg-scale", "2", "--out", "two.png"]]
+        calls = [
+            [
+                "train_gpt.py",
+                "--codes",
+                str(small / "codes"),
+                "--model",
+                size,
+                "--batch-size",
+                "8",
+                "--lr",
+                "1e-2",
+                "--max-steps",
+                "5",
+                "--val-images",
+                "8",
+                "--val-every",
+                "5",
+                "--out",
+                "out",
+            ],
+            [
+                "sample.py",
+                "--vq",
+                str(small / "vq.pt"),
+                "--gpt",
+                "out/ckpt.pt",
+                "--classes",
+                "0,1",
+                "--cfg-scale",
+                "2",
+                "--out",
+                "two.png",
+            ],
+        ]
         load = "gpt.load_gpt('out/ckpt.pt')"
     program = PROGRAM.format(calls=calls, load=load, promise=textwrap.dedent(PROMISES[name]))
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path / "scripts", capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path / "scripts", capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert (tmp_path / "scripts" / ("codes/meta.json" if name in TOKENIZERS else "two.png")).exists()
+    assert (
+        tmp_path / "scripts" / ("codes/meta.json" if name in TOKENIZERS else "two.png")
+    ).exists()
 
 
 def ablate(*words):
@@ -199,10 +325,23 @@ def ablate(*words):
 
 
 def test_a_finished_run_is_not_repeated(small, tmp_path):
-    words = ["averaged_weights", "--codes", small / "codes", "--steps", 2, "--seeds", 1, "--out", tmp_path / "out",
-             "--results", tmp_path / "results.json"]
+    words = [
+        "averaged_weights",
+        "--codes",
+        small / "codes",
+        "--steps",
+        2,
+        "--seeds",
+        1,
+        "--out",
+        tmp_path / "out",
+        "--results",
+        tmp_path / "results.json",
+    ]
     code, text = ablate(*words)
-    assert code == 0 and text.count("> train_gpt.py") == 3, text          # the third measures the averaged weights
+    assert code == 0 and text.count("> train_gpt.py") == 3, (
+        text
+    )  # the third measures the averaged weights
     rows = json.loads((tmp_path / "results.json").read_text())
     assert [row["ablation"] for row in rows] == ["baseline", "averaged_weights"]
     assert all(row["val_loss"] > 0 and row["seconds"] > 0 for row in rows)
@@ -211,8 +350,16 @@ def test_a_finished_run_is_not_repeated(small, tmp_path):
     assert rows == json.loads((tmp_path / "results.json").read_text())
 
 
-@pytest.mark.parametrize("left, goes_on", [([], False), (["ckpt.pt"], True), (["ckpt_00000020/"], True),
-                                           (["ckpt_00000020.pt"], False), (["ckpt.tmp/"], False)])
+@pytest.mark.parametrize(
+    "left, goes_on",
+    [
+        ([], False),
+        (["ckpt.pt"], True),
+        (["ckpt_00000020/"], True),
+        (["ckpt_00000020.pt"], False),
+        (["ckpt.tmp/"], False),
+    ],
+)
 def test_a_run_goes_on_from_what_a_stopped_one_left(small, tmp_path, monkeypatch, left, goes_on):
     """FSDP leaves shards, in a folder; only the end has a ckpt.pt."""
     (tmp_path / "run" / "out").mkdir(parents=True)
@@ -222,35 +369,58 @@ def test_a_run_goes_on_from_what_a_stopped_one_left(small, tmp_path, monkeypatch
     started = []
     monkeypatch.setattr(run, "call", lambda scripts, words, nproc=1: started.append(words))
     monkeypatch.setattr(run, "log", lambda *_: {"val_loss": 1.0})
-    args = SimpleNamespace(codes=small / "codes", data=None, gpt=None, steps=5, save_every=5, more=[], nproc=2)
+    args = SimpleNamespace(
+        codes=small / "codes", data=None, gpt=None, steps=5, save_every=5, more=[], nproc=2
+    )
     run.measure(run.read("rar"), "", 0, tmp_path / "run" / "scripts", args)
-    words, = started
+    (words,) = started
     assert words[0] == "train_gpt.py" and ("--resume" in words) == goes_on
 
 
 def test_samples_are_judged_by_a_network_of_their_own_data_and_size(small, tmp_path, monkeypatch):
-    """And those of another size are other runs; 32 pixels are what the rows of results.json were measured at."""
+    """And those of another size are other runs; 32 pixels are what the rows of results.json were
+    measured at."""
     found = []
-    monkeypatch.setattr(run, "measure_all", lambda idea, args: found.append((args.net, run.key_of(idea, "", 0, args))))
+    monkeypatch.setattr(
+        run,
+        "measure_all",
+        lambda idea, args: found.append((args.net, run.key_of(idea, "", 0, args))),
+    )
     for data, size in (("shapes:20", 32), ("shapes:20", 32), ("shapes:30", 32), ("shapes:20", 64)):
-        words = ["guidance", "--gpt", small / "vq.pt", "--vq", small / "vq.pt", "--data", data, "--resize", size,
-                 "--out", tmp_path]
+        words = [
+            "guidance",
+            "--gpt",
+            small / "vq.pt",
+            "--vq",
+            small / "vq.pt",
+            "--data",
+            data,
+            "--resize",
+            size,
+            "--out",
+            tmp_path,
+        ]
         monkeypatch.setattr(sys, "argv", ["run.py", *map(str, words)])
         run.main()
     nets, keys = zip(*found)
     assert nets[0] == nets[1] and len(set(nets)) == 3 and {net.parent for net in nets} == {tmp_path}
-    assert keys[0] == keys[1] != keys[3] and keys[0]["data"] == run.digest([str(small / "vq.pt")] * 2)
+    assert keys[0] == keys[1] != keys[3] and keys[0]["data"] == run.digest(
+        [str(small / "vq.pt")] * 2
+    )
 
 
-@pytest.mark.parametrize("words, sentence", [
-    (["rarr"], "no ablation is called 'rarr'; there are: adaln, averaged_weights"),
-    (["rar"], "rar needs --codes"),
-    (["rar", "--codes", "nowhere"], "--codes nowhere: no such file or folder"),
-    (["fsq", "--data", "shapes:20"], "fsq needs --test"),
-    (["guidance", "--gpt", "nowhere.pt"], "--gpt nowhere.pt: no such file or folder"),
-    (["rar", "--codes", "CODES", "--steps", "0"], "--steps and --seeds start at 1"),
-    (["--table", "--results", "nowhere.json"], "--results nowhere.json: no such file"),
-])
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["rarr"], "no ablation is called 'rarr'; there are: adaln, averaged_weights"),
+        (["rar"], "rar needs --codes"),
+        (["rar", "--codes", "nowhere"], "--codes nowhere: no such file or folder"),
+        (["fsq", "--data", "shapes:20"], "fsq needs --test"),
+        (["guidance", "--gpt", "nowhere.pt"], "--gpt nowhere.pt: no such file or folder"),
+        (["rar", "--codes", "CODES", "--steps", "0"], "--steps and --seeds start at 1"),
+        (["--table", "--results", "nowhere.json"], "--results nowhere.json: no such file"),
+    ],
+)
 def test_a_mistake_is_one_sentence_before_anything_is_trained(words, sentence, small, tmp_path):
     words = [str(small / "codes") if word == "CODES" else word for word in words]
     code, text = ablate(*words, "--out", tmp_path / "out")
@@ -267,44 +437,79 @@ def test_codes_that_do_not_fit_are_refused(small, tmp_path):
     other = torch.load(small / "vq.pt")
     other["model"]["quantize.embedding.weight"] += 1
     torch.save(other, tmp_path / "other.pt")
-    code, text = ablate("maskgit", "--codes", small / "codes", "--vq", tmp_path / "other.pt", "--data", "shapes:20",
-                        "--out", tmp_path / "out")
+    code, text = ablate(
+        "maskgit",
+        "--codes",
+        small / "codes",
+        "--vq",
+        tmp_path / "other.pt",
+        "--data",
+        "shapes:20",
+        "--out",
+        tmp_path / "out",
+    )
     assert code == 2 and "is not the tokenizer that made --codes" in text.splitlines()[-1]
 
 
 def test_a_diff_that_does_not_apply_names_the_file_and_the_hunk(tmp_path):
-    text = run.names()["qk_norm"].read_text().replace("self.wo = nn.Linear", "self.other = nn.Linear")
+    text = (
+        run.names()["qk_norm"].read_text().replace("self.wo = nn.Linear", "self.other = nn.Linear")
+    )
     (tmp_path / "old.diff").write_text(text)
-    with pytest.raises(ValueError, match=r"old.diff does not apply: the hunk at line \d+ of gpt.py"):
+    with pytest.raises(
+        ValueError, match=r"old.diff does not apply: the hunk at line \d+ of gpt.py"
+    ):
         run.changed_scripts(tmp_path / "old.diff", tmp_path / "scripts")
 
 
 def test_differences_are_paired_by_seed_and_called_by_their_error():
     same = {"stage": "gpt", "steps": 5, "more": "", "data": "x", "flags": ""}
-    rows = [{**same, "ablation": name, "seed": seed, "seconds": 1, "val_loss": loss + seed + off * seed % 2}
-            for name, loss, off in (("baseline", 4.0, 0), ("rar", 4.5, 0.1)) for seed in range(2)]
+    rows = [
+        {
+            **same,
+            "ablation": name,
+            "seed": seed,
+            "seconds": 1,
+            "val_loss": loss + seed + off * seed % 2,
+        }
+        for name, loss, off in (("baseline", 4.0, 0), ("rar", 4.5, 0.1))
+        for seed in range(2)
+    ]
     deviation, freedom = table.spread(rows, [run.read("rar")])["gpt", "val_loss"]
-    assert freedom == 1 and abs(deviation - 0.1 / 2 ** 0.5) < 1e-9        # the seeds' own distance of 1 is not in it
-    line, = table.lines_of(rows, run.read("rar"), {("gpt", "val_loss"): (0.01, 9)})
+    assert (
+        freedom == 1 and abs(deviation - 0.1 / 2**0.5) < 1e-9
+    )  # the seeds' own distance of 1 is not in it
+    (line,) = table.lines_of(rows, run.read("rar"), {("gpt", "val_loss"): (0.01, 9)})
     assert "+0.5500 ± 0.0500 | 2 | higher: agrees" in line
     assert table.verdict("lower", 0.5, 0.01, 9) == "higher: does not agree"
     assert table.verdict("lower", 0.5, 0.3, 9) == "cannot be seen at this size"
-    assert table.verdict("same", 0.5, 0.1, 1) == "agrees: no difference to be seen"   # two seeds are few
+    assert (
+        table.verdict("same", 0.5, 0.1, 1) == "agrees: no difference to be seen"
+    )  # two seeds are few
     a, b, r = table.power_law([1e5, 1e6, 1e7], [8.0, 4.0, 2.0])
     assert abs(b - np.log10(0.5)) < 1e-9 and abs(r + 1) < 1e-9
 
 
 def test_the_readme_holds_what_was_measured_and_the_pictures_can_be_drawn(tmp_path):
     rows = json.loads((ROOT / "ablations" / "results.json").read_text())
-    ideas, readme = [run.read(name) for name in run.names()], (ROOT / "ablations" / "README.md").read_text()
-    readme = re.sub(r"\+\d+ -\d+", "", readme)     # how many lines a diff changes moves with the scripts
+    ideas, readme = (
+        [run.read(name) for name in run.names()],
+        (ROOT / "ablations" / "README.md").read_text(),
+    )
+    readme = re.sub(
+        r"\+\d+ -\d+", "", readme
+    )  # how many lines a diff changes moves with the scripts
     scatter = table.spread(rows, ideas)
     for idea in ideas:
         lines = re.sub(r"\+\d+ -\d+", "", "\n".join(table.lines_of(rows, idea, scatter)))
         assert lines in readme, f"{idea['name']}: python ablations/run.py --table"
-    table.bars([("loss", False, [("a", 0.1, 0.01), ("b", -0.2, 0.0)]), ("PSNR", True, [("c", 1.0, 0.1)])],
-               tmp_path / "bars.png")
+    table.bars(
+        [("loss", False, [("a", 0.1, 0.01), ("b", -0.2, 0.0)]), ("PSNR", True, [("c", 1.0, 0.1)])],
+        tmp_path / "bars.png",
+    )
     table.scaling([(1e5, 5.0), (1e6, 4.5), (1e7, 4.1)], tmp_path / "fit.png")
-    table.guidance([(s, k, s * k, 1 / s) for s in (1, 2) for k in (0, 64)], tmp_path / "guidance.png")
+    table.guidance(
+        [(s, k, s * k, 1 / s) for s in (1, 2) for k in (0, 64)], tmp_path / "guidance.png"
+    )
     sizes = [Image.open(tmp_path / f"{name}.png").size for name in ("bars", "fit", "guidance")]
     assert sizes == [(1120, 120), (640, 400), (1120, 420)]

@@ -1,4 +1,6 @@
-"""What extras/edit.py promises: kept codes stay, and what is drawn in a hole fits what stands around it."""
+"""What extras/edit.py promises: kept codes stay, and what is drawn in a hole fits what stands
+around it."""
+
 import itertools
 import sys
 from dataclasses import asdict, replace
@@ -10,10 +12,10 @@ from conftest import ROOT
 from PIL import Image
 from test_gpt import TINY, random_model
 
-from nanollamagen import data
 import gpt
 import sample
 import vq
+from nanollamagen import data
 
 sys.path.insert(0, str(ROOT / "extras"))
 import edit  # noqa: E402
@@ -28,34 +30,44 @@ def test_a_code_is_kept_where_all_its_pixels_are():
         data.kept_cells(mask, 5)
 
 
-# ---- codes ----------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("settings", [dict(), dict(cfg_scale=3.0, cfg_interval=4), dict(cfg_scale=3.0, top_k=5)])
+# ---- codes -------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "settings", [dict(), dict(cfg_scale=3.0, cfg_interval=4), dict(cfg_scale=3.0, top_k=5)]
+)
 def test_with_nothing_kept_it_is_generates_picture_and_with_all_kept_the_given_one(settings):
     model, labels, given = random_model(), torch.tensor([0, 1, 2]), torch.randint(40, (16,))
     right = sample.generate(model, labels, seeds=[5, 6, 7], **settings)
-    drawn = edit.complete(model, labels, given, torch.zeros(16, dtype=torch.bool), seeds=[5, 6, 7], **settings)
+    drawn = edit.complete(
+        model, labels, given, torch.zeros(16, dtype=torch.bool), seeds=[5, 6, 7], **settings
+    )
     assert torch.equal(drawn, right)
-    drawn = edit.complete(model, labels, given, torch.ones(16, dtype=torch.bool), seeds=[5, 6, 7], **settings)
+    drawn = edit.complete(
+        model, labels, given, torch.ones(16, dtype=torch.bool), seeds=[5, 6, 7], **settings
+    )
     assert torch.equal(drawn, given.repeat(3, 1))
 
 
 @pytest.mark.parametrize("particles", [1, 7])
 def test_kept_codes_stay_and_a_picture_follows_from_its_seed_whatever_the_batch(particles):
-    """The hole has kept codes before it, within and behind; seven particles are copied over each other on the way."""
+    """The hole has kept codes before it, within and behind; seven particles are copied over each
+    other on the way."""
     model, given, keep = random_model(), torch.randint(40, (16,)), torch.ones(16, dtype=torch.bool)
     keep[[3, 5, 6, 10]] = False
     settings = dict(cfg_scale=2.0, top_k=30, particles=particles)
     drawn = edit.complete(model, torch.tensor([0, 1, 2]), given, keep, seeds=[5, 6, 7], **settings)
     assert torch.equal(drawn[:, keep], given[keep].repeat(3, 1))
     assert len(torch.unique(drawn, dim=0)) == 3
-    assert torch.equal(drawn[1:2], edit.complete(model, torch.tensor([1]), given, keep, seeds=[6], **settings))
+    assert torch.equal(
+        drawn[1:2], edit.complete(model, torch.tensor([1]), given, keep, seeds=[6], **settings)
+    )
 
 
 @torch.no_grad()
 def test_particles_draw_a_hole_from_its_conditional_distribution():
-    """2 x 2 codes of three entries: all 81 images can be enumerated, so p(codes 0 and 2 | codes 1 and 3) is known.
-    Drawn from what stands before alone, the hole is far from it (total variation over 0.5); with particles it comes
-    nearer as they grow more, and with 256 it is there (below 0.02)."""
+    """2 x 2 codes of three entries: all 81 images can be enumerated, so p(codes 0 and 2 | codes 1
+    and 3) is known. Drawn from what stands before alone, the hole is far from it (total variation
+    over 0.5); with particles it comes nearer as they grow more, and with 256 it is there (below
+    0.02)."""
     config = replace(TINY, grid=2, dim=16, n_layer=1, n_head=1, vocab_size=3)
     torch.manual_seed(10)
     model = gpt.GPT(config).eval()
@@ -69,8 +81,14 @@ def test_particles_draw_a_hole_from_its_conditional_distribution():
     def distance(particles, draws, batch):
         counts = torch.zeros(9)
         for first in range(0, draws, batch):
-            codes = edit.complete(model, torch.full((batch,), 1), given, keep, particles=particles,
-                                  seeds=range(first, first + batch))
+            codes = edit.complete(
+                model,
+                torch.full((batch,), 1),
+                given,
+                keep,
+                particles=particles,
+                seeds=range(first, first + batch),
+            )
             counts += torch.bincount(codes[:, 0] * 3 + codes[:, 2], minlength=9)
         return float((counts / draws - exact).abs().sum() / 2)
 
@@ -79,22 +97,31 @@ def test_particles_draw_a_hole_from_its_conditional_distribution():
     assert plain > 0.5 and few < plain / 2 and many < 0.02
 
 
-# ---- pictures -------------------------------------------------------------------------------------------------------
+# ---- pictures ----------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     """Checkpoints of a tiny tokenizer and a tiny GPT, a photo and a mask."""
     folder = tmp_path_factory.mktemp("pair")
     torch.manual_seed(0)
-    tokenizer = vq.VQModel(vq.VQConfig(ch=32, ch_mult=(1, 1, 1), res_blocks=1, z_channels=32, codebook_size=40))
+    tokenizer = vq.VQModel(
+        vq.VQConfig(ch=32, ch_mult=(1, 1, 1), res_blocks=1, z_channels=32, codebook_size=40)
+    )
     model = random_model(replace(TINY, num_classes=3))
     about = {"config": asdict(tokenizer.config), "image_size": 16}
     torch.save({"model": tokenizer.state_dict(), **about}, folder / "vq.pt")
-    torch.save({"model": model.state_dict(), "config": asdict(model.config), "classes": ["cat", "dog", "cow"],
-                "tokenizer": vq.weights_hash(tokenizer)}, folder / "gpt.pt")
+    torch.save(
+        {
+            "model": model.state_dict(),
+            "config": asdict(model.config),
+            "classes": ["cat", "dog", "cow"],
+            "tokenizer": vq.weights_hash(tokenizer),
+        },
+        folder / "gpt.pt",
+    )
     pixels = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(folder / "photo.png")
     mask = np.zeros((32, 48), np.uint8)
-    mask[8:16, 16:24] = 255                      # twice as large as the photo: its pixels (4..8, 8..12)
+    mask[8:16, 16:24] = 255  # twice as large as the photo: its pixels (4..8, 8..12)
     Image.fromarray(mask).save(folder / "mask.png")
     (folder / "text.png").write_text("no picture")
     return folder
@@ -103,50 +130,98 @@ def pair(tmp_path_factory):
 def call(folder, monkeypatch, *flags, photo="photo.png"):
     """Run the command in a folder."""
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "argv", ["edit.py", photo, "--vq", "vq.pt", "--gpt", "gpt.pt", *map(str, flags)])
+    monkeypatch.setattr(
+        sys, "argv", ["edit.py", photo, "--vq", "vq.pt", "--gpt", "gpt.pt", *map(str, flags)]
+    )
     edit.main()
 
 
 def tiles(path, columns):
     """The pictures of 16 x 16 pixels in a grid, six times as large, below titles."""
     sheet = np.array(Image.open(path))
-    return [sheet[20 + 116 * row:116 + 116 * row:6, 4 + 100 * column:100 + 100 * column:6]
-            for row in range((len(sheet) - 4) // 116) for column in range(columns)]
+    return [
+        sheet[20 + 116 * row : 116 + 116 * row : 6, 4 + 100 * column : 100 + 100 * column : 6]
+        for row in range((len(sheet) - 4) // 116)
+        for column in range(columns)
+    ]
 
 
 def test_nothing_changes_outside_the_hole(pair, monkeypatch, tmp_path):
-    """A mask of another size; rows for two classes; without --paste all went through the tokenizer."""
-    call(pair, monkeypatch, "--mask", "mask.png", "--classes", "cat,1", "--count", 2, "--out", tmp_path / "a.png")
+    """A mask of another size; rows for two classes; without --paste all went through the
+    tokenizer."""
+    call(
+        pair,
+        monkeypatch,
+        "--mask",
+        "mask.png",
+        "--classes",
+        "cat,1",
+        "--count",
+        2,
+        "--out",
+        tmp_path / "a.png",
+    )
     photo, masked, *drawn = tiles(tmp_path / "a.png", 4)[:4]
     assert np.array_equal(photo, np.array(Image.open(pair / "photo.png"))[:, 4:20])
     hole = np.zeros((16, 16), bool)
     hole[4:8, 4:8] = True
     assert np.array_equal((masked != photo).any(-1), hole)
     for picture in drawn:
-        assert np.array_equal(picture[~hole], photo[~hole]) and not np.array_equal(picture[hole], photo[hole])
-    call(pair, monkeypatch, "--keep", "0,0,16,16", "--classes", "none", "--count", 1, "--no-paste", "--out",
-         tmp_path / "b.png")
+        assert np.array_equal(picture[~hole], photo[~hole]) and not np.array_equal(
+            picture[hole], photo[hole]
+        )
+    call(
+        pair,
+        monkeypatch,
+        "--keep",
+        "0,0,16,16",
+        "--classes",
+        "none",
+        "--count",
+        1,
+        "--no-paste",
+        "--out",
+        tmp_path / "b.png",
+    )
     tokenizer = vq.load_vq(pair / "vq.pt")
     with torch.no_grad():
         codes = tokenizer.encode(vq.to_tensor(Image.fromarray(photo))[None])
-    assert np.array_equal(tiles(tmp_path / "b.png", 3)[2], sample.to_pixels(tokenizer, codes.flatten(1))[0])
+    assert np.array_equal(
+        tiles(tmp_path / "b.png", 3)[2], sample.to_pixels(tokenizer, codes.flatten(1))[0]
+    )
 
 
 def test_a_photo_that_a_camera_turned_is_edited_upright(pair, monkeypatch, tmp_path):
-    """The file has 40 x 20 pixels and says "turn me clockwise"; the mask is for the 20 x 40 pixels that people see."""
+    """The file has 40 x 20 pixels and says "turn me clockwise"; the mask is for the 20 x 40 pixels
+    that people see."""
     pixels = np.random.default_rng(1).integers(0, 256, (20, 40, 3), dtype=np.uint8)
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
     mask = np.zeros((40, 20), np.uint8)
-    mask[10:15] = 255                            # the uppermost codes of the middle square
+    mask[10:15] = 255  # the uppermost codes of the middle square
     Image.fromarray(mask).save(tmp_path / "mask.png")
-    call(pair, monkeypatch, "--mask", tmp_path / "mask.png", "--classes", "cat", "--count", 1, "--out",
-         tmp_path / "a.png", photo=str(tmp_path / "turned.png"))
+    call(
+        pair,
+        monkeypatch,
+        "--mask",
+        tmp_path / "mask.png",
+        "--classes",
+        "cat",
+        "--count",
+        1,
+        "--out",
+        tmp_path / "a.png",
+        photo=str(tmp_path / "turned.png"),
+    )
     photo, masked, picture = tiles(tmp_path / "a.png", 3)
-    assert np.array_equal(photo, np.array(data.center_crop(Image.fromarray(np.rot90(pixels, -1)), 16)))
+    assert np.array_equal(
+        photo, np.array(data.center_crop(Image.fromarray(np.rot90(pixels, -1)), 16))
+    )
     for shown in (masked, picture):
-        assert np.array_equal(shown[4:], photo[4:]) and (shown[:4] != photo[:4]).any(-1).mean() > 0.9
+        assert (
+            np.array_equal(shown[4:], photo[4:]) and (shown[:4] != photo[:4]).any(-1).mean() > 0.9
+        )
 
 
 def test_what_is_kept_has_names():
@@ -155,18 +230,21 @@ def test_what_is_kept_has_names():
     assert edit.kept_pixels("1,2,3,4", 8)[2:6, 1:4].all() and edit.kept_pixels("top", 8)[:4].all()
 
 
-@pytest.mark.parametrize("flags, sentence", [
-    (["--keep", "middle"], "--keep middle: give top, left, border"),
-    (["--keep", "8,8,9,8"], "does not lie within 16 x 16 pixels"),
-    (["--mask", "text.png"], "text.png: cannot identify image file"),
-    (["--mask", "gone.png"], "gone.png"),
-    (["--keep", "top", "--mask", "mask.png"], "give --keep or --mask"),
-    (["--keep", "top", "--particles", "0"], "--particles 0 is not between 1"),
-    (["--keep", "top", "--classes", "bird"], "class 'bird' is no class's name"),
-    (["--keep", "top", "--prompt", "a bird"], "draws from classes"),
-    (["--keep", "top", "--image-size", "256"], "draws 16 pixels a side"),
-    (["--keep", "top", "--out", "a.jpg"], "ends in .png"),
-])
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        (["--keep", "middle"], "--keep middle: give top, left, border"),
+        (["--keep", "8,8,9,8"], "does not lie within 16 x 16 pixels"),
+        (["--mask", "text.png"], "text.png: cannot identify image file"),
+        (["--mask", "gone.png"], "gone.png"),
+        (["--keep", "top", "--mask", "mask.png"], "give --keep or --mask"),
+        (["--keep", "top", "--particles", "0"], "--particles 0 is not between 1"),
+        (["--keep", "top", "--classes", "bird"], "class 'bird' is no class's name"),
+        (["--keep", "top", "--prompt", "a bird"], "draws from classes"),
+        (["--keep", "top", "--image-size", "256"], "draws 16 pixels a side"),
+        (["--keep", "top", "--out", "a.jpg"], "ends in .png"),
+    ],
+)
 def test_a_mistake_gets_one_sentence(pair, monkeypatch, capsys, flags, sentence):
     with pytest.raises(SystemExit) as stop:
         call(pair, monkeypatch, "--classes", "cat", *flags)

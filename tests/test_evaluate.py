@@ -1,4 +1,6 @@
-"""What evaluate.py promises: ADM's numbers and LlamaGen's, and one clear sentence for every mistake."""
+"""What evaluate.py promises: ADM's numbers and LlamaGen's, and one clear sentence for every
+mistake."""
+
 import json
 import subprocess
 import sys
@@ -12,10 +14,9 @@ import torch
 from conftest import GOLDEN, ROOT, difference
 from PIL import Image
 
-from nanollamagen import data
 import evaluate
-from nanollamagen import inception
 import vq
+from nanollamagen import data, inception
 
 METRICS = GOLDEN / "metrics"
 
@@ -34,9 +35,15 @@ def weights(tmp_path_factory):
     state = {}
     for name, shape in json.loads((METRICS / "inception_keys.json").read_text())["tensors"].items():
         r = np.random.RandomState(zlib.crc32(name.encode()) & 0xFFFFFFFF).standard_normal(shape)
-        x = {"conv.weight": lambda: r / np.sqrt(np.prod(shape[1:])) * 1.4, "bn.weight": lambda: 1 + 0.1 * r,
-             "bn.bias": lambda: 0.02 * r, "bn.running_mean": lambda: 0.05 * r, "fc.weight": lambda: 0.02 * r,
-             "bn.running_var": lambda: 1 + 0.1 * abs(r), "fc.bias": lambda: 0 * r}[".".join(name.split(".")[-2:])]()
+        x = {
+            "conv.weight": lambda: r / np.sqrt(np.prod(shape[1:])) * 1.4,
+            "bn.weight": lambda: 1 + 0.1 * r,
+            "bn.bias": lambda: 0.02 * r,
+            "bn.running_mean": lambda: 0.05 * r,
+            "fc.weight": lambda: 0.02 * r,
+            "bn.running_var": lambda: 1 + 0.1 * abs(r),
+            "fc.bias": lambda: 0 * r,
+        }[".".join(name.split(".")[-2:])]()
         state[name] = torch.from_numpy(x.astype(np.float32))
     path = tmp_path_factory.mktemp("inception") / "filled.pth"
     torch.save(state, path)
@@ -58,6 +65,7 @@ def e2e(net):
 @pytest.fixture
 def run(monkeypatch, capsys):
     """run(*words) calls the command line and returns (exit code, what it printed)."""
+
     def call(*words):
         monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
         code = 0
@@ -67,6 +75,7 @@ def run(monkeypatch, capsys):
             code = stop.code
         printed = capsys.readouterr()
         return code, printed.out + printed.err
+
     return call
 
 
@@ -79,7 +88,7 @@ def save_npz(path, **content):
     return path
 
 
-# ---- Inception ------------------------------------------------------------------------------------------------------
+# ---- Inception ---------------------------------------------------------------------------------
 @pytest.mark.parametrize("case", ["s64", "s256", "s384", "s120x200"])
 def test_images_are_resized_as_tensorflow_1_does(case):
     golden, figures = arrays("resize_tf1")
@@ -99,15 +108,23 @@ def test_an_image_of_the_networks_own_size_passes_unchanged():
 def test_features_are_those_of_the_tensorflow_graph(net):
     golden, _ = arrays("inception")
     pool, spatial = inception.features(net, torch.from_numpy(golden["input"]))
-    for name, got in (("pool3", pool), ("spatial", spatial), ("evaluator_pool3", pool), ("evaluator_spatial", spatial),
-                      ("logits", pool @ net["fc.weight"].T)):
+    for name, got in (
+        ("pool3", pool),
+        ("spatial", spatial),
+        ("evaluator_pool3", pool),
+        ("evaluator_spatial", spatial),
+        ("logits", pool @ net["fc.weight"].T),
+    ):
         assert difference(got, golden[name]) < 1e-4, name
 
 
 def test_float32_is_full_within_inception_and_as_it_was_elsewhere(net, weights, monkeypatch):
-    """On a GPU TF32 would move FID; switched off for the whole process, it would change what a sweep decodes."""
+    """On a GPU TF32 would move FID; switched off for the whole process, it would change what a
+    sweep decodes."""
     seen, convolve = set(), inception.F.conv2d
-    monkeypatch.setattr(inception.F, "conv2d", lambda *a: seen.add(torch.backends.cudnn.allow_tf32) or convolve(*a))
+    monkeypatch.setattr(
+        inception.F, "conv2d", lambda *a: seen.add(torch.backends.cudnn.allow_tf32) or convolve(*a)
+    )
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     inception.load(weights)
     inception.features(net, torch.from_numpy(pictures(1)))
@@ -117,20 +134,38 @@ def test_float32_is_full_within_inception_and_as_it_was_elsewhere(net, weights, 
 def test_the_classifiers_bias_and_the_counters_of_batch_norm_are_not_used(weights, net, tmp_path):
     state = torch.load(weights, weights_only=True)
     state["fc.bias"] += torch.randn(1008)
-    state |= {k: torch.tensor(7) for k in json.loads((METRICS / "inception_keys.json").read_text())["int64_scalars"]}
+    state |= {
+        k: torch.tensor(7)
+        for k in json.loads((METRICS / "inception_keys.json").read_text())["int64_scalars"]
+    }
     torch.save(state, tmp_path / "other.pth")
     other = inception.load(tmp_path / "other.pth")
     image = torch.from_numpy(pictures(1))
     assert other["sha256"] != net["sha256"] and not torch.equal(other["fc.bias"], net["fc.bias"])
-    assert all(torch.equal(a, b) for a, b in zip(inception.features(other, image), inception.features(net, image)))
-    sides = [{"pool": np.random.default_rng(i).random((9, 2048), np.float32), "mu": np.zeros(2), "sigma": np.eye(2),
-              "mu_s": np.zeros(2), "sigma_s": np.eye(2)} for i in range(2)]
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(inception.features(other, image), inception.features(net, image))
+    )
+    sides = [
+        {
+            "pool": np.random.default_rng(i).random((9, 2048), np.float32),
+            "mu": np.zeros(2),
+            "sigma": np.eye(2),
+            "mu_s": np.zeros(2),
+            "sigma_s": np.eye(2),
+        }
+        for i in range(2)
+    ]
     assert evaluate.score(*sides, other) == evaluate.score(*sides, net)
 
 
 def test_torchvisions_inception_and_broken_weights_are_refused(weights, tmp_path):
     state = torch.load(weights, weights_only=True)
-    torchvision = {**state, "fc.weight": state["fc.weight"][:1000], "fc.bias": state["fc.bias"][:1000]}
+    torchvision = {
+        **state,
+        "fc.weight": state["fc.weight"][:1000],
+        "fc.bias": state["fc.bias"][:1000],
+    }
     nan = {**state, "fc.weight": state["fc.weight"] * torch.nan}
     for i, broken in enumerate((torchvision, nan, {"a": torch.ones(1)}, torch.ones(3))):
         torch.save(broken, tmp_path / f"{i}.pth")
@@ -141,6 +176,7 @@ def test_torchvisions_inception_and_broken_weights_are_refused(weights, tmp_path
 def test_without_network_one_sentence_says_which_file_to_put_where(monkeypatch, tmp_path, run):
     def offline(*_, **__):
         raise urllib.error.URLError("no route to host")
+
     monkeypatch.setenv("NANOLLAMAGEN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("urllib.request.urlopen", offline)
     code, text = run(METRICS / "e2e_ref.npz", METRICS / "e2e_samples.npz")
@@ -148,30 +184,39 @@ def test_without_network_one_sentence_says_which_file_to_put_where(monkeypatch, 
     assert "releases/download/fid_weights" in text and "Traceback" not in text
 
 
-# ---- the metrics ----------------------------------------------------------------------------------------------------
+# ---- the metrics -------------------------------------------------------------------------------
 @pytest.mark.parametrize("case", ["gauss64", "same64", "fewer_than_dims", "dead_channels"])
 def test_frechet_distances_are_adms(case):
     golden, figures = arrays("frechet")
     sides = [evaluate.statistics(golden[f"{case}_{side}"]) for side in ("ref", "sample")]
     for (mu, sigma), side in zip(sides, ("ref", "sample")):
-        assert mu.dtype == np.float32 and np.allclose(mu, golden[f"{case}_mu_{side}"], rtol=0, atol=1e-6)
+        assert mu.dtype == np.float32 and np.allclose(
+            mu, golden[f"{case}_mu_{side}"], rtol=0, atol=1e-6
+        )
         assert sigma.dtype == np.float64
         assert np.allclose(np.diag(sigma), golden[f"{case}_var_{side}"], rtol=1e-9, atol=1e-12)
         assert sigma.sum() == pytest.approx(figures[case][f"sigma_sum_{side}"], rel=1e-9)
     got = evaluate.frechet_distance(*sides[0], *sides[1])
-    assert got == pytest.approx(figures[case]["frechet"], rel=1e-5, abs=1e-3 if case == "same64" else 0)
+    assert got == pytest.approx(
+        figures[case]["frechet"], rel=1e-5, abs=1e-3 if case == "same64" else 0
+    )
     assert got == pytest.approx(evaluate.frechet_distance(*sides[1], *sides[0]), rel=1e-5, abs=1e-3)
 
 
 def test_the_frechet_distance_of_diagonal_covariances_has_a_closed_form():
     golden, figures = arrays("frechet")
-    sides = [x for side in ("ref", "sample")
-             for x in (golden[f"diag32_mu_{side}"], np.diag(golden[f"diag32_var_{side}"]))]
-    assert evaluate.frechet_distance(*sides) == pytest.approx(figures["diag32"]["closed_form"], rel=1e-10)
+    sides = [
+        x
+        for side in ("ref", "sample")
+        for x in (golden[f"diag32_mu_{side}"], np.diag(golden[f"diag32_var_{side}"]))
+    ]
+    assert evaluate.frechet_distance(*sides) == pytest.approx(
+        figures["diag32"]["closed_form"], rel=1e-10
+    )
 
 
 def test_a_set_is_at_distance_zero_from_itself_even_when_singular(e2e):
-    mu, sigma = e2e[0]["mu"], e2e[0]["sigma"]              # 64 images, 2048 features
+    mu, sigma = e2e[0]["mu"], e2e[0]["sigma"]  # 64 images, 2048 features
     assert evaluate.frechet_distance(mu, sigma, mu, sigma) < 1e-3
 
 
@@ -188,7 +233,9 @@ def test_inception_scores_are_adms(split):
     golden, figures = arrays("inception_score")
     probs = torch.from_numpy(golden["acts"] @ golden["weight"]).softmax(-1)
     assert difference(probs[:64], golden["preds_head"]) < 1e-5
-    assert evaluate.inception_score(probs, split) == pytest.approx(figures["score"][f"split_{split}"], rel=1e-5)
+    assert evaluate.inception_score(probs, split) == pytest.approx(
+        figures["score"][f"split_{split}"], rel=1e-5
+    )
 
 
 def test_a_probability_of_zero_is_harmless():
@@ -201,7 +248,9 @@ def test_a_probability_of_zero_is_harmless():
 def manifolds():
     """Golden features of precision and recall by case; two cases are derived from the first."""
     golden, figures = arrays("precision_recall")
-    features = {case: (golden[f"{case}_ref"], golden[f"{case}_sample"]) for case in ("plain", "integer")}
+    features = {
+        case: (golden[f"{case}_ref"], golden[f"{case}_sample"]) for case in ("plain", "integer")
+    }
     features["overflow"] = tuple(x * 64 for x in features["plain"])
     features["identical_sets"] = (features["plain"][0][:200],) * 2
     return features, golden, figures["cases"]
@@ -213,7 +262,9 @@ def test_precision_and_recall_are_adms_in_float32(case, block):
     features, golden, figures = manifolds()
     ref, gen = (torch.from_numpy(x) for x in features[case])
     assert evaluate.precision_recall(ref, gen, block=block) == (
-        figures[case]["precision_float32"], figures[case]["recall_float32"])
+        figures[case]["precision_float32"],
+        figures[case]["recall_float32"],
+    )
     radii = [evaluate.radii(x, block=block) for x in (ref, gen)]
     for got, side in zip(radii, ("ref", "sample")):
         assert np.allclose(got, golden[f"{case}_radii_{side}"], rtol=1e-4, atol=0)
@@ -226,9 +277,13 @@ def test_precision_and_recall_are_adms_in_float32(case, block):
 def test_half_precision_gives_the_published_rounding(case):
     features, golden, figures = manifolds()
     got = evaluate.precision_recall(*features[case], half=True)
-    expected = figures[case]["half_restated"] or {k: figures[case][f"{k}_float32"] for k in ("precision", "recall")}
+    expected = figures[case]["half_restated"] or {
+        k: figures[case][f"{k}_float32"] for k in ("precision", "recall")
+    }
     assert got == (expected["precision"], expected["recall"])
-    assert got == pytest.approx((figures[case]["precision_evaluator"], figures[case]["recall_evaluator"]), abs=0.02)
+    assert got == pytest.approx(
+        (figures[case]["precision_evaluator"], figures[case]["recall_evaluator"]), abs=0.02
+    )
     if case == "plain":
         assert got != evaluate.precision_recall(*features[case])
 
@@ -242,7 +297,9 @@ def tensor(*images):
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 
 
-@pytest.mark.parametrize("case", ["noise", "shift_contrast", "blur", "nonsquare", "unrelated", "flat", "identical"])
+@pytest.mark.parametrize(
+    "case", ["noise", "shift_contrast", "blur", "nonsquare", "unrelated", "flat", "identical"]
+)
 def test_psnr_and_ssim_are_scikit_images(case):
     golden, figures = arrays("psnr_ssim")
     a, b, want = tensor(golden[f"{case}_a"]), tensor(golden[f"{case}_b"]), figures[case]
@@ -272,26 +329,42 @@ def test_a_tokenizers_psnr_and_ssim_are_llamagens():
     x = torch.stack([vq.to_tensor(Image.fromarray(image)) for image in golden["llamagen_gt"]])
     x, y = (x + 1) / 2, tensor(*restored) / 255
     assert np.abs(evaluate.psnr(x, y).numpy() - figures["llamagen"]["psnr"]).max() < 1e-4
-    assert np.abs(evaluate.ssim(x, y, 2.0).mean((1, 2, 3)).numpy() - figures["llamagen"]["ssim"]).max() < 1e-5
-    assert abs(evaluate.ssim(x, y, 1.0).mean() - figures["llamagen"]["ssim_mean_if_data_range_1"]) < 1e-5
+    assert (
+        np.abs(evaluate.ssim(x, y, 2.0).mean((1, 2, 3)).numpy() - figures["llamagen"]["ssim"]).max()
+        < 1e-5
+    )
+    assert (
+        abs(evaluate.ssim(x, y, 1.0).mean() - figures["llamagen"]["ssim_mean_if_data_range_1"])
+        < 1e-5
+    )
 
 
 def test_code_usage_counts_entries_and_their_evenness():
     codes = np.array([[0, 1], [0, 2], [0, 3], [0, 4]])
     assert evaluate.code_usage(codes, 8) == {
-        "usage": 5 / 8, "usage_queue": 5 / 8, "perplexity": pytest.approx(np.exp(0.5 * np.log(2) + 0.5 * np.log(8)))}
-    assert evaluate.code_usage(codes, 8, queue=4)["usage_queue"] == 3 / 8        # two images, whichever they are
-    every = np.arange(512).repeat(512).reshape(512, 512)                          # each image has a code of its own
-    assert evaluate.code_usage(every, 512)["usage"] == 1 and evaluate.code_usage(every, 512)["usage_queue"] == 128 / 512
+        "usage": 5 / 8,
+        "usage_queue": 5 / 8,
+        "perplexity": pytest.approx(np.exp(0.5 * np.log(2) + 0.5 * np.log(8))),
+    }
+    assert (
+        evaluate.code_usage(codes, 8, queue=4)["usage_queue"] == 3 / 8
+    )  # two images, whichever they are
+    every = np.arange(512).repeat(512).reshape(512, 512)  # each image has a code of its own
+    assert (
+        evaluate.code_usage(every, 512)["usage"] == 1
+        and evaluate.code_usage(every, 512)["usage_queue"] == 128 / 512
+    )
 
 
-# ---- end to end -----------------------------------------------------------------------------------------------------
+# ---- end to end --------------------------------------------------------------------------------
 def test_measured_features_are_the_recorded_ones(e2e):
     golden, _ = arrays("e2e_features")
     for side, measured in zip(("ref", "sample"), e2e):
         assert difference(measured["pool"][:4], golden[f"{side}_pool_head"]) < 1e-4
         assert difference(measured["mu"], golden[f"{side}_pool_mean"]) < 1e-5
-        radii = evaluate.radii(torch.from_numpy(measured["pool"]))      # 0.5, from squared norms of 200 in float32
+        radii = evaluate.radii(
+            torch.from_numpy(measured["pool"])
+        )  # 0.5, from squared norms of 200 in float32
         assert np.allclose(radii, golden[f"radii_{side}"], rtol=5e-4, atol=0)
     assert difference(e2e[0]["mu_s"], golden["ref_spatial_mean"]) < 1e-5
 
@@ -299,22 +372,38 @@ def test_measured_features_are_the_recorded_ones(e2e):
 def test_the_five_numbers_are_what_adms_command_printed(e2e, net):
     figures = json.loads((METRICS / "e2e.json").read_text())
     got = evaluate.score(*e2e, net)
-    assert list(got) == ["IS", "FID", "sFID", "precision", "recall"]              # IS first: it tells a wrong reference
+    assert list(got) == [
+        "IS",
+        "FID",
+        "sFID",
+        "precision",
+        "recall",
+    ]  # IS first: it tells a wrong reference
     assert got["IS"] == pytest.approx(figures["inception_score"], abs=1e-5)
     assert got["FID"] == pytest.approx(figures["fid_nuclear_norm"], rel=1e-3)
     assert got["sFID"] == pytest.approx(figures["sfid_nuclear_norm"], rel=1e-3)
-    assert (got["precision"], got["recall"]) == (figures["precision_float32"], figures["recall_float32"])
+    assert (got["precision"], got["recall"]) == (
+        figures["precision_float32"],
+        figures["recall_float32"],
+    )
     half = evaluate.precision_recall(*(side["pool"] for side in e2e), half=True)
-    assert half == pytest.approx((figures["precision_evaluator"], figures["recall_evaluator"]), abs=0.07)
+    assert half == pytest.approx(
+        (figures["precision_evaluator"], figures["recall_evaluator"]), abs=0.07
+    )
     assert half == pytest.approx(tuple(figures["half_restated"].values()), abs=1.01 / 64)
     probs = (16 * torch.from_numpy(e2e[1]["pool"]) @ net["fc.weight"].T).softmax(-1)
-    assert evaluate.inception_score(probs) == pytest.approx(figures["inception_score_logits_x16"], abs=1e-5)
+    assert evaluate.inception_score(probs) == pytest.approx(
+        figures["inception_score_logits_x16"], abs=1e-5
+    )
     want = figures["inception_score_logits_x16_split_24"]
     assert evaluate.inception_score(probs, 24) == pytest.approx(want, abs=1e-5)
 
 
 def test_statistics_in_a_reference_are_used_as_they_are(monkeypatch):
-    golden, figures = arrays("ref_with_stats_acts")[0], json.loads((METRICS / "ref_with_stats.json").read_text())
+    golden, figures = (
+        arrays("ref_with_stats_acts")[0],
+        json.loads((METRICS / "ref_with_stats.json").read_text()),
+    )
     shapes = {"mu": (24,), "sigma": (24, 24), "mu_s": (12,), "sigma_s": (12, 12)}
     monkeypatch.setattr(evaluate, "STATISTICS", shapes)
     ref = evaluate.open_npz(METRICS / "ref_with_stats.npz").stored
@@ -326,16 +415,16 @@ def test_statistics_in_a_reference_are_used_as_they_are(monkeypatch):
         assert anew == pytest.approx(figures[f"{metric}_without_stats"], rel=1e-5)
 
 
-# ---- sets of images -------------------------------------------------------------------------------------------------
+# ---- sets of images ----------------------------------------------------------------------------
 def test_an_npz_is_read_in_place_whether_compressed_or_not(tmp_path):
-    images = pictures(2000, 32)                                                   # 6 MB
+    images = pictures(2000, 32)  # 6 MB
     for save in (np.savez, np.savez_compressed):
         save(tmp_path / "a.npz", arr_0=images, labels=np.arange(2000))
         opened = evaluate.open_npz(tmp_path / "a.npz")
         assert (opened.count, opened.shape, opened.labels[7]) == (2000, (32, 32, 3), 7)
         tracemalloc.start()
         for i in range(0, 2000, 100):
-            assert np.array_equal(np.stack(opened.read(range(i, i + 100))), images[i:i + 100])
+            assert np.array_equal(np.stack(opened.read(range(i, i + 100))), images[i : i + 100])
         assert tracemalloc.get_traced_memory()[1] < 1e6
         tracemalloc.stop()
         wanted = [3, 700, 701, 1999]
@@ -348,7 +437,9 @@ def test_a_folder_and_an_npz_of_the_same_images_are_the_same_set(tmp_path):
         (tmp_path / "all" / f"class{i % 2}").mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(tmp_path / "all" / f"class{i % 2}" / f"{i}.png")
     opened = evaluate.open_set(tmp_path / "all")
-    assert opened.count == 5 and np.array_equal(np.stack(opened.read(range(5))), images[[0, 2, 4, 1, 3]])
+    assert opened.count == 5 and np.array_equal(
+        np.stack(opened.read(range(5))), images[[0, 2, 4, 1, 3]]
+    )
     small = evaluate.open_set(tmp_path / "all", size=8)
     assert small.shape == (8, 8, 3)
     assert np.array_equal(small.read([4])[0], data.center_crop(Image.fromarray(images[3]), 8))
@@ -360,7 +451,9 @@ def tokenizer(tmp_path_factory):
     torch.manual_seed(0)
     config = vq.VQConfig(ch=32, ch_mult=(1, 1, 1), res_blocks=1, z_channels=32, codebook_size=64)
     model, path = vq.VQModel(config).eval(), tmp_path_factory.mktemp("vq") / "vq.pt"
-    data.save_checkpoint({"model": model.state_dict(), "config": vars(config), "image_size": 16}, path)
+    data.save_checkpoint(
+        {"model": model.state_dict(), "config": vars(config), "image_size": 16}, path
+    )
     return model, path
 
 
@@ -369,7 +462,9 @@ def test_codes_are_decoded_on_the_fly(tokenizer, tmp_path):
     codes = np.random.default_rng(0).integers(0, 64, (5, 2, 16)).astype(np.uint16)
     np.save(tmp_path / "codes.npy", codes)
     np.save(tmp_path / "labels.npy", np.arange(5, dtype=np.int32))
-    (tmp_path / "meta.json").write_text(json.dumps({"h": 4, "w": 4, "tokenizer": vq.weights_hash(model)}))
+    (tmp_path / "meta.json").write_text(
+        json.dumps({"h": 4, "w": 4, "tokenizer": vq.weights_hash(model)})
+    )
     opened = evaluate.open_set(tmp_path, path)
     want = vq.to_uint8(model.decode(torch.from_numpy(codes[:, 0].astype(np.int64)).view(5, 4, 4)))
     assert opened.shape == (16, 16, 3) and np.array_equal(np.stack(opened.read(range(5))), want)
@@ -384,10 +479,13 @@ def test_codes_are_decoded_on_the_fly(tokenizer, tmp_path):
 def test_batches_do_not_change_features(net, tmp_path):
     images = evaluate.open_npz(save_npz(tmp_path / "a.npz", arr_0=pictures(5)))
     one, all_ = (evaluate.measure(images, net, size) for size in (2, 5))
-    assert difference(one["pool"], all_["pool"]) < 1e-5 and difference(one["sigma_s"], all_["sigma_s"]) < 1e-5
+    assert (
+        difference(one["pool"], all_["pool"]) < 1e-5
+        and difference(one["sigma_s"], all_["sigma_s"]) < 1e-5
+    )
 
 
-# ---- mistakes -------------------------------------------------------------------------------------------------------
+# ---- mistakes ----------------------------------------------------------------------------------
 def broken_batches(folder):
     """Files that are no sample batch, each with words that its complaint must hold."""
     good = pictures(8)
@@ -397,8 +495,14 @@ def broken_batches(folder):
     yield save_npz(folder / "empty.npz", arr_0=good[:0]), "must be uint8"
     yield save_npz(folder / "key.npz", samples=good), "it holds samples, but no images under arr_0"
     yield save_npz(folder / "pickled.npz", arr_0=np.array([{}, good], dtype=object)), "object"
-    yield save_npz(folder / "mu.npz", arr_0=good, mu=np.zeros(1024), sigma=np.eye(1024)), "mu is (1024,), not (2048,)"
-    yield save_npz(folder / "lone.npz", arr_0=good, mu=np.zeros(2048)), "sigma is (0,), not (2048, 2048)"
+    yield (
+        save_npz(folder / "mu.npz", arr_0=good, mu=np.zeros(1024), sigma=np.eye(1024)),
+        "mu is (1024,), not (2048,)",
+    )
+    yield (
+        save_npz(folder / "lone.npz", arr_0=good, mu=np.zeros(2048)),
+        "sigma is (0,), not (2048, 2048)",
+    )
     whole = save_npz(folder / "whole.npz", arr_0=good).read_bytes()
     (folder / "cut.npz").write_bytes(whole[:-100])
     yield folder / "cut.npz", "damaged"
@@ -426,11 +530,19 @@ def test_every_broken_batch_gets_one_clear_sentence(weights, tmp_path, run):
     for path, words in broken_batches(tmp_path):
         code, text = run(ref, path, "--inception", weights)
         errors = [line for line in text.splitlines() if "error:" in line]
-        assert code == 2 and len(errors) == 1 and words in errors[0] and "Traceback" not in text, (path.name, text)
+        assert code == 2 and len(errors) == 1 and words in errors[0] and "Traceback" not in text, (
+            path.name,
+            text,
+        )
 
 
 def test_nan_statistics_and_missing_arguments_are_named(weights, tmp_path, run):
-    stored = {"mu": np.full(2048, np.nan), "sigma": np.eye(2048), "mu_s": np.zeros(2023), "sigma_s": np.eye(2023)}
+    stored = {
+        "mu": np.full(2048, np.nan),
+        "sigma": np.eye(2048),
+        "mu_s": np.zeros(2023),
+        "sigma_s": np.eye(2023),
+    }
     ref = save_npz(tmp_path / "ref.npz", arr_0=pictures(4), **stored)
     code, text = run(ref, save_npz(tmp_path / "gen.npz", arr_0=pictures(4)), "--inception", weights)
     assert code == 2 and "NaN" in text.splitlines()[-1]
@@ -440,7 +552,9 @@ def test_nan_statistics_and_missing_arguments_are_named(weights, tmp_path, run):
 
 
 def image_set(name, count=50_000, stored=None, sha256="", side=256, labels=None):
-    return evaluate.ImageSet(evaluate.Path(name), count, (side, side, 3), None, sha256, stored or {}, labels)
+    return evaluate.ImageSet(
+        evaluate.Path(name), count, (side, side, 3), None, sha256, stored or {}, labels
+    )
 
 
 ADM = image_set(evaluate.ADM_URL.split("/")[-1], 10_000, {"mu": 0}, evaluate.ADM_SHA256)
@@ -455,18 +569,21 @@ def test_the_papers_two_comparisons_need_no_warning():
     assert evaluate.cautions(image_set("eval_ref.npz", 10_000, {"mu": 0}), SAMPLES, PUBLISHED) == []
 
 
-@pytest.mark.parametrize("ref, gen, words", [
-    (VALIDATION, SAMPLES, "training-set statistics"),
-    (image_set("my_val.npz", 10_000, {"mu": 0}), SAMPLES, "training-set statistics"),
-    (image_set("fifty_thousand.npz"), SAMPLES, "training-set statistics"),
-    (ADM, image_set("recon_vq16.npz"), "evaluate.py recon"),
-    (SAMPLES._replace(count=10_000), ADM._replace(count=50_000), "swapped"),
-    (ADM._replace(sha256="0"), SAMPLES, "other content"),
-    (ADM, SAMPLES._replace(shape=(384, 384, 3)), "384-pixel samples against 256"),
-    (ADM, SAMPLES._replace(labels=np.sort(SAMPLES.labels)), "sorted by class"),
-    (ADM, SAMPLES._replace(count=9_999), "only 9,999 samples"),
-    (ADM._replace(count=500), SAMPLES, "only 500 reference images"),
-])
+@pytest.mark.parametrize(
+    "ref, gen, words",
+    [
+        (VALIDATION, SAMPLES, "training-set statistics"),
+        (image_set("my_val.npz", 10_000, {"mu": 0}), SAMPLES, "training-set statistics"),
+        (image_set("fifty_thousand.npz"), SAMPLES, "training-set statistics"),
+        (ADM, image_set("recon_vq16.npz"), "evaluate.py recon"),
+        (SAMPLES._replace(count=10_000), ADM._replace(count=50_000), "swapped"),
+        (ADM._replace(sha256="0"), SAMPLES, "other content"),
+        (ADM, SAMPLES._replace(shape=(384, 384, 3)), "384-pixel samples against 256"),
+        (ADM, SAMPLES._replace(labels=np.sort(SAMPLES.labels)), "sorted by class"),
+        (ADM, SAMPLES._replace(count=9_999), "only 9,999 samples"),
+        (ADM._replace(count=500), SAMPLES, "only 500 reference images"),
+    ],
+)
 def test_mixed_up_sets_are_warned_about(ref, gen, words):
     found = evaluate.cautions(ref, gen, PUBLISHED)
     assert len(found) == 1 and words in found[0]
@@ -476,57 +593,122 @@ def test_unpublished_inception_weights_are_warned_about():
     assert "unpublished Inception weights" in evaluate.cautions(ADM, SAMPLES, {"sha256": "0"})[0]
 
 
-# ---- commands -------------------------------------------------------------------------------------------------------
+# ---- commands ----------------------------------------------------------------------------------
 def test_a_reference_of_ones_own_images_scores_them_perfectly(weights, tmp_path, run):
     for i, image in enumerate(pictures(8, 20)):
         (tmp_path / "own").mkdir(exist_ok=True)
         Image.fromarray(image).save(tmp_path / "own" / f"{i}.png")
-    code, text = run("stats", tmp_path / "own", "--size", 16, "--out", tmp_path / "own.npz", "--keep", 6,
-                     "--inception", weights)
+    code, text = run(
+        "stats",
+        tmp_path / "own",
+        "--size",
+        16,
+        "--out",
+        tmp_path / "own.npz",
+        "--keep",
+        6,
+        "--inception",
+        weights,
+    )
     assert code == 0 and "8 images of 16x16 pixels" in text and "6 of them" in text
     with np.load(tmp_path / "own.npz", allow_pickle=False) as file:
         assert file["arr_0"].shape == (6, 16, 16, 3) and file["sigma_s"].shape == (2023, 2023)
-    code, text = run(tmp_path / "own.npz", tmp_path / "own", "--size", 16, "--inception", weights,
-                     "--json", tmp_path / "s.json")
+    code, text = run(
+        tmp_path / "own.npz",
+        tmp_path / "own",
+        "--size",
+        16,
+        "--inception",
+        weights,
+        "--json",
+        tmp_path / "s.json",
+    )
     said = json.loads((tmp_path / "s.json").read_text())
     assert code == 0 and said["metrics"]["FID"] < 1e-3 and said["metrics"]["sFID"] < 1e-3
     assert said["metrics"]["precision"] > 0 and said["metrics"]["recall"] == 1
-    assert "with stored statistics of 8 images of 16x16 pixels" in text and "only 8 samples: papers use 50,000" in text
-    assert said["inception"] == data.file_hash(weights) and said["reference"][1] == data.file_hash(tmp_path / "own.npz")
+    assert (
+        "with stored statistics of 8 images of 16x16 pixels" in text
+        and "only 8 samples: papers use 50,000" in text
+    )
+    assert said["inception"] == data.file_hash(weights) and said["reference"][1] == data.file_hash(
+        tmp_path / "own.npz"
+    )
     assert said["torch"] == torch.__version__ and len(said["warnings"]) == 3
 
 
 def test_recon_measures_what_the_tokenizer_does(tokenizer, weights, net, tmp_path, run):
     model, path = tokenizer
-    code, text = run("recon", "--vq", path, "--data", "shapes:6", "--image-size", 32, "--out", tmp_path / "recon.png",
-                     "--inception", weights, "--json", tmp_path / "recon.json", "--batch-size", 4)
+    code, text = run(
+        "recon",
+        "--vq",
+        path,
+        "--data",
+        "shapes:6",
+        "--image-size",
+        32,
+        "--out",
+        tmp_path / "recon.png",
+        "--inception",
+        weights,
+        "--json",
+        tmp_path / "recon.json",
+        "--batch-size",
+        4,
+    )
     assert code == 0 and "only 6 images" in text, text
     got = json.loads((tmp_path / "recon.json").read_text())["metrics"]
     images = data.open_images("shapes:6")
     x = torch.stack([vq.to_tensor(data.center_crop(images.load(i), 32)) for i in range(6)])
     codes = model.encode(x)
-    truth, restored = torch.from_numpy(vq.to_uint8(x)), torch.from_numpy(vq.to_uint8(model.decode(codes)))
+    truth, restored = (
+        torch.from_numpy(vq.to_uint8(x)),
+        torch.from_numpy(vq.to_uint8(model.decode(codes))),
+    )
     y = restored.permute(0, 3, 1, 2) / 255
     assert got["PSNR"] == pytest.approx(evaluate.psnr((x + 1) / 2, y).mean().item(), rel=1e-6)
     assert got["SSIM"] == pytest.approx(evaluate.ssim((x + 1) / 2, y, 2.0).mean().item(), rel=1e-6)
-    assert got["rFID"] == pytest.approx(evaluate.frechet_distance(
-        *evaluate.statistics(inception.features(net, truth)[0].numpy()),
-        *evaluate.statistics(inception.features(net, restored)[0].numpy())), rel=1e-4)
-    assert got["usage"] == len(codes.unique()) / 64 and 1 <= got["perplexity"] <= len(codes.unique())
+    assert got["rFID"] == pytest.approx(
+        evaluate.frechet_distance(
+            *evaluate.statistics(inception.features(net, truth)[0].numpy()),
+            *evaluate.statistics(inception.features(net, restored)[0].numpy()),
+        ),
+        rel=1e-4,
+    )
+    assert got["usage"] == len(codes.unique()) / 64 and 1 <= got["perplexity"] <= len(
+        codes.unique()
+    )
     assert Image.open(tmp_path / "recon.png").width > 4 * 64
 
 
 def test_recon_can_measure_at_another_size(tokenizer, weights, tmp_path, run):
-    code, text = run("recon", "--vq", tokenizer[1], "--data", "shapes:2", "--image-size", 48, "--eval-size", 32,
-                     "--out", tmp_path / "recon.png", "--inception", weights, "--json", tmp_path / "recon.json")
+    code, text = run(
+        "recon",
+        "--vq",
+        tokenizer[1],
+        "--data",
+        "shapes:2",
+        "--image-size",
+        48,
+        "--eval-size",
+        32,
+        "--out",
+        tmp_path / "recon.png",
+        "--inception",
+        weights,
+        "--json",
+        tmp_path / "recon.json",
+    )
     said = json.loads((tmp_path / "recon.json").read_text())
     assert code == 0 and (said["image_size"], said["eval_size"]) == (48, 32), text
 
 
 def test_processes_wait_for_the_slowest_for_days(monkeypatch, tmp_path, run):
-    """By default gloo would end an evaluation after half an hour of waiting at its only meeting point."""
+    """By default gloo would end an evaluation after half an hour of waiting at its only meeting
+    point."""
+
     def meet(backend, timeout):
         raise ValueError(f"{backend} waits {timeout.days} days")
+
     monkeypatch.setattr(evaluate, "WORLD", 2)
     monkeypatch.setattr(evaluate.dist, "init_process_group", meet)
     code, text = run(tmp_path, tmp_path)
@@ -536,13 +718,37 @@ def test_processes_wait_for_the_slowest_for_days(monkeypatch, tmp_path, run):
 @pytest.mark.parametrize("command", ["compare", "recon"])
 def test_two_processes_give_one_processs_numbers(command, tokenizer, weights, tmp_path):
     ref, gen = (save_npz(tmp_path / f"{n}.npz", arr_0=pictures(n, seed=n)) for n in (6, 7))
-    words = {"compare": [ref, gen], "recon": ["recon", "--vq", tokenizer[1], "--data", "shapes:7", "--image-size", 32,
-                                              "--out", tmp_path / "recon.png"]}
+    words = {
+        "compare": [ref, gen],
+        "recon": [
+            "recon",
+            "--vq",
+            tokenizer[1],
+            "--data",
+            "shapes:7",
+            "--image-size",
+            32,
+            "--out",
+            tmp_path / "recon.png",
+        ],
+    }
     said = []
     for extra in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]):
-        command_line = [sys.executable, *extra, "evaluate.py", *words[command], "--inception", weights,
-                        "--batch-size", 2, "--json", tmp_path / f"{len(said)}.json"]
-        done = subprocess.run(list(map(str, command_line)), cwd=ROOT, capture_output=True, text=True)
+        command_line = [
+            sys.executable,
+            *extra,
+            "evaluate.py",
+            *words[command],
+            "--inception",
+            weights,
+            "--batch-size",
+            2,
+            "--json",
+            tmp_path / f"{len(said)}.json",
+        ]
+        done = subprocess.run(
+            list(map(str, command_line)), cwd=ROOT, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
         said.append(json.loads((tmp_path / f"{len(said)}.json").read_text())["metrics"])
     assert said[0] == pytest.approx(said[1], rel=1e-4, abs=1e-5)

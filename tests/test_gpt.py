@@ -1,4 +1,6 @@
-"""What gpt.py promises: the released models to the last digit, and decoding that equals one full forward."""
+"""What gpt.py promises: the released models to the last digit, and decoding that equals one full
+forward."""
+
 from dataclasses import replace
 
 import pytest
@@ -24,7 +26,9 @@ def released(request):
     """(weights of the golden model, its configuration, what the reference computed with it)."""
     expected, meta = golden(request.param)
     c = meta["config"]
-    config = gpt.GPTConfig(dim=c["dim"], n_layer=c["n_layer"], n_head=c["n_head"], dropout=0, class_dropout=0)
+    config = gpt.GPTConfig(
+        dim=c["dim"], n_layer=c["n_layer"], n_head=c["n_head"], dropout=0, class_dropout=0
+    )
     return fill(gpt.GPT(config)).state_dict(), config, expected, meta
 
 
@@ -35,14 +39,18 @@ def on_grid(released, grid):
     with torch.device("meta"):
         model = gpt.GPT(replace(config, grid=grid))
     model.load_state_dict(state, assign=True)
-    return model.to("cpu"), {k.removeprefix(f"g{grid}_"): v for k, v in expected.items() if k.startswith(f"g{grid}_")}
+    return model.to("cpu"), {
+        k.removeprefix(f"g{grid}_"): v for k, v in expected.items() if k.startswith(f"g{grid}_")
+    }
 
 
 @pytest.mark.parametrize("grid", [4, 16])
 def test_teacher_forced_logits_are_the_reference_ones(released, grid):
     model, expected = on_grid(released, grid)
     with torch.no_grad():
-        logits = model.eval()(expected["idx"].long(), expected["cls"].long())[:, expected["pos"].long()]
+        logits = model.eval()(expected["idx"].long(), expected["cls"].long())[
+            :, expected["pos"].long()
+        ]
     assert difference(logits[..., expected["vocab_sel"].long()], expected["logits"]) < 2e-5
     assert difference(logits.logsumexp(-1), expected["lse"]) < 2e-5
     assert torch.equal(logits.argmax(-1).int(), expected["argmax"])
@@ -59,7 +67,12 @@ def test_training_loss_and_gradients_are_the_reference_ones(released, grid):
     assert difference(nll.mean().detach(), expected["train_loss"]) < 1e-5
     nll.mean().backward()
     norms = {k: p.grad.double().norm() for k, p in model.named_parameters()}
-    assert difference(torch.stack([norms[k] for k in expected["grad_keys"].tolist()]), expected["grad_norms"]) < 5e-4
+    assert (
+        difference(
+            torch.stack([norms[k] for k in expected["grad_keys"].tolist()]), expected["grad_norms"]
+        )
+        < 5e-4
+    )
     assert difference(torch.stack(list(norms.values())).norm(), expected["grad_total_norm"]) < 5e-4
 
 
@@ -73,8 +86,13 @@ def test_rotary_table_and_rotation_are_the_reference_ones():
         weighted = (torch.arange(1, len(table) + 1).double()[:, None, None] * table.double()).sum(0)
         assert difference(weighted, expected[f"{name}_weighted_colsum"]) < 1e-6
     import numpy as np
+
     for d, c in [(64, 1), (100, 1), (128, 1), (64, 120), (100, 120), (128, 120)]:
-        x = np.random.RandomState(meta["seed"] + d + c).standard_normal((2, c + 16, 3, d)).astype(np.float32)
+        x = (
+            np.random.RandomState(meta["seed"] + d + c)
+            .standard_normal((2, c + 16, 3, d))
+            .astype(np.float32)
+        )
         rows = expected[f"apply_d{d}_c{c}_rows"].long()
         turned = gpt.rotate(torch.from_numpy(x), gpt.rope_table(4, d, c))[:, rows]
         assert difference(turned, expected[f"apply_d{d}_c{c}_out"]) < 1e-5
@@ -107,8 +125,8 @@ def test_a_later_code_never_changes_an_earlier_prediction():
         before = model(codes, torch.tensor([1, 2]))
         codes[:, 9] = (codes[:, 9] + 1) % 40
         after = model(codes, torch.tensor([1, 2]))
-    assert torch.equal(before[:, :10], after[:, :10])        # class token and codes 0..8
-    assert not torch.equal(before[:, 10], after[:, 10])      # so the test is able to fail
+    assert torch.equal(before[:, :10], after[:, :10])  # class token and codes 0..8
+    assert not torch.equal(before[:, 10], after[:, 10])  # so the test is able to fail
 
 
 def test_cached_decoding_matches_one_full_forward():
@@ -117,9 +135,13 @@ def test_cached_decoding_matches_one_full_forward():
         full = model(codes, labels)
         cache = model.new_cache(3)
         steps = [model.extend(model.cls_embedding(labels), 0, cache)]
-        steps += [model.extend(model.tok_embeddings(codes[:, i:i + 1]), i + 1, cache) for i in range(15)]
+        steps += [
+            model.extend(model.tok_embeddings(codes[:, i : i + 1]), i + 1, cache) for i in range(15)
+        ]
     assert torch.allclose(torch.cat(steps, 1), full, atol=1e-5)
-    assert [layer.shape for layer in cache] == 2 * [(2, 3, 4, 16, 16)]    # one class token and 15 codes: no more
+    assert [layer.shape for layer in cache] == 2 * [
+        (2, 3, 4, 16, 16)
+    ]  # one class token and 15 codes: no more
 
 
 def test_the_rotary_table_stays_float32_in_a_half_precision_model():
@@ -139,13 +161,20 @@ def test_classes_are_dropped_in_training_only():
 
 
 def test_released_files_load_in_every_wrapper(tmp_path):
-    """Bare, {"model"}, {"module"}, {"state_dict"}, and beside an argparse.Namespace, as official training saves."""
+    """Bare, {"model"}, {"module"}, {"state_dict"}, and beside an argparse.Namespace, as official
+    training saves."""
     import argparse
+
     config = replace(gpt.GPT_CONFIGS["B"], num_classes=3)
     state = gpt.GPT(config).state_dict()
     state["freqs_cis"] = torch.zeros(2)
-    for checkpoint in (state, {"model": state}, {"module": state}, {"state_dict": state},
-                       {"model": state, "args": argparse.Namespace(lr=1e-4)}):
+    for checkpoint in (
+        state,
+        {"model": state},
+        {"module": state},
+        {"state_dict": state},
+        {"model": state, "args": argparse.Namespace(lr=1e-4)},
+    ):
         torch.save(checkpoint, tmp_path / "c2i.pt")
         model = gpt.load_gpt(tmp_path / "c2i.pt", grid=24)
         assert model.config == replace(config, grid=24) and not model.training
@@ -153,6 +182,7 @@ def test_released_files_load_in_every_wrapper(tmp_path):
 
 class Danger:
     """Unpickling this would call print."""
+
     def __reduce__(self):
         return print, ("code ran",)
 

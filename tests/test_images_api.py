@@ -1,8 +1,11 @@
-"""What `serve_vllm.py serve` promises: OpenAI's Images API, errors that tell what to do, and nothing left behind.
+"""What `serve_vllm.py serve` promises: OpenAI's Images API, errors that tell what to do, and
+nothing left behind.
 
-Most tests talk over HTTP to vLLM's own application with images_api.py as its plugin, whose engine is a fake one: it
-gives codes that follow from class and seed, row by row, when the test lets it. Then Chromium uses the page, and the
-last tests start the command itself, with a small model in vLLM."""
+Most tests talk over HTTP to vLLM's own application with images_api.py as its plugin, whose engine
+is a fake one: it gives codes that follow from class and seed, row by row, when the test lets it.
+Then Chromium uses the page, and the last tests start the command itself, with a small model in
+vLLM."""
+
 import asyncio
 import base64
 import contextlib
@@ -30,26 +33,31 @@ from conftest import ROOT, fill
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from nanollamagen import captions
-from nanollamagen import data
 import gpt
 import sample
 import vq
+from nanollamagen import captions, data
 
 httpx, openai, uvicorn = (pytest.importorskip(m) for m in ("httpx", "openai", "uvicorn"))
 pytest.importorskip("vllm", reason="vLLM is not installed")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
-from nanollamagen import images_api  # noqa: E402
 from vllm.entrypoints.launchers.app import build_app  # noqa: E402
 from vllm.entrypoints.launchers.cli_args import make_arg_parser  # noqa: E402
 from vllm.exceptions import QueueOverflowError  # noqa: E402
 from vllm.utils.argparse_utils import FlexibleArgumentParser  # noqa: E402
 from vllm.v1.engine.exceptions import EngineDeadError  # noqa: E402
 
+from nanollamagen import images_api  # noqa: E402
+
 GRID, SIDE, V = 4, 16, 40
-INFO = {"grid": GRID, "captions": False, "image_size": SIDE, "codebook_size": V,
-        "classes": ["star", "heart", "red fox, Vulpes vulpes"]}
+INFO = {
+    "grid": GRID,
+    "captions": False,
+    "image_size": SIDE,
+    "codebook_size": V,
+    "classes": ["star", "heart", "red fox, Vulpes vulpes"],
+}
 
 
 def small_tokenizer():
@@ -59,11 +67,19 @@ def small_tokenizer():
 
 
 class FakeEngine:
-    """The part of AsyncLLM that the server uses. `step` holds back every row of codes until it is set."""
+    """The part of AsyncLLM that the server uses. `step` holds back every row of codes until it is
+    set."""
+
     errored = False
 
     def __init__(self):
-        self.step, self.live, self.aborted, self.dies, self.gives_up = threading.Event(), set(), 0, False, False
+        self.step, self.live, self.aborted, self.dies, self.gives_up = (
+            threading.Event(),
+            set(),
+            0,
+            False,
+            False,
+        )
         self.most, self.asked = 100, 0
         self.step.set()
 
@@ -74,9 +90,15 @@ class FakeEngine:
             raise QueueOverflowError
         self.asked += 1
         self.live.add(request_id)
-        class_id = prompt["prompt_token_ids"][0] - V if "prompt_token_ids" in prompt else len(prompt["prompt_embeds"])
+        class_id = (
+            prompt["prompt_token_ids"][0] - V
+            if "prompt_token_ids" in prompt
+            else len(prompt["prompt_embeds"])
+        )
         given = params.extra_args.get("given", [-1] * GRID * GRID)
-        codes = [new if old < 0 else old for old, new in zip(given, codes_of(class_id, params.seed))]
+        codes = [
+            new if old < 0 else old for old, new in zip(given, codes_of(class_id, params.seed))
+        ]
         self.settings = params.extra_args
         delta = params.output_kind.name == "DELTA"
         try:
@@ -88,8 +110,14 @@ class FakeEngine:
                     self.errored = True
                     raise EngineDeadError
                 if delta or row == GRID - 1:
-                    part = codes[row * GRID:(row + 1) * GRID] if delta else codes[:-1 if self.gives_up else None]
-                    yield SimpleNamespace(outputs=[SimpleNamespace(token_ids=part)], finished=row == GRID - 1)
+                    part = (
+                        codes[row * GRID : (row + 1) * GRID]
+                        if delta
+                        else codes[: -1 if self.gives_up else None]
+                    )
+                    yield SimpleNamespace(
+                        outputs=[SimpleNamespace(token_ids=part)], finished=row == GRID - 1
+                    )
         except (asyncio.CancelledError, GeneratorExit):
             self.aborted += 1
             raise
@@ -103,7 +131,7 @@ class FakeEngine:
 
 def codes_of(class_id, seed):
     """What the fake engine draws."""
-    return np.random.RandomState(seed % 2 ** 31 + 1000 * class_id).randint(0, V, GRID * GRID).tolist()
+    return np.random.RandomState(seed % 2**31 + 1000 * class_id).randint(0, V, GRID * GRID).tolist()
 
 
 def picture(class_id, seed):
@@ -112,7 +140,8 @@ def picture(class_id, seed):
 
 
 def same(a, b):
-    """Equal pixels, but for rounding: what is decoded together, and on how many threads, moves the last bits."""
+    """Equal pixels, but for rounding: what is decoded together, and on how many threads, moves the
+    last bits."""
     return a.shape == b.shape and np.abs(a.astype(int) - b.astype(int)).max() <= 1
 
 
@@ -134,19 +163,27 @@ def until(condition, seconds=10):
 
 @contextlib.contextmanager
 def served(engine, info=INFO, encode=None, flags=()):
-    """vLLM's application with our plugin in a thread of this process; gives its address and itself."""
+    """vLLM's application with our plugin in a thread of this process; gives its address and
+    itself."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_PLUGINS", "nanollamagen,nanollamagen_images")   # as `serve` sets it; vLLM reads it once
-        app = build_app(make_arg_parser(FlexibleArgumentParser()).parse_args(list(flags)), ("generate",))
+        patch.setenv(
+            "VLLM_PLUGINS", "nanollamagen,nanollamagen_images"
+        )  # as `serve` sets it; vLLM reads it once
+        app = build_app(
+            make_arg_parser(FlexibleArgumentParser()).parse_args(list(flags)), ("generate",)
+        )
     app.state.engine_client, app.state.server = engine, SimpleNamespace(should_exit=False)
 
     @contextlib.asynccontextmanager
     async def lifespan(app):
         images_api.prepare(app.state, engine, info, small_tokenizer(), "shapes", encode)
         yield
+
     app.router.lifespan_context = lifespan
     with socket.create_server(("127.0.0.1", 0)) as sock:
-        server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1))
+        server = uvicorn.Server(
+            uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1)
+        )
         thread = threading.Thread(target=server.run, args=([sock],), daemon=True)
         thread.start()
         until(lambda: server.started)
@@ -165,15 +202,18 @@ def engine():
 
 
 def encode(caption):
-    """A caption's prompt has an embedding a word, whose number the fake engine takes for the class."""
+    """A caption's prompt has an embedding a word, whose number the fake engine takes for the
+    class."""
     encoder = captions.CaptionEncoder("words")
-    features, = encoder([caption])
+    (features,) = encoder([caption])
     return {"prompt_embeds": features} if len(features) else None, encoder.cut > 0
 
 
 @pytest.fixture
 def captioned(engine):
-    with served(engine, {**INFO, "captions": True, "classes": []}, encode=lambda caption: encode(caption)) as s:
+    with served(
+        engine, {**INFO, "captions": True, "classes": []}, encode=lambda caption: encode(caption)
+    ) as s:
         yield s
 
 
@@ -184,7 +224,9 @@ def server(engine):
 
 
 def client(server, key="none", **settings):
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, timeout=20, max_retries=0, **settings)
+    return openai.OpenAI(
+        base_url=f"{server.url}/v1", api_key=key, timeout=20, max_retries=0, **settings
+    )
 
 
 def post(server, body=None, **settings):
@@ -203,16 +245,23 @@ def error_of(response, status):
     return error
 
 
-# ---- pictures -------------------------------------------------------------------------------------------------------
+# ---- pictures ----------------------------------------------------------------------------------
 def test_openais_client_gets_pictures(server):
     """Image j of a request is drawn from seed + j."""
-    answer = client(server).images.generate(prompt="red fox", n=3, size=f"{SIDE}x{SIDE}", response_format="b64_json",
-                                            extra_body={"seed": 5, "cfg_scale": 2.5, "top_k": 0, "top_p": 0.9})
+    answer = client(server).images.generate(
+        prompt="red fox",
+        n=3,
+        size=f"{SIDE}x{SIDE}",
+        response_format="b64_json",
+        extra_body={"seed": 5, "cfg_scale": 2.5, "top_k": 0, "top_p": 0.9},
+    )
     assert len(answer.data) == 3 and answer.size == "16x16" and answer.output_format == "png"
     for j, image in enumerate(answer.data):
         assert same(pixels(image.b64_json), picture(2, 5 + j)), j
         assert image.revised_prompt == "red fox, Vulpes vulpes" and image.seed == 5 + j
-    assert answer.usage.output_tokens == 3 * GRID * GRID and answer.usage.total_tokens == 3 * (GRID * GRID + 1)
+    assert answer.usage.output_tokens == 3 * GRID * GRID and answer.usage.total_tokens == 3 * (
+        GRID * GRID + 1
+    )
 
 
 def test_without_a_seed_the_answer_tells_which_was_taken(server):
@@ -223,14 +272,20 @@ def test_without_a_seed_the_answer_tells_which_was_taken(server):
 
 def test_openais_client_sees_the_picture_grow(engine, server):
     engine.step.clear()
-    stream = client(server).images.generate(prompt="1", stream=True, partial_images=GRID - 1, extra_body={"seed": 9})
+    stream = client(server).images.generate(
+        prompt="1", stream=True, partial_images=GRID - 1, extra_body={"seed": 9}
+    )
     events = []
     for event in stream:
         events.append(event)
-        engine.step.set()   # so that the first row was seen before the second was drawn
+        engine.step.set()  # so that the first row was seen before the second was drawn
     *partial, last = events
     assert last.type == "image_generation.completed" and same(pixels(last.b64_json), picture(1, 9))
-    assert last.usage.output_tokens == GRID * GRID and last.size == "16x16" and last.background == "opaque"
+    assert (
+        last.usage.output_tokens == GRID * GRID
+        and last.size == "16x16"
+        and last.background == "opaque"
+    )
     assert partial and [e.partial_image_index for e in partial] == list(range(len(partial)))
     assert {e.type for e in partial} == {"image_generation.partial_image"}
     rows = [(pixels(e.b64_json) != 128).any(axis=(1, 2)).sum() for e in partial]
@@ -240,26 +295,51 @@ def test_openais_client_sees_the_picture_grow(engine, server):
 def test_rows_that_are_not_there_yet_are_grey_and_do_not_show_in_those_above():
     codes, tokenizer = codes_of(0, 3), small_tokenizer()
     for rows in range(1, GRID):
-        part = images_api.paint(tokenizer, [codes[:rows * GRID]], GRID)[0]
-        repeated = codes[:rows * GRID] + codes[(rows - 1) * GRID:rows * GRID] * (GRID - rows)
+        part = images_api.paint(tokenizer, [codes[: rows * GRID]], GRID)[0]
+        repeated = codes[: rows * GRID] + codes[(rows - 1) * GRID : rows * GRID] * (GRID - rows)
         end = rows * SIDE // GRID
         assert same(part[:end], sample.to_pixels(tokenizer, torch.tensor([repeated]))[0, :end])
         assert (part[end:] == 128).all()
 
 
 def test_a_streamed_request_may_ask_for_several_images_and_no_parts(server):
-    events = list(client(server).images.generate(prompt="heart", n=3, stream=True, extra_body={"seed": 1}))
+    events = list(
+        client(server).images.generate(prompt="heart", n=3, stream=True, extra_body={"seed": 1})
+    )
     assert [e.type for e in events] == ["image_generation.completed"] * 3
     for e in events:
         assert same(pixels(e.b64_json), picture(1, 1 + e.index))
 
 
 def test_what_only_other_models_have_is_passed_over_and_limits_are_allowed(server):
-    foreign = {"model": "shapes", "quality": "high", "style": "vivid", "user": "me", "background": "auto",
-               "moderation": "low", "size": "auto"}
-    nulls = dict.fromkeys(["n", "size", "response_format", "seed", "stream", "partial_images", "cfg_scale", "model"])
-    most = {"temperature": 2, "top_p": 1, "top_k": 10 ** 6, "cfg_scale": 1000, "cfg_interval": 10 ** 6, "seed": 2 ** 52}
-    least = {"temperature": 0, "top_p": 1e-6, "top_k": 0, "cfg_scale": 0, "cfg_interval": -1, "seed": 0}
+    foreign = {
+        "model": "shapes",
+        "quality": "high",
+        "style": "vivid",
+        "user": "me",
+        "background": "auto",
+        "moderation": "low",
+        "size": "auto",
+    }
+    nulls = dict.fromkeys(
+        ["n", "size", "response_format", "seed", "stream", "partial_images", "cfg_scale", "model"]
+    )
+    most = {
+        "temperature": 2,
+        "top_p": 1,
+        "top_k": 10**6,
+        "cfg_scale": 1000,
+        "cfg_interval": 10**6,
+        "seed": 2**52,
+    }
+    least = {
+        "temperature": 0,
+        "top_p": 1e-6,
+        "top_k": 0,
+        "cfg_scale": 0,
+        "cfg_interval": -1,
+        "seed": 0,
+    }
     for fields in (foreign, nulls, most, least):
         assert post(server, fields).status_code == 200, fields
 
@@ -270,7 +350,10 @@ def test_the_file_has_the_format_asked_for(server, output_format):
     fields = {"seed": 3, "output_format": output_format, "output_compression": 80}
     answer = post(server, fields).json()
     response = post(server, {**fields, "response_format": "file"})
-    assert response.headers["content-type"] == f"image/{output_format}" and response.headers["x-seed"] == "3"
+    assert (
+        response.headers["content-type"] == f"image/{output_format}"
+        and response.headers["x-seed"] == "3"
+    )
     assert base64.b64decode(answer["data"][0]["b64_json"]) == response.content
     with Image.open(io.BytesIO(response.content)) as image:
         assert image.format == output_format.upper() and image.size == (SIDE, SIDE)
@@ -280,9 +363,14 @@ def test_the_file_has_the_format_asked_for(server, output_format):
 
 
 def test_guidance_scale_is_another_name_of_cfg_scale(engine, server):
-    assert post(server, {"guidance_scale": 2.5}).status_code == 200 and engine.settings["cfg_scale"] == 2.5
+    assert (
+        post(server, {"guidance_scale": 2.5}).status_code == 200
+        and engine.settings["cfg_scale"] == 2.5
+    )
     assert error_of(post(server, {"guidance_scale": -1}), 400)["param"] == "cfg_scale"
-    assert "give one" in error_of(post(server, {"guidance_scale": 2, "cfg_scale": 3}), 400)["message"]
+    assert (
+        "give one" in error_of(post(server, {"guidance_scale": 2, "cfg_scale": 3}), 400)["message"]
+    )
 
 
 def test_pictures_are_decoded_together_and_other_requests_answered_meanwhile(server, monkeypatch):
@@ -292,12 +380,13 @@ def test_pictures_are_decoded_together_and_other_requests_answered_meanwhile(ser
         sizes.append(len(codes))
         assert go.wait(10)
         return to_pixels(vq_model, codes)
+
     monkeypatch.setattr(sample, "to_pixels", held_up)
     answers = []
     thread = threading.Thread(target=lambda: answers.append(post(server, {"n": 10, "seed": 0})))
     thread.start()
     until(lambda: sizes)
-    assert httpx.get(f"{server.url}/health").status_code == 200   # the decoder sits in its thread
+    assert httpx.get(f"{server.url}/health").status_code == 200  # the decoder sits in its thread
     time.sleep(0.1)
     go.set()
     thread.join(10)
@@ -305,14 +394,23 @@ def test_pictures_are_decoded_together_and_other_requests_answered_meanwhile(ser
     assert len(sizes) < 10 and max(sizes) <= images_api.BATCH
 
 
-# ---- captions -------------------------------------------------------------------------------------------------------
+# ---- captions ----------------------------------------------------------------------------------
 def test_openais_client_gets_pictures_of_captions(engine, captioned):
     answer = client(captioned).images.generate(prompt="A red  star.", n=2, extra_body={"seed": 5})
     for j, image in enumerate(answer.data):
-        assert same(pixels(image.b64_json), picture(3, 5 + j)) and image.revised_prompt == "A red  star."
+        assert (
+            same(pixels(image.b64_json), picture(3, 5 + j))
+            and image.revised_prompt == "A red  star."
+        )
     assert answer.usage.input_tokens == 2 * 3 and answer.usage.total_tokens == 2 * (GRID * GRID + 3)
-    assert engine.settings == dict(cfg_scale=7.5, cfg_interval=-1, temperature=1.0, top_k=1000, top_p=1.0)
-    last = list(client(captioned).images.generate(prompt="fox", stream=True, extra_body={"seed": 1, "top_k": 7}))[-1]
+    assert engine.settings == dict(
+        cfg_scale=7.5, cfg_interval=-1, temperature=1.0, top_k=1000, top_p=1.0
+    )
+    last = list(
+        client(captioned).images.generate(
+            prompt="fox", stream=True, extra_body={"seed": 1, "top_k": 7}
+        )
+    )[-1]
     assert same(pixels(last.b64_json), picture(1, 1)) and engine.settings["top_k"] == 7
 
 
@@ -323,7 +421,7 @@ def test_a_caption_without_words_is_refused(captioned):
 
 
 def test_a_long_caption_is_cut_and_the_answer_says_so(captioned):
-    long = {"prompt": "a red star, " * 2600, "seed": 1}   # 31,200 characters
+    long = {"prompt": "a red star, " * 2600, "seed": 1}  # 31,200 characters
     assert "120 tokens" in post(captioned, long).json()["warning"]
     assert "warning" not in post(captioned, {"prompt": "a red star"}).json()
     last = list(client(captioned).images.generate(**{"prompt": long["prompt"]}, stream=True))[-1]
@@ -339,9 +437,13 @@ def test_captions_are_encoded_one_after_the_other_and_other_requests_answered_me
         with busy:
             assert go.wait(10)
         return encode(caption)
+
     with served(engine, {**INFO, "captions": True}, encode=held_up) as server:
         answers = []
-        threads = [threading.Thread(target=lambda: answers.append(post(server, {"seed": 0}))) for _ in range(2)]
+        threads = [
+            threading.Thread(target=lambda: answers.append(post(server, {"seed": 0})))
+            for _ in range(2)
+        ]
         for thread in threads:
             thread.start()
         until(lambda: server.app.state.images.encoder._work_queue.qsize() == 1)
@@ -357,12 +459,13 @@ def test_a_caption_that_cannot_be_encoded_costs_only_itself(engine):
         if caption == "bad":
             raise MemoryError("no room")
         return encode(caption)
+
     with served(engine, {**INFO, "captions": True}, encode=fails) as server:
         error_of(post(server, {"prompt": "bad"}), 500)
         assert post(server, {}).status_code == 200
 
 
-# ---- edits ----------------------------------------------------------------------------------------------------------
+# ---- edits -------------------------------------------------------------------------------------
 def photo(size=(SIDE, SIDE), seed=0):
     """A picture, RGB, smooth noise."""
     noise = np.random.RandomState(seed).randint(0, 256, (3, 4, 3), dtype=np.uint8)
@@ -387,67 +490,110 @@ def file_of(image, kind="PNG", **options):
 def edit(server, image, mask=None, headers=None, **fields):
     """POST /v1/images/edits."""
     files = {"image": ("photo.png", image), **({"mask": ("mask.png", mask)} if mask else {})}
-    return httpx.post(f"{server.url}/v1/images/edits", data={"prompt": "star", **fields}, files=files, timeout=20,
-                      headers=headers)
+    return httpx.post(
+        f"{server.url}/v1/images/edits",
+        data={"prompt": "star", **fields},
+        files=files,
+        timeout=20,
+        headers=headers,
+    )
 
 
 def edited(image, class_id, seed, hole):
-    """The pixels of an edit: the picture's own, and where codes were drawn those decoded from all codes; hole is a
-    bool array (GRID, GRID)."""
+    """The pixels of an edit: the picture's own, and where codes were drawn those decoded from all
+    codes; hole is a bool array (GRID, GRID)."""
     tokenizer, original = small_tokenizer(), np.array(image)
     codes = tokenizer.encode(vq.to_tensor(original)[None])[0].numpy()
     codes = np.where(hole, np.array(codes_of(class_id, seed)).reshape(GRID, GRID), codes)
     pixels = sample.to_pixels(tokenizer, torch.tensor(codes).view(1, -1))[0]
-    return np.where(np.kron(hole[..., None], np.ones((SIDE // GRID, SIDE // GRID, 1), bool)), pixels, original)
+    return np.where(
+        np.kron(hole[..., None], np.ones((SIDE // GRID, SIDE // GRID, 1), bool)), pixels, original
+    )
 
 
-MIDDLE = np.pad(np.ones((2, 2), bool), 1)   # of 4 x 4 codes
+MIDDLE = np.pad(np.ones((2, 2), bool), 1)  # of 4 x 4 codes
 
 
 def test_openais_client_draws_a_hole_anew(server):
     """A code of which the mask takes one pixel is drawn anew, too."""
     image = photo()
     mask = with_hole(Image.new("RGB", (SIDE, SIDE)), (7, 5, 9, 11))
-    answer = client(server).images.edit(image=("photo.png", file_of(image)), mask=("mask.png", file_of(mask)),
-                                        prompt="red fox", n=2, size="16x16", extra_body={"seed": 5, "cfg_scale": 2.5})
+    answer = client(server).images.edit(
+        image=("photo.png", file_of(image)),
+        mask=("mask.png", file_of(mask)),
+        prompt="red fox",
+        n=2,
+        size="16x16",
+        extra_body={"seed": 5, "cfg_scale": 2.5},
+    )
     for j, one in enumerate(answer.data):
         assert one.revised_prompt == "red fox, Vulpes vulpes"
         right = edited(image, 2, 5 + j, MIDDLE)
         assert same(pixels(one.b64_json), right)
-        assert np.array_equal(pixels(one.b64_json)[:4], np.array(image)[:4])   # to the last bit
+        assert np.array_equal(pixels(one.b64_json)[:4], np.array(image)[:4])  # to the last bit
 
 
 def test_without_a_mask_the_image_s_own_transparency_counts(server):
     image = with_hole(photo(), (0, 8, 16, 16))
-    stream = client(server).images.edit(image=file_of(image), prompt="1", stream=True, partial_images=3,
-                                        extra_body={"seed": 9, "temperature": 0.5})
+    stream = client(server).images.edit(
+        image=file_of(image),
+        prompt="1",
+        stream=True,
+        partial_images=3,
+        extra_body={"seed": 9, "temperature": 0.5},
+    )
     *partial, last = stream
-    assert {e.type for e in partial} <= {"image_edit.partial_image"} and last.type == "image_edit.completed"
+    assert {e.type for e in partial} <= {
+        "image_edit.partial_image"
+    } and last.type == "image_edit.completed"
     hole = np.arange(4)[:, None].repeat(4, 1) >= 2
     assert same(pixels(last.b64_json), edited(image.convert("RGB"), 1, 9, hole))
-    for event in partial:   # what is kept is there from the start, what is not drawn yet is grey
+    for event in partial:  # what is kept is there from the start, what is not drawn yet is grey
         assert np.array_equal(pixels(event.b64_json)[:8], np.array(image.convert("RGB"))[:8])
 
 
-SCAN, SCANS = b"\xff\xda", PngInfo()   # begins a pass over the image in a JPEG, and means nothing elsewhere
+SCAN, SCANS = (
+    b"\xff\xda",
+    PngInfo(),
+)  # begins a pass over the image in a JPEG, and means nothing elsewhere
 SCANS.add(b"ruBb", 2000 * SCAN)
 
 
-@pytest.mark.parametrize("kind, options, change", [
-    ("JPEG", {"quality": 100, "subsampling": 0}, lambda image: image),
-    ("WEBP", {"lossless": True}, lambda image: image),
-    ("PNG", {}, lambda image: image.resize((64, 64), Image.NEAREST)), ("PNG", {}, lambda image: image.quantize(256)),
-    ("PNG", {}, lambda image: Image.fromarray(np.array(image.convert("L")).astype(np.uint16) * 257)),
-    ("JPEG", {"quality": 100, "subsampling": 0, "exif": b"rotated"}, lambda image: image.transpose(Image.ROTATE_90)),
-    ("MPO", {"quality": 100, "subsampling": 0, "save_all": True, "append_images": [Image.new("RGB", (SIDE, SIDE))]},
-     lambda image: image),   # a photo with a preview behind it
-    ("JPEG", {"quality": 100, "subsampling": 0, "progressive": True}, lambda image: image),
-    ("PNG", {"pnginfo": SCANS}, lambda image: image), ("WEBP", {"lossless": True, "xmp": 2000 * SCAN},
-                                                      lambda image: image),
-])
+@pytest.mark.parametrize(
+    "kind, options, change",
+    [
+        ("JPEG", {"quality": 100, "subsampling": 0}, lambda image: image),
+        ("WEBP", {"lossless": True}, lambda image: image),
+        ("PNG", {}, lambda image: image.resize((64, 64), Image.NEAREST)),
+        ("PNG", {}, lambda image: image.quantize(256)),
+        (
+            "PNG",
+            {},
+            lambda image: Image.fromarray(np.array(image.convert("L")).astype(np.uint16) * 257),
+        ),
+        (
+            "JPEG",
+            {"quality": 100, "subsampling": 0, "exif": b"rotated"},
+            lambda image: image.transpose(Image.ROTATE_90),
+        ),
+        (
+            "MPO",
+            {
+                "quality": 100,
+                "subsampling": 0,
+                "save_all": True,
+                "append_images": [Image.new("RGB", (SIDE, SIDE))],
+            },
+            lambda image: image,
+        ),  # a photo with a preview behind it
+        ("JPEG", {"quality": 100, "subsampling": 0, "progressive": True}, lambda image: image),
+        ("PNG", {"pnginfo": SCANS}, lambda image: image),
+        ("WEBP", {"lossless": True, "xmp": 2000 * SCAN}, lambda image: image),
+    ],
+)
 def test_pictures_of_all_kinds_are_seen_as_people_see_them(server, kind, options, change):
     image = photo()
-    if "exif" in options:   # "turn me by 90 degrees, clockwise"
+    if "exif" in options:  # "turn me by 90 degrees, clockwise"
         exif = Image.Exif()
         exif[0x0112] = 6
         options = {**options, "exif": exif}
@@ -456,7 +602,7 @@ def test_pictures_of_all_kinds_are_seen_as_people_see_them(server, kind, options
     size = Image.open(io.BytesIO(file)).size
     mask = file_of(with_hole(Image.new("RGB", size), (0, size[1] // 2, *size)))
     got = pixels(edit(server, file, mask, seed=1).json()["data"][0]["b64_json"])[:8]
-    seen = image.convert("L") if change(image).mode.startswith("I") else image   # 16 bits are grey
+    seen = image.convert("L") if change(image).mode.startswith("I") else image  # 16 bits are grey
     right = np.array(seen.convert("RGB"))[:8]
     assert np.abs(got.astype(int) - right).mean() < 6
 
@@ -465,37 +611,69 @@ def png_of(width, height):
     """A PNG that says it has so many pixels, and has none."""
     header = struct.pack(">IIBBBBB", width, height, 8, 6, 0, 0, 0)
     chunk = b"IHDR" + header
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk)) + \
-        struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + struct.pack(">I", 13)
+        + chunk
+        + struct.pack(">I", zlib.crc32(chunk))
+        + struct.pack(">I", 0)
+        + b"IDAT"
+        + struct.pack(">I", zlib.crc32(b"IDAT"))
+    )
 
 
-LARGE = photo((1000, 1000))   # 1,250 scans of it pass over as many pixels as 50 of the largest picture
+LARGE = photo(
+    (1000, 1000)
+)  # 1,250 scans of it pass over as many pixels as 50 of the largest picture
 TWO = {"save_all": True, "append_images": [photo(seed=1)]}
 HOLE = file_of(with_hole(photo(), (0, 8, 16, 16)))
 
 
-@pytest.mark.parametrize("image, mask, fields, param, sentence", [
-    (b"this is no picture", None, {}, "image", "image: no PNG, JPEG or WebP file"),
-    (HOLE[:len(HOLE) // 2], None, {}, "image", "or a damaged one"),
-    (file_of(photo(), "GIF"), None, {}, "image", "no PNG, JPEG or WebP"),
-    (png_of(20_000, 20_000), None, {}, "image", "more than 25,000,000 pixels"),
-    (png_of(5_001, 5_000), None, {}, "image", "more than 25,000,000 pixels"),
-    (file_of(photo(), "PNG", **TWO), None, {}, "image", "an animation; send one picture"),
-    (file_of(photo(), "WEBP", **TWO), None, {}, "image", "an animation; send one picture"),
-    (file_of(photo(), "GIF", **TWO), None, {}, "image", "no PNG, JPEG or WebP"),
-    (HOLE, file_of(photo(), "WEBP", **TWO), {}, "mask", "mask: an animation; send one picture"),
-    (file_of(LARGE, "JPEG") + 1250 * SCAN, None, {}, "image", "too many scans"),
-    (file_of(LARGE, "MPO", **TWO) + 1250 * SCAN, None, {}, "image", "too many scans"),
-    (file_of(LARGE, "JPEG") + 1249 * SCAN, None, {}, "image", "image: nothing is transparent"),   # read as a picture
-    (HOLE, HOLE[:100], {}, "mask", "mask: no PNG"),
-    (HOLE, file_of(with_hole(photo((8, 8)), (0, 0, 4, 4))), {}, "mask", "8 x 8 pixels, but the image has 16 x 16"),
-    (HOLE, file_of(photo()), {}, "mask", "mask: nothing is transparent"),
-    (file_of(photo()), None, {}, "image", "image: nothing is transparent; transparent pixels are drawn anew"),
-    (b"", None, {}, "image", "image: a file is required"),
-    (HOLE, None, {"n": "eleven"}, "n", "valid integer"), (HOLE, None, {"n": "11"}, "n", "less than or equal to 10"),
-    (HOLE, None, {"cfg_scale": "nan"}, "cfg_scale", "finite"), (HOLE, None, {"prompt": "hart"}, "prompt", "close ones"),
-    (HOLE, None, {"size": "256x256"}, "size", "'auto' or '16x16'"),
-])
+@pytest.mark.parametrize(
+    "image, mask, fields, param, sentence",
+    [
+        (b"this is no picture", None, {}, "image", "image: no PNG, JPEG or WebP file"),
+        (HOLE[: len(HOLE) // 2], None, {}, "image", "or a damaged one"),
+        (file_of(photo(), "GIF"), None, {}, "image", "no PNG, JPEG or WebP"),
+        (png_of(20_000, 20_000), None, {}, "image", "more than 25,000,000 pixels"),
+        (png_of(5_001, 5_000), None, {}, "image", "more than 25,000,000 pixels"),
+        (file_of(photo(), "PNG", **TWO), None, {}, "image", "an animation; send one picture"),
+        (file_of(photo(), "WEBP", **TWO), None, {}, "image", "an animation; send one picture"),
+        (file_of(photo(), "GIF", **TWO), None, {}, "image", "no PNG, JPEG or WebP"),
+        (HOLE, file_of(photo(), "WEBP", **TWO), {}, "mask", "mask: an animation; send one picture"),
+        (file_of(LARGE, "JPEG") + 1250 * SCAN, None, {}, "image", "too many scans"),
+        (file_of(LARGE, "MPO", **TWO) + 1250 * SCAN, None, {}, "image", "too many scans"),
+        (
+            file_of(LARGE, "JPEG") + 1249 * SCAN,
+            None,
+            {},
+            "image",
+            "image: nothing is transparent",
+        ),  # read as a picture
+        (HOLE, HOLE[:100], {}, "mask", "mask: no PNG"),
+        (
+            HOLE,
+            file_of(with_hole(photo((8, 8)), (0, 0, 4, 4))),
+            {},
+            "mask",
+            "8 x 8 pixels, but the image has 16 x 16",
+        ),
+        (HOLE, file_of(photo()), {}, "mask", "mask: nothing is transparent"),
+        (
+            file_of(photo()),
+            None,
+            {},
+            "image",
+            "image: nothing is transparent; transparent pixels are drawn anew",
+        ),
+        (b"", None, {}, "image", "image: a file is required"),
+        (HOLE, None, {"n": "eleven"}, "n", "valid integer"),
+        (HOLE, None, {"n": "11"}, "n", "less than or equal to 10"),
+        (HOLE, None, {"cfg_scale": "nan"}, "cfg_scale", "finite"),
+        (HOLE, None, {"prompt": "hart"}, "prompt", "close ones"),
+        (HOLE, None, {"size": "256x256"}, "size", "'auto' or '16x16'"),
+    ],
+)
 def test_an_edit_that_cannot_be_is_explained(engine, server, image, mask, fields, param, sentence):
     began = time.monotonic()
     error = error_of(edit(server, image, mask, **fields), 400)
@@ -507,22 +685,32 @@ def test_uploads_that_are_no_edit_have_their_own_status(server):
     url = f"{server.url}/v1/images/edits"
     error_of(httpx.post(url, json={"prompt": "star"}), 415)
     error_of(httpx.post(url, content=b"x", headers={"Content-Type": "multipart/form-data"}), 400)
-    assert "16,777,216" in error_of(edit(server, bytes(17 * 2 ** 20)), 413)["message"]
-    assert "another site" in error_of(edit(server, HOLE, headers={"Sec-Fetch-Site": "cross-site"}), 403)["message"]
+    assert "16,777,216" in error_of(edit(server, bytes(17 * 2**20)), 413)["message"]
+    assert (
+        "another site"
+        in error_of(edit(server, HOLE, headers={"Sec-Fetch-Site": "cross-site"}), 403)["message"]
+    )
     assert edit(server, HOLE, headers={"Sec-Fetch-Site": "same-origin"}).status_code == 200
     draw = client(server).images.edit
     assert draw(image=[("a.png", HOLE)], prompt="star").data
-    for images, sentence in (2, "image: one picture, and one mask"), (3, "with an image and at most a mask"):
+    for images, sentence in (
+        (2, "image: one picture, and one mask"),
+        (3, "with an image and at most a mask"),
+    ):
         with pytest.raises(openai.BadRequestError, match=sentence):
             draw(image=[("a.png", HOLE)] * images, prompt="star")
     both = [("image", ("a.png", HOLE)), ("image[]", ("b.png", HOLE))]
     error = error_of(httpx.post(url, data={"prompt": "star"}, files=both), 400)
     assert error["param"] == "image" and error["message"] == "image: one picture, and one mask"
-    with socket.create_connection(server.url.removeprefix("http://").split(":")) as sock:   # cut off half-way
-        sock.sendall(b"POST /v1/images/edits HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=x\r\n"
-                     b"Content-Length: 10000\r\n\r\n--x\r\nContent-Disposition: form-data; name=\"image\"; "
-                     b"filename=\"a.png\"\r\n\r\n" + HOLE[:200])
-    assert edit(server, HOLE).status_code == 200   # and the server is as it was
+    with socket.create_connection(
+        server.url.removeprefix("http://").split(":")
+    ) as sock:  # cut off half-way
+        sock.sendall(
+            b"POST /v1/images/edits HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=x\r\n"
+            b'Content-Length: 10000\r\n\r\n--x\r\nContent-Disposition: form-data; name="image"; '
+            b'filename="a.png"\r\n\r\n' + HOLE[:200]
+        )
+    assert edit(server, HOLE).status_code == 200  # and the server is as it was
 
 
 def test_a_very_wide_picture_takes_little_memory(server):
@@ -532,7 +720,7 @@ def test_a_very_wide_picture_takes_little_memory(server):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     strip = with_hole(photo((1, 200_000)), (0, 99_000, 1, 101_000))
     assert edit(server, file_of(strip), seed=1).status_code == 200
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000   # kB
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
 
 
 def test_32_clients_edit_at_once_and_a_third_leaves(engine, server):
@@ -540,14 +728,19 @@ def test_32_clients_edit_at_once_and_a_third_leaves(engine, server):
     image = with_hole(photo(), (4, 4, 12, 12))
 
     async def ask(http, i):
-        files, fields = {"image": ("a.png", file_of(image))}, {"prompt": str(i % 3), "seed": i, "n": 2}
+        files, fields = (
+            {"image": ("a.png", file_of(image))},
+            {"prompt": str(i % 3), "seed": i, "n": 2},
+        )
         if i % 3 == 1:
             with contextlib.suppress(httpx.TimeoutException):
                 await http.post("/v1/images/edits", data=fields, files=files, timeout=0.3)
             return "left"
         data = (await http.post("/v1/images/edits", data=fields, files=files)).json()["data"]
-        return all(same(pixels(d["b64_json"]), edited(image.convert("RGB"), i % 3, i + j, MIDDLE))
-                   for j, d in enumerate(data))
+        return all(
+            same(pixels(d["b64_json"]), edited(image.convert("RGB"), i % 3, i + j, MIDDLE))
+            for j, d in enumerate(data)
+        )
 
     async def all_clients():
         async with httpx.AsyncClient(base_url=server.url, timeout=60) as http:
@@ -562,46 +755,58 @@ def test_32_clients_edit_at_once_and_a_third_leaves(engine, server):
     until(lambda: not engine.live)
 
 
-# ---- mistakes -------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("fields, param, sentence", [
-    ({"prompt": "hart"}, "prompt", "class 'hart' is no class's name; close ones: 1 heart"),
-    ({"prompt": "3"}, "prompt", "ids go from 0 to 2"),
-    ({"prompt": ""}, "prompt", "at least 1 character"),
-    ({"prompt": None}, "prompt", "Field required"),
-    ({"prompt": 7}, "prompt", "valid string"),
-    ({"n": 0}, "n", "greater than or equal to 1"),
-    ({"n": 11}, "n", "less than or equal to 10"),
-    ({"n": "2"}, "n", "valid integer"),
-    ({"n": True}, "n", "valid integer"),
-    ({"size": "256x256"}, "size", "'auto' or '16x16'"),
-    ({"response_format": "url"}, "response_format", "should be 'b64_json' or 'file'"),
-    ({"response_format": "file", "n": 2}, "response_format", "'file' is one image"),
-    ({"response_format": "file", "stream": True}, "response_format", "'file' is one image"),
-    ({"output_format": "gif"}, "output_format", "should be 'png', 'jpeg' or 'webp'"),
-    ({"output_compression": 101}, "output_compression", "less than or equal to 100"),
-    ({"background": "transparent"}, "background", "'auto' or 'opaque'"),
-    ({"cfg_scale": -1}, "cfg_scale", "greater than or equal to 0"),
-    ({"cfg_scale": "4"}, "cfg_scale", "valid number"),
-    ({"temperature": -0.1}, "temperature", "greater than or equal to 0"),
-    ({"temperature": 2.5}, "temperature", "less than or equal to 2"),
-    ({"top_p": 0}, "top_p", "greater than"),
-    ({"top_k": 0.5}, "top_k", "valid integer"),
-    ({"seed": -1}, "seed", "greater than or equal to 0"),
-    ({"seed": 2 ** 60}, "seed", "less than"),
-    ({"partial_images": 65}, "partial_images", "less than or equal to 64"),
-    ({"stream": "yes"}, "stream", "valid boolean"),
-])
+# ---- mistakes ----------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "fields, param, sentence",
+    [
+        ({"prompt": "hart"}, "prompt", "class 'hart' is no class's name; close ones: 1 heart"),
+        ({"prompt": "3"}, "prompt", "ids go from 0 to 2"),
+        ({"prompt": ""}, "prompt", "at least 1 character"),
+        ({"prompt": None}, "prompt", "Field required"),
+        ({"prompt": 7}, "prompt", "valid string"),
+        ({"n": 0}, "n", "greater than or equal to 1"),
+        ({"n": 11}, "n", "less than or equal to 10"),
+        ({"n": "2"}, "n", "valid integer"),
+        ({"n": True}, "n", "valid integer"),
+        ({"size": "256x256"}, "size", "'auto' or '16x16'"),
+        ({"response_format": "url"}, "response_format", "should be 'b64_json' or 'file'"),
+        ({"response_format": "file", "n": 2}, "response_format", "'file' is one image"),
+        ({"response_format": "file", "stream": True}, "response_format", "'file' is one image"),
+        ({"output_format": "gif"}, "output_format", "should be 'png', 'jpeg' or 'webp'"),
+        ({"output_compression": 101}, "output_compression", "less than or equal to 100"),
+        ({"background": "transparent"}, "background", "'auto' or 'opaque'"),
+        ({"cfg_scale": -1}, "cfg_scale", "greater than or equal to 0"),
+        ({"cfg_scale": "4"}, "cfg_scale", "valid number"),
+        ({"temperature": -0.1}, "temperature", "greater than or equal to 0"),
+        ({"temperature": 2.5}, "temperature", "less than or equal to 2"),
+        ({"top_p": 0}, "top_p", "greater than"),
+        ({"top_k": 0.5}, "top_k", "valid integer"),
+        ({"seed": -1}, "seed", "greater than or equal to 0"),
+        ({"seed": 2**60}, "seed", "less than"),
+        ({"partial_images": 65}, "partial_images", "less than or equal to 64"),
+        ({"stream": "yes"}, "stream", "valid boolean"),
+    ],
+)
 def test_a_mistake_in_a_field_is_named(server, fields, param, sentence):
     error = error_of(post(server, fields), 400)
     assert error["param"] == param and sentence in error["message"]
     assert error["message"].startswith(param) or param == "prompt"
 
 
-@pytest.mark.parametrize("body, sentence", [
-    (b"", "Invalid JSON"), (b'{"prompt": "star"', "Invalid JSON"), (b"[]", "object"), (b"null", "object"),
-    (b'{"prompt": "star", "cfg_scale": NaN}', "finite"), (b'{"prompt": "star", "top_p": 1e999}', "finite"),
-    (b'{"prompt": "\xff"}', "Invalid JSON"), (b'{"prompt": "\\ud800"}', "Invalid JSON"), (b"[" * 60000, "Invalid JSON"),
-])
+@pytest.mark.parametrize(
+    "body, sentence",
+    [
+        (b"", "Invalid JSON"),
+        (b'{"prompt": "star"', "Invalid JSON"),
+        (b"[]", "object"),
+        (b"null", "object"),
+        (b'{"prompt": "star", "cfg_scale": NaN}', "finite"),
+        (b'{"prompt": "star", "top_p": 1e999}', "finite"),
+        (b'{"prompt": "\xff"}', "Invalid JSON"),
+        (b'{"prompt": "\\ud800"}', "Invalid JSON"),
+        (b"[" * 60000, "Invalid JSON"),
+    ],
+)
 def test_a_body_that_is_no_request_is_explained(server, body, sentence):
     error = error_of(post(server, content=body, headers={"Content-Type": "application/json"}), 400)
     assert sentence in error["message"]
@@ -609,13 +814,13 @@ def test_a_body_that_is_no_request_is_explained(server, body, sentence):
 
 def test_other_mistakes_have_their_own_status(server):
     assert "Content-Type" in error_of(post(server, content=b'{"prompt": "star"}'), 415)["message"]
-    assert "262,144" in error_of(post(server, {"prompt": "x" * 10 ** 7}), 413)["message"]
-    chunks = (b" " * 1000 for _ in range(1000))   # sent without a Content-Length
+    assert "262,144" in error_of(post(server, {"prompt": "x" * 10**7}), 413)["message"]
+    chunks = (b" " * 1000 for _ in range(1000))  # sent without a Content-Length
     error_of(post(server, content=chunks, headers={"Content-Type": "application/json"}), 413)
     error = error_of(post(server, {"model": "gpt-image-1"}), 404)
     assert "only 'shapes'" in error["message"]
     assert httpx.get(f"{server.url}/v1/images/generations").status_code == 405
-    assert post(server, {}).status_code == 200   # and the server is as it was
+    assert post(server, {}).status_code == 200  # and the server is as it was
 
 
 def test_openais_client_raises_its_own_exceptions(server):
@@ -626,9 +831,16 @@ def test_openais_client_raises_its_own_exceptions(server):
 
 
 def test_only_what_the_model_can_do_is_served(server):
-    """vLLM's application has dozens of routes; the others would fail, or draw codes past the key."""
+    """vLLM's application has dozens of routes; the others would fail, or draw codes past the
+    key."""
     paths = {getattr(route, "path", "/") for route in server.app.routes}
-    assert len(paths) > 20 and paths > {"/v1/chat/completions", "/invocations", "/ping", "/tokenize", "/docs"}
+    assert len(paths) > 20 and paths > {
+        "/v1/chat/completions",
+        "/invocations",
+        "/ping",
+        "/tokenize",
+        "/docs",
+    }
     for path in paths - set(images_api.ROUTES):
         for method in ("GET", "POST"):
             error = error_of(httpx.request(method, server.url + re.sub("{.*}", "x", path)), 404)
@@ -638,20 +850,33 @@ def test_only_what_the_model_can_do_is_served(server):
 def test_with_an_api_key_only_its_owners_draw(engine):
     """Nothing but the page and /health answers without it."""
     with served(engine, flags=["--api-key", "first", "second"]) as server:
-        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "first"},
-                        {"Authorization": "Basic first"}, {"Authorization": "Bearer f\xfcr"}):
+        for headers in (
+            {},
+            {"Authorization": "Bearer wrong"},
+            {"Authorization": "first"},
+            {"Authorization": "Basic first"},
+            {"Authorization": "Bearer f\xfcr"},
+        ):
             raw = {k: v.encode("latin-1") for k, v in headers.items()}
-            for path in {getattr(route, "path", "/") for route in server.app.routes} - {"/", "/health"}:
+            for path in {getattr(route, "path", "/") for route in server.app.routes} - {
+                "/",
+                "/health",
+            }:
                 for method in ("GET", "POST"):
                     status = httpx.request(method, server.url + path, headers=raw).status_code
                     assert status == 401 or status == 404 and path not in images_api.ROUTES, path
         assert len(client(server, "second").images.generate(prompt="star").data) == 1
         assert httpx.get(f"{server.url}/health").status_code == 200
-        assert httpx.get(f"{server.url}/version", headers={"Authorization": "Bearer first"}).status_code == 200
-        assert '"key": true' in httpx.get(server.url).text   # so the page asks for it
+        assert (
+            httpx.get(
+                f"{server.url}/version", headers={"Authorization": "Bearer first"}
+            ).status_code
+            == 200
+        )
+        assert '"key": true' in httpx.get(server.url).text  # so the page asks for it
 
 
-# ---- load, and clients that go --------------------------------------------------------------------------------------
+# ---- load, and clients that go -----------------------------------------------------------------
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_goes_takes_its_images_along(engine, server, stream):
     engine.step.clear()
@@ -661,13 +886,19 @@ def test_a_client_that_goes_takes_its_images_along(engine, server, stream):
     thread.start()
     until(lambda: len(engine.live) == 1)
     with contextlib.suppress(httpx.TimeoutException):
-        with httpx.stream("POST", f"{server.url}/v1/images/generations", json={"prompt": "star", **body},
-                          timeout=httpx.Timeout(10, read=0.2 if not stream else 10)) as response:
-            next(response.iter_bytes())   # the first rows; without streaming, nothing comes
+        with httpx.stream(
+            "POST",
+            f"{server.url}/v1/images/generations",
+            json={"prompt": "star", **body},
+            timeout=httpx.Timeout(10, read=0.2 if not stream else 10),
+        ) as response:
+            next(response.iter_bytes())  # the first rows; without streaming, nothing comes
     until(lambda: engine.aborted == 4 and len(engine.live) == 1)
     engine.step.set()
     thread.join(10)
-    assert same(pixels(answers[0].json()["data"][0]["b64_json"]), picture(0, 3))   # the other's is unharmed
+    assert same(
+        pixels(answers[0].json()["data"][0]["b64_json"]), picture(0, 3)
+    )  # the other's is unharmed
 
 
 def test_a_full_queue_is_told_and_nothing_stays(engine, server):
@@ -707,6 +938,7 @@ def test_an_image_that_the_engine_leaves_unfinished_is_no_image(engine, server, 
 def test_a_picture_that_cannot_be_decoded_costs_only_itself(server, monkeypatch, capfd):
     def fails(*args):
         raise MemoryError("no room")
+
     monkeypatch.setattr(sample, "to_pixels", fails)
     assert "log" in error_of(post(server, {}), 500)["message"]
     assert "no room" in capfd.readouterr().err
@@ -714,29 +946,47 @@ def test_a_picture_that_cannot_be_decoded_costs_only_itself(server, monkeypatch,
     assert post(server, {}).status_code == 200
 
 
-# ---- the rest of the server -----------------------------------------------------------------------------------------
+# ---- the rest of the server --------------------------------------------------------------------
 def test_health_metrics_and_the_page_are_there(server):
     assert httpx.get(f"{server.url}/health").status_code == 200
     metrics = httpx.get(f"{server.url}/metrics")
     assert metrics.headers["content-type"].startswith("text/plain") and "# HELP" in metrics.text
     page = httpx.get(server.url)
-    assert page.headers["content-type"] == "text/html; charset=utf-8" and '"red fox, Vulpes vulpes"' in page.text
+    assert (
+        page.headers["content-type"] == "text/html; charset=utf-8"
+        and '"red fox, Vulpes vulpes"' in page.text
+    )
 
 
-# ---- the page, in Chromium ------------------------------------------------------------------------------------------
+# ---- the page, in Chromium ---------------------------------------------------------------------
 class Browser:
     """A page of a headless Chromium, driven over its DevTools protocol."""
 
     def __init__(self, folder):
         program = shutil.which("chromium") or shutil.which("google-chrome")
         self.process = subprocess.Popen(
-            [program, "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--remote-debugging-port=0",
-             f"--user-data-dir={folder}", "about:blank"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            [
+                program,
+                "--headless=new",
+                "--no-sandbox",
+                "--disable-gpu",
+                "--no-first-run",
+                "--remote-debugging-port=0",
+                f"--user-data-dir={folder}",
+                "about:blank",
+            ],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         told = folder / "DevToolsActivePort"
         until(lambda: told.exists() and told.read_text().count("\n"), 30)
         address = f"http://127.0.0.1:{told.read_text().split()[0]}/json/list"
         pages = []
-        until(lambda: pages.extend(p for p in httpx.get(address).json() if p["type"] == "page") or pages)
+        until(
+            lambda: (
+                pages.extend(p for p in httpx.get(address).json() if p["type"] == "page") or pages
+            )
+        )
         self.loop, self.calls, self.complaints = asyncio.new_event_loop(), 0, []
         self.socket = self.loop.run_until_complete(self.connect(pages[0]["webSocketDebuggerUrl"]))
         for domain in ("Page", "Runtime", "Log"):
@@ -766,9 +1016,19 @@ class Browser:
         return result["result"].get("value")
 
     def open(self, url, width=1280):
-        self("Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1, mobile=width < 600)
+        self(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=800,
+            deviceScaleFactor=1,
+            mobile=width < 600,
+        )
         self("Page.navigate", url=url)
-        until(lambda: self.run("document.readyState === 'complete' && location.href !== 'about:blank' && !!$('go')"))
+        until(
+            lambda: self.run(
+                "document.readyState === 'complete' && location.href !== 'about:blank' && !!$('go')"
+            )
+        )
 
     def type(self, text, into=None):
         if into:
@@ -784,18 +1044,30 @@ class Browser:
         return self.run(f"$('{element}').innerText")
 
     def stroke(self, points, touch=False):
-        """Draw over the picture, with the mouse or a finger; points are in codes from its upper left corner."""
+        """Draw over the picture, with the mouse or a finger; points are in codes from its upper
+        left corner."""
         self.run("$('canvas').scrollIntoView({block: 'center'})")
         box = self.run("(b => [b.left, b.top, b.width])($('canvas').getBoundingClientRect())")
         at = [{"x": box[0] + x * box[2] / GRID, "y": box[1] + y * box[2] / GRID} for x, y in points]
         if touch:
             for i, point in enumerate(at):
-                self("Input.dispatchTouchEvent", type="touchMove" if i else "touchStart", touchPoints=[point])
+                self(
+                    "Input.dispatchTouchEvent",
+                    type="touchMove" if i else "touchStart",
+                    touchPoints=[point],
+                )
             self("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
         else:
             kinds = ["mousePressed", *["mouseMoved"] * (len(at) - 1), "mouseReleased"]
             for kind, point in zip(kinds, [*at, at[-1]]):
-                self("Input.dispatchMouseEvent", type=kind, button="left", buttons=1, clickCount=1, **point)
+                self(
+                    "Input.dispatchMouseEvent",
+                    type=kind,
+                    button="left",
+                    buttons=1,
+                    clickCount=1,
+                    **point,
+                )
 
     def close(self):
         self.loop.run_until_complete(self.session.close())
@@ -827,10 +1099,11 @@ def test_the_page_draws_what_is_typed_row_by_row(engine, server, browser):
     engine.step.clear()
     browser.open(server.url)
     browser.type("fo", into="query")
-    assert browser.run("[...document.querySelectorAll('[role=option]')].map(o => o.innerText.replace(/\\s+/g, ' '))") \
-        == ["red fox, Vulpes vulpes 2"]
+    assert browser.run(
+        "[...document.querySelectorAll('[role=option]')].map(o => o.innerText.replace(/\\s+/g, ' '))"
+    ) == ["red fox, Vulpes vulpes 2"]
     browser.press(*ENTER)
-    browser.press(*DOWN)           # opens the list of the others, then goes to the second
+    browser.press(*DOWN)  # opens the list of the others, then goes to the second
     browser.press(*DOWN)
     browser.press(*DOWN)
     browser.press(*ENTER)
@@ -839,13 +1112,22 @@ def test_the_page_draws_what_is_typed_row_by_row(engine, server, browser):
     browser.type("7", into="seed")
     browser.press(*ENTER)
     until(lambda: browser.run("document.querySelectorAll('img').length") == 4)
-    assert browser.run("document.querySelector('img').style.clipPath") == "inset(0px 0px 75%)"   # one row of four
+    assert (
+        browser.run("document.querySelector('img').style.clipPath") == "inset(0px 0px 75%)"
+    )  # one row of four
     assert browser.text("go") == "Cancel" and browser.text("status") == "0 of 4 images drawn"
     engine.step.set()
     until(lambda: browser.text("go") == "Draw")
     assert browser.text("status").startswith("4 images in ")
-    links = browser.run("[...document.querySelectorAll('figure a')].map(a => [a.download, a.href.split(',')[1]])")
-    assert [name for name, _ in links] == ["red-fox-7.png", "red-fox-8.png", "heart-7.png", "heart-8.png"]
+    links = browser.run(
+        "[...document.querySelectorAll('figure a')].map(a => [a.download, a.href.split(',')[1]])"
+    )
+    assert [name for name, _ in links] == [
+        "red-fox-7.png",
+        "red-fox-8.png",
+        "heart-7.png",
+        "heart-8.png",
+    ]
     for (_, png), (class_id, seed) in zip(links, [(2, 7), (2, 8), (1, 7), (1, 8)]):
         assert same(pixels(png), picture(class_id, seed))
     assert not browser.complaints
@@ -866,10 +1148,12 @@ def test_the_page_tells_kindly_what_is_wrong(engine, browser):
     with served(engine, flags=["--api-key", "secret"]) as server:
         engine.most = 12
         browser.open(server.url)
-        for action, sentence in ((lambda: None, "Choose a class first."),
-                                 (lambda: browser.type("dodo", into="query"), "No class fits “dodo”."),
-                                 (lambda: browser.run("$('query').value = ''; choose(0)"), "asks for an API key"),
-                                 (lambda: browser.type("wrong", into="key"), "does not know this API key")):
+        for action, sentence in (
+            (lambda: None, "Choose a class first."),
+            (lambda: browser.type("dodo", into="query"), "No class fits “dodo”."),
+            (lambda: browser.run("$('query').value = ''; choose(0)"), "asks for an API key"),
+            (lambda: browser.type("wrong", into="key"), "does not know this API key"),
+        ):
             action()
             browser.run("$('go').click()")
             until(lambda: sentence in browser.text("error"))
@@ -879,8 +1163,11 @@ def test_the_page_tells_kindly_what_is_wrong(engine, browser):
         until(lambda: browser.text("status").startswith("4 images in"))
         assert browser.run("$('error').hidden")
         engine.step.clear()
-        others = threading.Thread(target=post, args=(server, {"n": 10}),
-                                  kwargs={"headers": {"Authorization": "Bearer secret"}})
+        others = threading.Thread(
+            target=post,
+            args=(server, {"n": 10}),
+            kwargs={"headers": {"Authorization": "Bearer secret"}},
+        )
         others.start()
         until(lambda: len(engine.live) == 10)
         browser.run("$('go').click()")
@@ -896,7 +1183,8 @@ def test_the_page_tells_kindly_what_is_wrong(engine, browser):
 
 @pytest.mark.parametrize("width", [1280, 390])
 def test_the_page_draws_a_part_of_a_picture_anew(engine, server, browser, width, tmp_path):
-    """Chosen at the wide page, where a mouse paints, and dropped on the narrow one, where a finger does."""
+    """Chosen at the wide page, where a mouse paints, and dropped on the narrow one, where a finger
+    does."""
     touch, image = width < 600, photo((SIDE * 5, SIDE * 3))
     browser.open(f"{server.url}/?classes=heart&n=2&seed=7", width)
     browser("Emulation.setTouchEmulationEnabled", enabled=touch)
@@ -916,23 +1204,29 @@ def test_the_page_draws_a_part_of_a_picture_anew(engine, server, browser, width,
     browser.run("$('brush').value = 1")
     browser.stroke([(1.5, 1.5), (2.5, 1.5), (2.5, 2.5), (1.6, 2.5)], touch)
     assert sorted(browser.run("[...hole]")) == [5, 6, 9, 10]
-    browser.stroke([(2.5, 2.5), (2.6, 2.6)], touch)                     # what begins on the hole makes it smaller
+    browser.stroke([(2.5, 2.5), (2.6, 2.6)], touch)  # what begins on the hole makes it smaller
     assert sorted(browser.run("[...hole]")) == [5, 6, 9]
     browser.run("document.querySelector('[data-hole=middle]').click()")
     assert sorted(browser.run("[...hole]")) == [5, 6, 9, 10]
     engine.step.clear()
-    browser.run("$('go').click(); $('go').click()")                     # the second click finds Cancel
+    browser.run("$('go').click(); $('go').click()")  # the second click finds Cancel
     until(lambda: browser.text("go") == "Draw" and browser.text("status"))
     assert browser.text("status") == "Cancelled with 0 of 2 images drawn" and not engine.asked
     assert browser.run("document.querySelectorAll('figure').length") == 0
     browser.run("$('go').click()")
     until(lambda: browser.run("document.querySelectorAll('figure img').length") == 2)
-    assert browser.run("document.querySelector('img').style.clipPath") == ""   # what is kept is seen at once
+    assert (
+        browser.run("document.querySelector('img').style.clipPath") == ""
+    )  # what is kept is seen at once
     engine.step.set()
     until(lambda: browser.text("status").startswith("2 images in"))
     middle = data.center_crop(image.crop((SIDE, 0, 4 * SIDE, 3 * SIDE)), SIDE)
-    for j, href in enumerate(browser.run("[...document.querySelectorAll('figure a')].map(a => a.href.split(',')[1])")):
-        assert np.abs(pixels(href).astype(int) - edited(middle, 1, 7 + j, MIDDLE)).max() < 12   # the browser scaled it
+    for j, href in enumerate(
+        browser.run("[...document.querySelectorAll('figure a')].map(a => a.href.split(',')[1])")
+    ):
+        assert (
+            np.abs(pixels(href).astype(int) - edited(middle, 1, 7 + j, MIDDLE)).max() < 12
+        )  # the browser scaled it
     assert browser.run("document.documentElement.scrollWidth") <= width and not browser.complaints
     browser.run("$('unload').click()")
     assert browser.run("$('editor').hidden && !$('drop').hidden && photo === null")
@@ -947,14 +1241,17 @@ def test_the_page_fits_and_every_control_has_a_name(server, browser, width):
     nodes = browser("Accessibility.getFullAXTree")["nodes"]
     roles = ("button", "combobox", "textbox", "slider", "spinbutton", "link", "image")
     names = [n["name"]["value"] for n in nodes if not n["ignored"] and n["role"]["value"] in roles]
-    assert len(names) > 60 and all(names)   # thirty images and their links are among them
+    assert len(names) > 60 and all(names)  # thirty images and their links are among them
     assert not browser.complaints
 
 
 @pytest.mark.parametrize("width", [1280, 390])
 def test_a_caption_model_has_a_text_box_in_place_of_the_classes(captioned, browser, width):
     browser.open(captioned.url, width)
-    assert browser.run("$('picker').hidden && !$('caption-row').hidden && $('scale-is').innerText") == "7.5"
+    assert (
+        browser.run("$('picker').hidden && !$('caption-row').hidden && $('scale-is').innerText")
+        == "7.5"
+    )
     assert browser.run("$('caption').labels[0].innerText") == "Captions"
     browser.run("$('go').click()")
     until(lambda: "Write a caption first." in browser.text("error"))
@@ -962,7 +1259,9 @@ def test_a_caption_model_has_a_text_box_in_place_of_the_classes(captioned, brows
     browser.type("7", into="seed")
     browser.run("$('go').click()")
     until(lambda: browser.text("status").startswith("8 images in"))
-    links = browser.run("[...document.querySelectorAll('figure a')].map(a => [a.download, a.href.split(',')[1]])")
+    links = browser.run(
+        "[...document.querySelectorAll('figure a')].map(a => [a.download, a.href.split(',')[1]])"
+    )
     assert links[0][0] == "a-small-red-star-on-blue-7.png" and links[7][0] == "a-fox-10.png"
     assert same(pixels(links[0][1]), picture(6, 7)) and same(pixels(links[7][1]), picture(2, 10))
     assert browser.run("document.documentElement.scrollWidth") <= width
@@ -971,7 +1270,7 @@ def test_a_caption_model_has_a_text_box_in_place_of_the_classes(captioned, brows
     assert all(c["entry"]["text"].startswith("Failed to load resource") for c in browser.complaints)
 
 
-# ---- the command, with a small model in vLLM ------------------------------------------------------------------------
+# ---- the command, with a small model in vLLM ---------------------------------------------------
 def command(*args, **settings):
     """Start serve_vllm.py as a user would."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "VLLM_CPU_KVCACHE_SPACE": "1"}
@@ -989,25 +1288,41 @@ def small_export(folder, classes=None, text=None, **condition):
     """An exported folder: 8 x 8 codes, random weights that make lively logits."""
     config = gpt.GPTConfig(dim=64, n_layer=2, n_head=2, vocab_size=V, grid=8, **condition)
     tokenizer = small_tokenizer()
-    torch.save({"model": tokenizer.state_dict(), "config": asdict(tokenizer.config)}, folder / "vq.pt")
-    torch.save({"model": fill(gpt.GPT(config)).state_dict(), "config": asdict(config), "classes": classes,
-                "text": text}, folder / "gpt.pt")
-    process = command("export", "--gpt", folder / "gpt.pt", "--vq", folder / "vq.pt", "--out", folder / "small")
+    torch.save(
+        {"model": tokenizer.state_dict(), "config": asdict(tokenizer.config)}, folder / "vq.pt"
+    )
+    torch.save(
+        {
+            "model": fill(gpt.GPT(config)).state_dict(),
+            "config": asdict(config),
+            "classes": classes,
+            "text": text,
+        },
+        folder / "gpt.pt",
+    )
+    process = command(
+        "export", "--gpt", folder / "gpt.pt", "--vq", folder / "vq.pt", "--out", folder / "small"
+    )
     assert process.wait(60) == 0
     return folder / "small"
 
 
 @contextlib.contextmanager
 def started(exported, log, *flags):
-    """`serve_vllm.py serve` on a free port, ended when this ends at the latest; `processes` has the engine's last."""
+    """`serve_vllm.py serve` on a free port, ended when this ends at the latest; `processes` has the
+    engine's last."""
     with open(log, "w") as file:
-        process = command("serve", exported, "--port", 0, *flags, stdout=file, stderr=subprocess.STDOUT)
+        process = command(
+            "serve", exported, "--port", 0, *flags, stdout=file, stderr=subprocess.STDOUT
+        )
     try:
         until(lambda: "open http://" in log.read_text() or process.poll() is not None, 120)
         assert process.poll() is None, log.read_text()
         url = re.search(r"open (http\S+)", log.read_text())[1]
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        yield SimpleNamespace(url=url, process=process, processes=[process.pid, *map(int, children)], log=log)
+        yield SimpleNamespace(
+            url=url, process=process, processes=[process.pid, *map(int, children)], log=log
+        )
     finally:
         process.terminate()
         try:
@@ -1028,7 +1343,9 @@ def memory(server):
     total = 0
     for pid in server.processes:
         with contextlib.suppress(OSError):
-            total += int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1]) / 1024
+            total += (
+                int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1]) / 1024
+            )
     return total
 
 
@@ -1040,50 +1357,91 @@ def gauge(server, name):
 
 
 def test_openais_client_draws_with_the_real_engine(real, exported):
-    """And what it gets are the pixels of the codes that the plain sampler draws from the same seed, streamed or not;
-    codes asked for by vLLM's own route are the same, too."""
+    """And what it gets are the pixels of the codes that the plain sampler draws from the same seed,
+    streamed or not; codes asked for by vLLM's own route are the same, too."""
     model, tokenizer = gpt.load_gpt(exported.parent / "gpt.pt"), small_tokenizer()
     settings = {"extra_body": {"cfg_scale": 3.0, "top_k": 9, "seed": 6}}
     codes = sample.generate(model, torch.tensor([2, 2]), cfg_scale=3.0, top_k=9, seeds=[6, 7])
     plain = sample.to_pixels(tokenizer, codes)
     answer = client(real).images.generate(prompt="red fox", size="32x32", n=2, **settings)
-    assert all(same(pixels(one.b64_json), right) for one, right in zip(answer.data, plain, strict=True))
-    *partial, last = client(real).images.generate(prompt="red fox", stream=True, partial_images=7, **settings)
+    assert all(
+        same(pixels(one.b64_json), right) for one, right in zip(answer.data, plain, strict=True)
+    )
+    *partial, last = client(real).images.generate(
+        prompt="red fox", stream=True, partial_images=7, **settings
+    )
     assert same(pixels(last.b64_json), plain[0]) and partial
     assert client(real).models.list().data[0].id == "small"
-    fields = {"model": "small", "prompt": [V + 2], "max_tokens": 64, "top_k": 9, "seed": 6, "return_token_ids": True}
-    answer = httpx.post(f"{real.url}/v1/completions", json={**fields, "vllm_xargs": {"cfg_scale": 3.0}}).json()
+    fields = {
+        "model": "small",
+        "prompt": [V + 2],
+        "max_tokens": 64,
+        "top_k": 9,
+        "seed": 6,
+        "return_token_ids": True,
+    }
+    answer = httpx.post(
+        f"{real.url}/v1/completions", json={**fields, "vllm_xargs": {"cfg_scale": 3.0}}
+    ).json()
     assert answer["choices"][0]["token_ids"] == codes[0].tolist()
-    for wrong, sentence in ({"vllm_xargs": {"cfg": 3}}, "'cfg' is no setting"), ({"min_p": 0.5}, "min_p is for words"):
-        assert sentence in error_of(httpx.post(f"{real.url}/v1/completions", json={**fields, **wrong}), 400)["message"]
+    for wrong, sentence in (
+        ({"vllm_xargs": {"cfg": 3}}, "'cfg' is no setting"),
+        ({"min_p": 0.5}, "min_p is for words"),
+    ):
+        assert (
+            sentence
+            in error_of(httpx.post(f"{real.url}/v1/completions", json={**fields, **wrong}), 400)[
+                "message"
+            ]
+        )
 
 
-@pytest.mark.parametrize("wrong, sentence", [
-    ({"prompt": [2 ** 31]}, "prompt: 2147483648 is no class"), ({"prompt": [2 ** 40]}, "prompt: 1099511627776 is no"),
-    ({"prompt": [[V], [V, 2 ** 31]]}, "prompt: 2147483648 is no class"),
-    ({"temperature": 0, "vllm_xargs": {"top_k": 2.5}}, "top_k 2.5 is not a whole number from 0 to 1,000,000"),
-    ({"temperature": 0, "vllm_xargs": {"top_k": 5.0}}, "top_k 5.0 is not a whole number"),
-    ({"vllm_xargs": {"cfg_interval": 1.5}}, "cfg_interval 1.5 is not a whole number from -1 to"),
-    ({"vllm_xargs": {"given": [-2]}}, "given is a list of codes"),
-    ({"vllm_xargs": {"kv_transfer_params": "all"}}, "'kv_transfer_params' is no setting"),
-])
+@pytest.mark.parametrize(
+    "wrong, sentence",
+    [
+        ({"prompt": [2**31]}, "prompt: 2147483648 is no class"),
+        ({"prompt": [2**40]}, "prompt: 1099511627776 is no"),
+        ({"prompt": [[V], [V, 2**31]]}, "prompt: 2147483648 is no class"),
+        (
+            {"temperature": 0, "vllm_xargs": {"top_k": 2.5}},
+            "top_k 2.5 is not a whole number from 0 to 1,000,000",
+        ),
+        ({"temperature": 0, "vllm_xargs": {"top_k": 5.0}}, "top_k 5.0 is not a whole number"),
+        (
+            {"vllm_xargs": {"cfg_interval": 1.5}},
+            "cfg_interval 1.5 is not a whole number from -1 to",
+        ),
+        ({"vllm_xargs": {"given": [-2]}}, "given is a list of codes"),
+        ({"vllm_xargs": {"kv_transfer_params": "all"}}, "'kv_transfer_params' is no setting"),
+    ],
+)
 def test_numbers_that_would_end_the_real_engine_are_refused_and_it_draws_on(real, wrong, sentence):
-    fields = {"model": "small", "prompt": [V + 2], "max_tokens": 64, "seed": 6, "return_token_ids": True}
+    fields = {
+        "model": "small",
+        "prompt": [V + 2],
+        "max_tokens": 64,
+        "seed": 6,
+        "return_token_ids": True,
+    }
     url = f"{real.url}/v1/completions"
     error = error_of(httpx.post(url, json={**fields, **wrong}, timeout=20), 400)
     assert sentence in error["message"] and "\n" not in error["message"]
     assert httpx.get(f"{real.url}/health").status_code == 200
-    whole = httpx.post(url, json={**fields, "vllm_xargs": {"cfg_scale": 3}}, timeout=20)   # is no mistake
+    whole = httpx.post(
+        url, json={**fields, "vllm_xargs": {"cfg_scale": 3}}, timeout=20
+    )  # is no mistake
     assert len(whole.json()["choices"][0]["token_ids"]) == 64
     assert post(real, {"seed": 1}).status_code == 200 and "Traceback" not in real.log.read_text()
 
 
 def test_the_real_engine_draws_a_hole_anew(real, exported):
-    """The upper half and one column are given; every other code is the plain sampler's draw after those before it."""
+    """The upper half and one column are given; every other code is the plain sampler's draw after
+    those before it."""
     model, tokenizer = gpt.load_gpt(exported.parent / "gpt.pt"), small_tokenizer()
     image = with_hole(photo((32, 32)), (4, 16, 32, 32))
-    answer = client(real).images.edit(image=file_of(image), prompt="heart", extra_body={
-        "seed": 3, "cfg_scale": 2.0, "top_k": 9})
+    answer = client(real).images.edit(
+        image=file_of(image), prompt="heart", extra_body={"seed": 3, "cfg_scale": 2.0, "top_k": 9}
+    )
     codes = tokenizer.encode(vq.to_tensor(image.convert("RGB"))[None]).flatten()
     for i in range(32, 64):
         if i % 8:
@@ -1092,42 +1450,61 @@ def test_the_real_engine_draws_a_hole_anew(real, exported):
             noise = sample.gumbel_noise(torch.tensor(3), torch.tensor(i), V)
             codes[i] = sample.draw(uncond + (cond - uncond) * 2.0, noise, 1.0, 9, 1.0)
     right = sample.to_pixels(tokenizer, codes[None])[0]
-    right[:16], right[:, :4] = np.array(image.convert("RGB"))[:16], np.array(image.convert("RGB"))[:, :4]
+    right[:16], right[:, :4] = (
+        np.array(image.convert("RGB"))[:16],
+        np.array(image.convert("RGB"))[:, :4],
+    )
     assert same(pixels(answer.data[0].b64_json), right)
 
 
 def test_two_hundred_requests_and_a_third_of_the_clients_leave(real):
-    """32 clients at a time. Every image is the one that the same request gave alone, nothing stays in the engine, and
-    the second hundred adds less than 10 MB to the 2 GB of server and engine. (Three hundred requests come before,
-    because until then the engine's kernels still ask for their working memory, 45 MB in all.)"""
-    kinds = [{"prompt": str(i % 3), "seed": i, "cfg_scale": 1.0 + i % 4, "n": 1 + i % 2} for i in range(12)]
+    """32 clients at a time. Every image is the one that the same request gave alone, nothing stays
+    in the engine, and the second hundred adds less than 10 MB to the 2 GB of server and engine.
+    (Three hundred requests come before, because until then the engine's kernels still ask for their
+    working memory, 45 MB in all.)"""
+    kinds = [
+        {"prompt": str(i % 3), "seed": i, "cfg_scale": 1.0 + i % 4, "n": 1 + i % 2}
+        for i in range(12)
+    ]
     alone = [[d["b64_json"] for d in post(real, kind).json()["data"]] for kind in kinds]
     assert len({a[0] for a in alone}) == 12
 
     async def ask(http, i):
         kind = kinds[i % 12]
-        if i % 3 == 1:      # sees the first rows, and leaves
-            async with http.stream("POST", "/v1/images/generations",
-                                   json={**kind, "stream": True, "partial_images": 7}) as response:
+        if i % 3 == 1:  # sees the first rows, and leaves
+            async with http.stream(
+                "POST", "/v1/images/generations", json={**kind, "stream": True, "partial_images": 7}
+            ) as response:
                 await anext(response.aiter_lines())
                 return "left"
         response = await http.post("/v1/images/generations", json=kind)
         assert response.status_code == 200, response.text
-        return all(same(pixels(d["b64_json"]), pixels(png)) for d, png in zip(response.json()["data"], alone[i % 12],
-                                                                              strict=True))
+        return all(
+            same(pixels(d["b64_json"]), pixels(png))
+            for d, png in zip(response.json()["data"], alone[i % 12], strict=True)
+        )
 
     async def hundred(first):
         limit = asyncio.Semaphore(32)
-        async with httpx.AsyncClient(base_url=real.url, timeout=60, limits=httpx.Limits(max_connections=32)) as http:
+        async with httpx.AsyncClient(
+            base_url=real.url, timeout=60, limits=httpx.Limits(max_connections=32)
+        ) as http:
+
             async def one(i):
                 async with limit:
                     return await ask(http, i)
+
             return await asyncio.gather(*(one(i) for i in range(first, first + 100)))
 
     answers, held = [], []
     for first in (-300, -200, -100, 0, 100):
         answers += asyncio.run(hundred(first))
-        until(lambda: gauge(real, "vllm:num_requests_running") + gauge(real, "vllm:num_requests_waiting") == 0)
+        until(
+            lambda: (
+                gauge(real, "vllm:num_requests_running") + gauge(real, "vllm:num_requests_waiting")
+                == 0
+            )
+        )
         held.append(memory(real))
     assert answers.count("left") == 167 and answers.count(True) == 333, answers
     assert held[-1] - held[-2] < 10, held
@@ -1143,15 +1520,22 @@ def test_sigterm_finishes_what_runs_and_exits_0(real):
     thread.join(60)
     assert answers[0].status_code == 200 and len(answers[0].json()["data"]) == 10
     assert real.process.wait(30) == 0
-    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in real.processes), 20)   # the engine is gone as well
+    until(
+        lambda: not any(Path(f"/proc/{pid}").exists() for pid in real.processes), 20
+    )  # the engine is gone as well
     assert "Traceback" not in real.log.read_text()
 
 
 @pytest.mark.slow
-def test_when_the_engine_is_killed_the_server_says_so_and_exits_with_1(exported, tmp_path, monkeypatch):
-    """So that a supervisor starts it again. By the way: the key may come from the environment, and flags are vLLM's."""
+def test_when_the_engine_is_killed_the_server_says_so_and_exits_with_1(
+    exported, tmp_path, monkeypatch
+):
+    """So that a supervisor starts it again. By the way: the key may come from the environment, and
+    flags are vLLM's."""
     monkeypatch.setenv("VLLM_API_KEY", "secret")
-    with started(exported, tmp_path / "serve.log", "--max-num-queued-reqs", 4, "--root-path", "/draw") as server:
+    with started(
+        exported, tmp_path / "serve.log", "--max-num-queued-reqs", 4, "--root-path", "/draw"
+    ) as server:
         server.url = server.url.removesuffix("/draw")
         assert post(server, {}).status_code == 401
         assert httpx.get(f"{server.url}/metrics").status_code == 401
@@ -1167,39 +1551,68 @@ def test_when_the_engine_is_killed_the_server_says_so_and_exits_with_1(exported,
 @pytest.mark.slow
 def test_the_command_serves_captions(tmp_path):
     """Captions of 1 and 5 words at once: the pixels that the plain sampler's greedy codes have."""
-    folder = small_export(tmp_path, text=captions.CaptionEncoder("words").about, num_classes=0, cond_tokens=120,
-                          caption_dim=64)
+    folder = small_export(
+        tmp_path,
+        text=captions.CaptionEncoder("words").about,
+        num_classes=0,
+        cond_tokens=120,
+        caption_dim=64,
+    )
     prompts, model = ["fox", "a small red star, 'glowing'"], gpt.load_gpt(tmp_path / "gpt.pt")
-    codes = sample.generate(model, *captions.encode_captions(prompts, model=model), cfg_scale=7.5, top_k=1)
+    codes = sample.generate(
+        model, *captions.encode_captions(prompts, model=model), cfg_scale=7.5, top_k=1
+    )
     with started(folder, tmp_path / "serve.log") as server:
         answers = []
-        threads = [threading.Thread(target=lambda c=c: answers.append(post(server, {"prompt": c, "temperature": 0})))
-                   for c in prompts]
+        threads = [
+            threading.Thread(
+                target=lambda c=c: answers.append(post(server, {"prompt": c, "temperature": 0}))
+            )
+            for c in prompts
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join(30)
         assert error_of(post(server, {"prompt": "<br>"}), 400)["param"] == "prompt"
-    process = command("serve", folder, "--t5", tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = command(
+        "serve", folder, "--t5", tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 2 and "cannot be loaded" in errors.splitlines()[-1], errors
-    drawn = {a.json()["data"][0]["revised_prompt"]: pixels(a.json()["data"][0]["b64_json"]) for a in answers}
+    drawn = {
+        a.json()["data"][0]["revised_prompt"]: pixels(a.json()["data"][0]["b64_json"])
+        for a in answers
+    }
     for caption, right in zip(prompts, sample.to_pixels(small_tokenizer(), codes)):
         assert same(drawn[caption], right), caption
 
 
-@pytest.mark.parametrize("flags, sentence", [
-    (["missing"], "missing is no folder written by serve_vllm.py export"),
-    ([], "give the folder that export wrote"),
-    (["EXPORTED", "--port", "TAKEN"], "--host 127.0.0.1 --port TAKEN: Address already in use"),
-    (["EXPORTED", "--logits-processors", "other:One"], "--logits-processors: images need serve_vllm:Draw among them"),
-    (["EXPORTED", "--port", "70000"], "--port 70000 is not between 0 and 65,535"),
-    (["EXPORTED", "--tensor-parallel-size", "4"], "--tensor-parallel-size 4 does not divide the 2 heads"),
-])
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        (["missing"], "missing is no folder written by serve_vllm.py export"),
+        ([], "give the folder that export wrote"),
+        (["EXPORTED", "--port", "TAKEN"], "--host 127.0.0.1 --port TAKEN: Address already in use"),
+        (
+            ["EXPORTED", "--logits-processors", "other:One"],
+            "--logits-processors: images need serve_vllm:Draw among them",
+        ),
+        (["EXPORTED", "--port", "70000"], "--port 70000 is not between 0 and 65,535"),
+        (
+            ["EXPORTED", "--tensor-parallel-size", "4"],
+            "--tensor-parallel-size 4 does not divide the 2 heads",
+        ),
+    ],
+)
 def test_what_cannot_be_served_is_told_in_one_sentence(exported, flags, sentence):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         flags = [{"EXPORTED": exported, "TAKEN": port}.get(f, f) for f in flags]
         process = command("serve", *flags, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         _, errors = process.communicate(timeout=60)
-    assert process.returncode == 2 and sentence.replace("TAKEN", port) in errors and "Traceback" not in errors
+    assert (
+        process.returncode == 2
+        and sentence.replace("TAKEN", port) in errors
+        and "Traceback" not in errors
+    )

@@ -1,6 +1,8 @@
-"""A mistake gets one sentence that names it, and exit code 2: every number at nonsense, every path missing or unfit.
+"""A mistake gets one sentence that names it, and exit code 2: every number at nonsense, every path
+missing or unfit.
 
 To add a script: a line in COMMANDS with words that would work, and its flags in the lists below."""
+
 import json
 import os
 import sys
@@ -10,44 +12,83 @@ import pytest
 import torch
 from conftest import ROOT
 
-from nanollamagen import captions
 import evaluate
 import gpt
 import sample
 import vq
+from nanollamagen import captions
 
 sys.path.insert(0, str(ROOT / "ablations"))
 import sweep  # noqa: E402
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")                # nothing here asks a server
-GONE = "gone.pth"   # Inception's weights are not there: what is reported must have been found before they are read
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here asks a server
+# Inception's weights are not there: what is reported must have been found before they are read
+GONE = "gone.pth"
 COMMANDS = {
     "compare": (evaluate, "a.npz a.npz --inception gone.pth"),
     "stats": (evaluate, "stats a.npz --inception gone.pth"),
     "recon": (evaluate, "recon --vq vq.pt --data shapes:4 --inception gone.pth"),
     "clip": (evaluate, "clip --prompts prompts.txt --samples a.npz --clip gone.pth"),
     "captions": (captions, "encode --codes codes --t5 words"),
-    "sample": (sample, "--vq vq.pt --gpt gpt.pt --image-size 256 --out a.png"),   # drawn are 16 pixels: said last
+    "sample": (
+        sample,
+        "--vq vq.pt --gpt gpt.pt --image-size 256 --out a.png",
+    ),  # drawn are 16 pixels: said last
     "sweep": (sweep, "--vq vq.pt --gpt gpt.pt --ref a.npz --inception gone.pth"),
 }
 NONSENSE = ["0", "-1", "nan", "1.5e300", "9" * 30, "many", ""]
-NUMBERS = [   # command, flag, which of NONSENSE mean something
-    ("compare", "--size", []), ("compare", "--batch-size", []), ("stats", "--keep", []), ("stats", "--size", []),
-    ("recon", "--image-size", []), ("recon", "--eval-size", []), ("recon", "--batch-size", []), ("clip", "--size", []),
-    ("captions", "--batch-size", []), ("sample", "--image-size", []), ("sample", "--per-class", []),
-    ("sample", "--num-samples", []), ("sample", "--resize", []), ("sample", "--seed", ["0"]),
-    ("sample", "--cfg-scale", ["0"]), ("sample", "--cfg-interval", ["0", "-1"]), ("sample", "--temperature", ["0"]),
-    ("sample", "--top-k", ["0"]), ("sample", "--top-p", []), ("sample", "--batch-size", []), ("sample", "--window", []),
-    ("sweep", "--cfg-scale", ["0"]), ("sweep", "--top-k", ["0"]),
-    ("sweep", "--num-samples", []), ("sweep", "--seed", ["0"]), ("sweep", "--image-size", []), ("sweep", "--size", []),
+NUMBERS = [  # command, flag, which of NONSENSE mean something
+    ("compare", "--size", []),
+    ("compare", "--batch-size", []),
+    ("stats", "--keep", []),
+    ("stats", "--size", []),
+    ("recon", "--image-size", []),
+    ("recon", "--eval-size", []),
+    ("recon", "--batch-size", []),
+    ("clip", "--size", []),
+    ("captions", "--batch-size", []),
+    ("sample", "--image-size", []),
+    ("sample", "--per-class", []),
+    ("sample", "--num-samples", []),
+    ("sample", "--resize", []),
+    ("sample", "--seed", ["0"]),
+    ("sample", "--cfg-scale", ["0"]),
+    ("sample", "--cfg-interval", ["0", "-1"]),
+    ("sample", "--temperature", ["0"]),
+    ("sample", "--top-k", ["0"]),
+    ("sample", "--top-p", []),
+    ("sample", "--batch-size", []),
+    ("sample", "--window", []),
+    ("sweep", "--cfg-scale", ["0"]),
+    ("sweep", "--top-k", ["0"]),
+    ("sweep", "--num-samples", []),
+    ("sweep", "--seed", ["0"]),
+    ("sweep", "--image-size", []),
+    ("sweep", "--size", []),
     ("sweep", "--batch-size", []),
 ]
-READ = [("compare", "--inception"), ("recon", "--vq"), ("recon", "--data"), ("clip", "--prompts"),
-        ("clip", "--samples"),
-        ("captions", "--codes"), ("sample", "--vq"), ("sample", "--gpt"), ("sweep", "--vq"), ("sweep", "--gpt"),
-        ("sweep", "--ref")]
-WRITTEN = [("compare", "--json"), ("stats", "--out"), ("recon", "--out"), ("recon", "--json"), ("clip", "--json"),
-           ("sample", "--out"), ("sweep", "--out")]
+READ = [
+    ("compare", "--inception"),
+    ("recon", "--vq"),
+    ("recon", "--data"),
+    ("clip", "--prompts"),
+    ("clip", "--samples"),
+    ("captions", "--codes"),
+    ("sample", "--vq"),
+    ("sample", "--gpt"),
+    ("sweep", "--vq"),
+    ("sweep", "--gpt"),
+    ("sweep", "--ref"),
+]
+WRITTEN = [
+    ("compare", "--json"),
+    ("stats", "--out"),
+    ("recon", "--out"),
+    ("recon", "--json"),
+    ("clip", "--json"),
+    ("sample", "--out"),
+    ("sweep", "--out"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -56,14 +97,29 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("files")
     pictures = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
     np.savez(folder / "a.npz", arr_0=pictures, labels=np.arange(4))
-    tokenizer = vq.VQModel(vq.VQConfig(ch=32, ch_mult=(1, 1, 1), res_blocks=1, z_channels=32, codebook_size=64))
-    torch.save({"model": tokenizer.state_dict(), "config": vars(tokenizer.config), "image_size": 16}, folder / "vq.pt")
-    model = gpt.GPT(gpt.GPTConfig(dim=32, n_layer=1, n_head=2, vocab_size=64, grid=4, num_classes=3))
+    tokenizer = vq.VQModel(
+        vq.VQConfig(ch=32, ch_mult=(1, 1, 1), res_blocks=1, z_channels=32, codebook_size=64)
+    )
+    torch.save(
+        {"model": tokenizer.state_dict(), "config": vars(tokenizer.config), "image_size": 16},
+        folder / "vq.pt",
+    )
+    model = gpt.GPT(
+        gpt.GPTConfig(dim=32, n_layer=1, n_head=2, vocab_size=64, grid=4, num_classes=3)
+    )
     torch.save({"model": model.state_dict(), "config": vars(model.config)}, folder / "gpt.pt")
     (folder / "prompts.txt").write_text("one\ntwo\nthree\nfour\n")
     (folder / "codes").mkdir()
     np.save(folder / "codes" / "codes.npy", np.zeros((4, 1, 16), np.uint16))
-    meta = {"classes": [], "captions": True, "h": 4, "w": 4, "codebook_size": 64, "image_size": 16, "tokenizer": "0"}
+    meta = {
+        "classes": [],
+        "captions": True,
+        "h": 4,
+        "w": 4,
+        "codebook_size": 64,
+        "image_size": 16,
+        "tokenizer": "0",
+    }
     (folder / "codes" / "meta.json").write_text(json.dumps(meta))
     (folder / "codes" / "captions.jsonl").write_text('{"caption": "a"}\n' * 4)
     (folder / "nothing").mkdir()
@@ -74,6 +130,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def complaint(folder, monkeypatch, capsys):
     """complaint(command, flag, value): the sentence that a command line ends with."""
+
     def call(command, *words):
         module, good = COMMANDS[command]
         monkeypatch.chdir(folder)
@@ -84,6 +141,7 @@ def complaint(folder, monkeypatch, capsys):
         errors = [line for line in text.splitlines() if "error: " in line]
         assert stop.value.code == 2 and len(errors) == 1 and "Traceback" not in text, text
         return errors[0].split("error: ", 1)[1]
+
     return call
 
 
@@ -105,9 +163,17 @@ def test_a_path_that_is_missing_or_of_another_kind_is_named(complaint, command, 
 
 @pytest.mark.parametrize("command, flag", WRITTEN)
 def test_a_place_where_nothing_can_be_written_is_named_before_the_work(complaint, command, flag):
-    for value in ("empty/inside", "nothing" if command != "sweep" else "empty", "/proc/none/at/all", ""):
+    for value in (
+        "empty/inside",
+        "nothing" if command != "sweep" else "empty",
+        "/proc/none/at/all",
+        "",
+    ):
         sentence = complaint(command, f"{flag}={value}")
-        assert flag in sentence and value.split("/")[0] in sentence and GONE not in sentence, (value, sentence)
+        assert flag in sentence and value.split("/")[0] in sentence and GONE not in sentence, (
+            value,
+            sentence,
+        )
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -133,7 +199,14 @@ def test_damaged_features_of_captions_are_named(complaint, folder):
         assert "codes/text.json is damaged; delete it" in complaint("captions")
         with pytest.raises(ValueError, match="is damaged"):
             captions.load_text(folder / "codes")
-        about = {"encoder": "words", "dim": 64, "hash": "words", "images": 4, "bytes": 1, "tokens": 4}
+        about = {
+            "encoder": "words",
+            "dim": 64,
+            "hash": "words",
+            "images": 4,
+            "bytes": 1,
+            "tokens": 4,
+        }
         (folder / "codes" / "text.json").write_text(json.dumps(about))
         (folder / "codes" / "text.npy").write_bytes(b"")
         with pytest.raises(ValueError, match="do not belong together"):

@@ -1,5 +1,6 @@
-"""What train_gpt.py promises about several processes: one, many and sharded are the same run, and it survives a
-kill."""
+"""What train_gpt.py promises about several processes: one, many and sharded are the same run, and
+it survives a kill."""
+
 import os
 import random
 import shutil
@@ -14,20 +15,44 @@ import torch
 from conftest import ROOT
 from test_train_gpt import codes, flags_for, log, losses, torchrun, train  # noqa: F401 (codes is a fixture)
 
-from nanollamagen import runs
-from nanollamagen import data
 import gpt
+from nanollamagen import data, runs
 
-STILL = ["--dropout", 0, "--class-dropout", 0, "--max-steps", 50, "--ema-decay", 0.9, "--val-images", 7,
-         "--val-every", 25]
-SHARDED = ["--parallel", "fsdp", "--save-every", 20, "--keep", 1, "--micro-batch", 2, "--checkpoint-activations"]
+STILL = [
+    "--dropout",
+    0,
+    "--class-dropout",
+    0,
+    "--max-steps",
+    50,
+    "--ema-decay",
+    0.9,
+    "--val-images",
+    7,
+    "--val-every",
+    25,
+]
+SHARDED = [
+    "--parallel",
+    "fsdp",
+    "--save-every",
+    20,
+    "--keep",
+    1,
+    "--micro-batch",
+    2,
+    "--checkpoint-activations",
+]
 pytestmark = pytest.mark.slow
-os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")   # gloo would look up the host's name otherwise: it can take minutes
+os.environ.setdefault(
+    "GLOO_SOCKET_IFNAME", "lo"
+)  # gloo would look up the host's name otherwise: it can take minutes
 
 
 @pytest.fixture(scope="module")
 def trained(codes, tmp_path_factory):  # noqa: F811
-    """A folder with 50 steps each on one process, two DDP and two FSDP processes: one, ddp, fsdp."""
+    """A folder with 50 steps each on one process, two DDP and two FSDP processes: one, ddp,
+    fsdp."""
     out = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         train(patch, codes, out / "one", *STILL, "--save-every", 20, "--keep", 2)
@@ -42,10 +67,23 @@ def workers(n, *args):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    return [subprocess.Popen([sys.executable, "train_gpt.py", *flags_for(*args)], cwd=ROOT, stderr=subprocess.PIPE,
-                             text=True, env={**os.environ, "RANK": str(rank), "WORLD_SIZE": str(n),
-                                             "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
-                                             "MASTER_PORT": str(port)}) for rank in range(n)]
+    return [
+        subprocess.Popen(
+            [sys.executable, "train_gpt.py", *flags_for(*args)],
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={
+                **os.environ,
+                "RANK": str(rank),
+                "WORLD_SIZE": str(n),
+                "LOCAL_RANK": str(rank),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            },
+        )
+        for rank in range(n)
+    ]
 
 
 def wait_for_step(out, step, processes):
@@ -56,20 +94,33 @@ def wait_for_step(out, step, processes):
 
 def test_one_process_two_and_two_with_shards_agree(trained):
     one = log(trained / "one")
-    assert one[-1]["loss"] < 2.7                                 # so that there was something to differ
+    assert one[-1]["loss"] < 2.7  # so that there was something to differ
     for name in ("ddp", "fsdp"):
         assert losses(trained / name) == pytest.approx(losses(trained / "one"), abs=1e-4)
-        assert [r["norm"] for r in log(trained / name)] == pytest.approx([r["norm"] for r in one], rel=1e-3)
+        assert [r["norm"] for r in log(trained / name)] == pytest.approx(
+            [r["norm"] for r in one], rel=1e-3
+        )
         assert log(trained / name)[-1]["val_loss"] == pytest.approx(one[-1]["val_loss"], abs=1e-4)
-    saved = {name: data.read_checkpoint(trained / name / "ckpt.pt") for name in ("one", "ddp", "fsdp")}
+    saved = {
+        name: data.read_checkpoint(trained / name / "ckpt.pt") for name in ("one", "ddp", "fsdp")
+    }
     for name in ("ddp", "fsdp"):
         assert saved[name].keys() == saved["one"].keys()
         for part in ("model", "ema"):
-            assert max(float((v - saved["one"][part][k]).abs().max()) for k, v in saved[name][part].items()) < 1e-3
+            assert (
+                max(
+                    float((v - saved["one"][part][k]).abs().max())
+                    for k, v in saved[name][part].items()
+                )
+                < 1e-3
+            )
 
 
 def test_old_checkpoints_are_kept_as_asked(trained):
-    names = {name: sorted(p.name for p in (trained / name).glob("ckpt*")) for name in ("one", "ddp", "fsdp")}
+    names = {
+        name: sorted(p.name for p in (trained / name).glob("ckpt*"))
+        for name in ("one", "ddp", "fsdp")
+    }
     assert names["one"] == ["ckpt.pt", "ckpt_00000020.pt", "ckpt_00000040.pt", "ckpt_00000050.pt"]
     assert names["ddp"] == ["ckpt.pt"]
     assert names["fsdp"] == ["ckpt.pt", "ckpt_00000040", "ckpt_00000050"]
@@ -83,10 +134,12 @@ def test_a_sharded_run_killed_goes_on_in_one_process(trained, codes, tmp_path, m
         p.kill()
         p.communicate()
     assert not (out / "ckpt.pt").exists()
-    (out / "ckpt.tmp").mkdir(exist_ok=True)                      # as a save leaves it that is killed half-way
+    (out / "ckpt.tmp").mkdir(exist_ok=True)  # as a save leaves it that is killed half-way
     train(monkeypatch, codes, out, *flags, "--resume")
     assert losses(out) == pytest.approx(losses(trained / "one"), abs=1e-4)
-    ema, expected = (data.read_checkpoint(folder / "ckpt.pt")["ema"] for folder in (out, trained / "one"))
+    ema, expected = (
+        data.read_checkpoint(folder / "ckpt.pt")["ema"] for folder in (out, trained / "one")
+    )
     assert max(float((v - expected[k]).abs().max()) for k, v in ema.items()) < 1e-3
 
 
@@ -96,10 +149,14 @@ def test_shards_that_were_not_joined_at_the_end_are_joined_by_resuming(trained, 
     (tmp_path / "run" / "ckpt.pt").unlink()
     result = torchrun(2, codes, tmp_path / "run", *STILL, *SHARDED, "--resume")
     assert result.returncode == 0, result.stderr
-    one, two = (data.read_checkpoint(folder / "ckpt.pt") for folder in (trained / "fsdp", tmp_path / "run"))
+    one, two = (
+        data.read_checkpoint(folder / "ckpt.pt") for folder in (trained / "fsdp", tmp_path / "run")
+    )
     assert one["step"] == two["step"] == 50
     assert all(one[name] == two[name] for name in ("images_seen", "config", "classes", "tokenizer"))
-    assert all(torch.equal(one[part][k], two[part][k]) for part in ("model", "ema") for k in one[part])
+    assert all(
+        torch.equal(one[part][k], two[part][k]) for part in ("model", "ema") for k in one[part]
+    )
     moments, again = (file["optimizer"]["state"] for file in (one, two))
     assert moments.keys() == again.keys()
     assert all(torch.equal(value, again[i][k]) for i in moments for k, value in moments[i].items())
@@ -109,12 +166,16 @@ def test_shards_that_were_not_joined_at_the_end_are_joined_by_resuming(trained, 
 
 
 def killed_often(kills, n, codes, out, *flags):  # noqa: F811
-    """Start a run of n processes `kills` times and kill them all, at a random moment of the start or of one of the next
-    five steps; then let it end. It saves after every step, so that many of the kills fall into a save."""
+    """Start a run of n processes `kills` times and kill them all, at a random moment of the start
+    or of one of the next five steps; then let it end. It saves after every step, so that many of
+    the kills fall into a save."""
     rng, step, start_s, step_s = random.Random(kills), 1, 3.0, 0.05
     for _ in range(kills):
         resume = ["--resume"] if runs.find_checkpoint(out)[0] else []
-        processes, ahead = workers(n, codes, out, *flags, "--save-every", 1, *resume), rng.randrange(6)
+        processes, ahead = (
+            workers(n, codes, out, *flags, "--save-every", 1, *resume),
+            rng.randrange(6),
+        )
         if ahead:
             step += ahead
             wait_for_step(out, step, processes)
@@ -136,24 +197,51 @@ def test_a_run_killed_at_twenty_random_moments_equals_one_never_killed(codes, tm
     killed_often(20, 1, codes, tmp_path / "cut", *flags)
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     one, two = (data.read_checkpoint(tmp_path / name / "ckpt.pt") for name in ("whole", "cut"))
-    assert all(torch.equal(one[part][k], two[part][k]) for part in ("model", "ema") for k in one[part])
+    assert all(
+        torch.equal(one[part][k], two[part][k]) for part in ("model", "ema") for k in one[part]
+    )
     assert sorted(p.name for p in (tmp_path / "cut").iterdir()) == [
-        "ckpt.pt", "ckpt_00000058.pt", "ckpt_00000059.pt", "ckpt_00000060.pt", "log.jsonl"]
+        "ckpt.pt",
+        "ckpt_00000058.pt",
+        "ckpt_00000059.pt",
+        "ckpt_00000060.pt",
+        "log.jsonl",
+    ]
 
 
-def test_a_sharded_run_killed_at_five_random_moments_equals_one_never_killed(trained, codes, tmp_path):  # noqa: F811
+def test_a_sharded_run_killed_at_five_random_moments_equals_one_never_killed(
+    trained, codes, tmp_path
+):  # noqa: F811
     killed_often(5, 2, codes, tmp_path / "run", *STILL, "--parallel", "fsdp")
     assert losses(tmp_path / "run") == pytest.approx(losses(trained / "one"), abs=1e-4)
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["ckpt.pt", "ckpt_00000050", "log.jsonl"]
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
+        "ckpt.pt",
+        "ckpt_00000050",
+        "log.jsonl",
+    ]
 
 
 def test_one_process_goes_on_as_shards_and_two_copies_as_two_shards(trained, codes, tmp_path):  # noqa: F811
-    """From ckpt.pt to FSDP with --shard-size 1 (a whole copy in each of two processes), then from its shards to two."""
+    """From ckpt.pt to FSDP with --shard-size 1 (a whole copy in each of two processes), then from
+    its shards to two."""
     (tmp_path / "run").mkdir()
     shutil.copy(trained / "one" / "ckpt_00000020.pt", tmp_path / "run" / "ckpt.pt")
     for steps, size in ((35, 1), (50, 2)):
-        result = torchrun(2, codes, tmp_path / "run", *STILL, "--resume", "--parallel", "fsdp", "--shard-size", size,
-                          "--max-steps", steps, "--micro-batch", 2)
+        result = torchrun(
+            2,
+            codes,
+            tmp_path / "run",
+            *STILL,
+            "--resume",
+            "--parallel",
+            "fsdp",
+            "--shard-size",
+            size,
+            "--max-steps",
+            steps,
+            "--micro-batch",
+            2,
+        )
         assert result.returncode == 0, result.stderr
     assert losses(tmp_path / "run") == pytest.approx(losses(trained / "one")[20:], abs=1e-4)
     norms = [r["norm"] for r in log(trained / "one")][20:]
@@ -163,7 +251,9 @@ def test_one_process_goes_on_as_shards_and_two_copies_as_two_shards(trained, cod
 @pytest.mark.parametrize("parallel, number", [("fsdp", signal.SIGTERM), ("ddp", signal.SIGUSR1)])
 def test_a_signal_to_any_process_saves_and_exits_0(codes, tmp_path, parallel, number):  # noqa: F811
     consolidate = ["--consolidate"] if parallel == "fsdp" else []
-    processes = workers(2, codes, tmp_path / "run", "--max-steps", 100000, "--parallel", parallel, *consolidate)
+    processes = workers(
+        2, codes, tmp_path / "run", "--max-steps", 100000, "--parallel", parallel, *consolidate
+    )
     wait_for_step(tmp_path / "run", 3, processes)
     processes[1].send_signal(number)
     for p in processes:
@@ -171,8 +261,8 @@ def test_a_signal_to_any_process_saves_and_exits_0(codes, tmp_path, parallel, nu
         assert p.returncode == 0, err
     file = data.read_checkpoint(tmp_path / "run" / "ckpt.pt")
     assert file["step"] == log(tmp_path / "run")[-1]["step"]
-    if parallel == "fsdp":                                       # --consolidate: the file holds what the shards hold
-        shards, = (tmp_path / "run").glob("ckpt_[0-9]*")
+    if parallel == "fsdp":  # --consolidate: the file holds what the shards hold
+        (shards,) = (tmp_path / "run").glob("ckpt_[0-9]*")
         state = {k: torch.empty_like(v) for k, v in file["model"].items()}
         runs.restore({"model": state}, shards, None)
         assert shards.name == f"ckpt_{file['step']:08d}"
@@ -188,13 +278,18 @@ def test_a_process_that_dies_ends_the_others(codes, tmp_path):  # noqa: F811
     assert processes[0].returncode != 0
 
 
-@pytest.mark.parametrize("flags, sentence", [
-    (["--shard-size", 4], "--shard-size 4 does not divide the 2 processes"),
-    (["--parallel", "ddp", "--shard-size", 2], "--shard-size is for --parallel fsdp"),
-    (["--resume", "--model", "B"], "is of another model or other codes (dim was 128, is 768; "),
-    (["--resume"], "__1_0.distcp not found); remove it to resume from an earlier one"),
-])
-def test_a_mistake_gets_one_sentence(trained, codes, tmp_path, monkeypatch, capsys, flags, sentence):  # noqa: F811
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        (["--shard-size", 4], "--shard-size 4 does not divide the 2 processes"),
+        (["--parallel", "ddp", "--shard-size", 2], "--shard-size is for --parallel fsdp"),
+        (["--resume", "--model", "B"], "is of another model or other codes (dim was 128, is 768; "),
+        (["--resume"], "__1_0.distcp not found); remove it to resume from an earlier one"),
+    ],
+)
+def test_a_mistake_gets_one_sentence(
+    trained, codes, tmp_path, monkeypatch, capsys, flags, sentence
+):  # noqa: F811
     if "--resume" in flags:
         shutil.copytree(trained / "fsdp" / "ckpt_00000040", tmp_path / "run" / "ckpt_00000040")
         if "--model" not in flags:
@@ -212,9 +307,13 @@ def test_fsdp_without_torchrun_says_so(codes, tmp_path, monkeypatch, capsys):  #
     assert stop.value.code == 2 and "start it with torchrun" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
+@pytest.mark.skipif(
+    not (shutil.which("g++") or shutil.which("clang++")),
+    reason="torch.compile needs a C++ compiler",
+)
 def test_compiled_equals_eager(codes, tmp_path, monkeypatch):  # noqa: F811
-    """On a model of one block, to compile in seconds; without dropout, whose random numbers differ when compiled."""
+    """On a model of one block, to compile in seconds; without dropout, whose random numbers differ
+    when compiled."""
     monkeypatch.setitem(gpt.GPT_CONFIGS, "demo", gpt.GPTConfig(dim=32, n_layer=1, n_head=2))
     flags = ["--dropout", 0, "--class-dropout", 0, "--max-steps", 30]
     train(monkeypatch, codes, tmp_path / "eager", *flags)
@@ -242,15 +341,29 @@ train_gpt.cross_entropy_ = spy
 """
 
 
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
+@pytest.mark.skipif(
+    not (shutil.which("g++") or shutil.which("clang++")),
+    reason="torch.compile needs a C++ compiler",
+)
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_compiled_blocks_are_checkpointed_on_two_processes(codes, tmp_path, monkeypatch, parallel):  # noqa: F811
     """As on a GPU by default, with micro-batches; the losses are those of one process, eager."""
     monkeypatch.setitem(gpt.GPT_CONFIGS, "demo", gpt.GPTConfig(dim=32, n_layer=1, n_head=2))
     flags = ["--dropout", 0, "--class-dropout", 0, "--max-steps", 5]
     train(monkeypatch, codes, tmp_path / "one", *flags)
-    result = torchrun(2, codes, tmp_path / "two", *flags, "--parallel", parallel, "--micro-batch", 2, "--compile",
-                      "--checkpoint-activations", script=ONE_BLOCK)
+    result = torchrun(
+        2,
+        codes,
+        tmp_path / "two",
+        *flags,
+        "--parallel",
+        parallel,
+        "--micro-batch",
+        2,
+        "--compile",
+        "--checkpoint-activations",
+        script=ONE_BLOCK,
+    )
     assert result.returncode == 0, result.stderr
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
     one, two = ([r["norm"] for r in log(tmp_path / name)] for name in ("one", "two"))
@@ -259,28 +372,55 @@ def test_compiled_blocks_are_checkpointed_on_two_processes(codes, tmp_path, monk
 
 def test_shards_of_gradients_are_all_that_a_process_keeps_between_micro_batches(codes, tmp_path):  # noqa: F811
     """FSDP would keep whole gradients to the last micro-batch, and until then no shard of them."""
-    result = torchrun(2, codes, tmp_path / "run", "--parallel", "fsdp", "--micro-batch", 2, "--max-steps", 1,
-                      script=ONE_BLOCK + SPY)
+    result = torchrun(
+        2,
+        codes,
+        tmp_path / "run",
+        "--parallel",
+        "fsdp",
+        "--micro-batch",
+        2,
+        "--max-steps",
+        1,
+        script=ONE_BLOCK + SPY,
+    )
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("gradients: [False, True]") == 2, result.stdout
 
 
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
+@pytest.mark.skipif(
+    not (shutil.which("g++") or shutil.which("clang++")),
+    reason="torch.compile needs a C++ compiler",
+)
 def test_compiled_equals_eager_in_the_mean_with_dropout(codes, tmp_path, monkeypatch):  # noqa: F811
-    """Eight seeds each way, strong dropout: the mean loss of the last steps agrees within 3 standard errors, which are
-    small enough to see that dropout is there at all."""
+    """Eight seeds each way, strong dropout: the mean loss of the last steps agrees within 3
+    standard errors, which are small enough to see that dropout is there at all."""
     monkeypatch.setitem(gpt.GPT_CONFIGS, "demo", gpt.GPTConfig(dim=32, n_layer=1, n_head=2))
 
     def ends(name, *flags):
         """Mean loss of steps 31 to 40 for each seed."""
         for seed in range(8):
-            train(monkeypatch, codes, tmp_path / f"{name}{seed}", "--dropout", 0.3, "--max-steps", 40, "--seed", seed,
-                  *flags)
+            train(
+                monkeypatch,
+                codes,
+                tmp_path / f"{name}{seed}",
+                "--dropout",
+                0.3,
+                "--max-steps",
+                40,
+                "--seed",
+                seed,
+                *flags,
+            )
         return torch.tensor([losses(tmp_path / f"{name}{seed}")[30:] for seed in range(8)]).mean(1)
 
-    eager, compiled, without = ends("eager"), ends("compiled", "--compile"), ends("without", "--dropout", 0)
-    assert (compiled != eager).all()                         # other random numbers, so there is something to compare
-    error = float((compiled - eager).std()) / 8 ** 0.5
+    eager, compiled, without = (
+        ends("eager"),
+        ends("compiled", "--compile"),
+        ends("without", "--dropout", 0),
+    )
+    assert (compiled != eager).all()  # other random numbers, so there is something to compare
+    error = float((compiled - eager).std()) / 8**0.5
     assert abs(float((compiled - eager).mean())) < 3 * error < abs(float((without - eager).mean()))
 
 
@@ -288,4 +428,7 @@ def test_compiled_equals_eager_in_the_mean_with_dropout(codes, tmp_path, monkeyp
 def test_every_size_is_built_without_memory(name):
     with torch.device("meta"):
         model = gpt.GPT(gpt.GPT_CONFIGS[name])
-    assert all(q.is_meta for q in model.parameters()) and model.output.weight.shape[1] == gpt.GPT_CONFIGS[name].dim
+    assert (
+        all(q.is_meta for q in model.parameters())
+        and model.output.weight.shape[1] == gpt.GPT_CONFIGS[name].dim
+    )

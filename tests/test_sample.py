@@ -1,4 +1,6 @@
-"""What sample.py promises: the reference's tokens and filters, and pictures that follow from their seeds alone."""
+"""What sample.py promises: the reference's tokens and filters, and pictures that follow from their
+seeds alone."""
+
 import math
 import subprocess
 import sys
@@ -12,27 +14,35 @@ from conftest import ROOT, fill, golden
 from PIL import Image
 from test_gpt import TINY, random_model
 
-from nanollamagen import captions
 import gpt
 import sample
 import vq
+from nanollamagen import captions
 
 
 @pytest.mark.parametrize("name", ["gpt_b_c2i", "gpt_3b_head"])
 def test_greedy_tokens_are_the_reference_ones(name):
-    """Cached decoding at guidance 1 and 4, and with an interval, gives the released code's tokens."""
+    """Cached decoding at guidance 1 and 4, and with an interval, gives the released code's
+    tokens."""
     expected, meta = golden(name)
     c = meta["config"]
     state = None
     for run in meta["generations"]:
-        config = gpt.GPTConfig(dim=c["dim"], n_layer=c["n_layer"], n_head=c["n_head"], grid=run["grid"])
+        config = gpt.GPTConfig(
+            dim=c["dim"], n_layer=c["n_layer"], n_head=c["n_head"], grid=run["grid"]
+        )
         if state is None:
             state = fill(gpt.GPT(config)).state_dict()
         with torch.device("meta"):
             model = gpt.GPT(config)
         model.load_state_dict(state, assign=True)
-        codes = sample.generate(model.to("cpu").eval(), torch.tensor(run["classes"]), cfg_scale=run["cfg_scale"],
-                                cfg_interval=run["cfg_interval"], top_k=1)
+        codes = sample.generate(
+            model.to("cpu").eval(),
+            torch.tensor(run["classes"]),
+            cfg_scale=run["cfg_scale"],
+            cfg_interval=run["cfg_interval"],
+            top_k=1,
+        )
         assert torch.equal(codes.int(), expected[run["key"]]), run["key"]
 
 
@@ -44,7 +54,9 @@ def test_filters_keep_what_the_reference_keeps():
         assert np.array_equal(kept.numpy(), stored), combo
     for k in (1, 7, 40):
         kept = sample.filter_logits(expected["tied_logits"], k) > -torch.inf
-        assert np.array_equal(kept.numpy(), np.unpackbits(expected[f"tied_keep_k{k}"].numpy(), axis=-1)), k
+        assert np.array_equal(
+            kept.numpy(), np.unpackbits(expected[f"tied_keep_k{k}"].numpy(), axis=-1)
+        ), k
     for run in meta["temps"]:
         p = sample.probabilities(expected["logits"], run["temperature"], run["top_k"], run["top_p"])
         assert torch.allclose(p, expected[run["key"]], atol=1e-6), run
@@ -53,52 +65,72 @@ def test_filters_keep_what_the_reference_keeps():
 
 
 def test_noise_is_splitmix64_of_seed_position_and_code():
-    """The integers against Python's own arithmetic, and from them the noise, up to both ends of the range."""
+    """The integers against Python's own arithmetic, and from them the noise, up to both ends of the
+    range."""
+
     def mix(x):
-        x = x + 0x9E3779B97F4A7C15 & 2 ** 64 - 1
-        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & 2 ** 64 - 1
-        x = (x ^ x >> 27) * 0x94D049BB133111EB & 2 ** 64 - 1
+        x = x + 0x9E3779B97F4A7C15 & 2**64 - 1
+        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & 2**64 - 1
+        x = (x ^ x >> 27) * 0x94D049BB133111EB & 2**64 - 1
         return x ^ x >> 31
 
-    seeds, positions = [0, 1, 2 ** 63 - 1], [0, 5, 575]
+    seeds, positions = [0, 1, 2**63 - 1], [0, 5, 575]
     noise = sample.gumbel_noise(torch.tensor(seeds)[:, None], torch.tensor(positions), 40)
     for i, seed in enumerate(seeds):
         for j, position in enumerate(positions):
             for code in (0, 1, 39):
                 state = mix(mix(seed) + position)
-                uniform = ((mix(state + code * 0x9E3779B97F4A7C15) >> 24) + 0.5) / 2 ** 40
-                assert noise[i, j, code].item() == pytest.approx(-math.log(-math.log1p(-uniform)), abs=1e-5)
-    ends = torch.tensor([0, 2 ** 40 - 1]).float().add_(0.5).mul_(2.0 ** -40).clamp_(max=1 - 2.0 ** -24)
+                uniform = ((mix(state + code * 0x9E3779B97F4A7C15) >> 24) + 0.5) / 2**40
+                assert noise[i, j, code].item() == pytest.approx(
+                    -math.log(-math.log1p(-uniform)), abs=1e-5
+                )
+    ends = torch.tensor([0, 2**40 - 1]).float().add_(0.5).mul_(2.0**-40).clamp_(max=1 - 2.0**-24)
     assert (-(-(-ends).log1p()).log()).isfinite().all()
 
 
 def test_noise_is_gumbel_and_neighbours_are_independent():
-    """Moments of four million draws (mean 0.57722, variance pi^2 / 6), and no correlation along any axis."""
+    """Moments of four million draws (mean 0.57722, variance pi^2 / 6), and no correlation along any
+    axis."""
     noise = sample.gumbel_noise(torch.arange(16)[:, None], torch.arange(16), 16384).double()
     assert noise.isfinite().all()
-    assert abs(noise.mean() - 0.57722) < 0.004 and abs(noise.var() - math.pi ** 2 / 6) < 0.01
+    assert abs(noise.mean() - 0.57722) < 0.004 and abs(noise.var() - math.pi**2 / 6) < 0.01
     for axis in range(3):
-        before, after = noise.narrow(axis, 0, noise.shape[axis] - 1), noise.narrow(axis, 1, noise.shape[axis] - 1)
+        before, after = (
+            noise.narrow(axis, 0, noise.shape[axis] - 1),
+            noise.narrow(axis, 1, noise.shape[axis] - 1),
+        )
         assert abs(torch.corrcoef(torch.stack([before.flatten(), after.flatten()]))[0, 1]) < 0.003
 
 
 def test_draws_follow_the_distribution():
-    """Chi-square of 4,000 first codes against the softmax of the first logits, 19 degrees of freedom."""
+    """Chi-square of 4,000 first codes against the softmax of the first logits, 19 degrees of
+    freedom."""
     model = random_model()
     with torch.no_grad():
-        p = sample.probabilities(model(torch.zeros(1, 0, dtype=torch.long), torch.tensor([1]))[:, 0], 0.8, 20)[0]
-    codes = sample.generate(model, torch.full((4000,), 1), temperature=0.8, top_k=20, seeds=range(4000))[:, 0]
+        p = sample.probabilities(
+            model(torch.zeros(1, 0, dtype=torch.long), torch.tensor([1]))[:, 0], 0.8, 20
+        )[0]
+    codes = sample.generate(
+        model, torch.full((4000,), 1), temperature=0.8, top_k=20, seeds=range(4000)
+    )[:, 0]
     counts = torch.bincount(codes, minlength=40).double()
     assert counts[p == 0].sum() == 0
     expected = 4000 * p[p > 0].double()
-    assert ((counts[p > 0] - expected) ** 2 / expected).sum() < 60   # 19 degrees of freedom: above 60 once in 1e5
+    assert (
+        (counts[p > 0] - expected) ** 2 / expected
+    ).sum() < 60  # 19 degrees of freedom: above 60 once in 1e5
 
 
 @torch.no_grad()
 def test_guidance_is_computed_in_float32(monkeypatch):
-    """In bfloat16 the difference of the halves is rounded to a grid on which many codes tie, and top-k keeps more."""
+    """In bfloat16 the difference of the halves is rounded to a grid on which many codes tie, and
+    top-k keeps more."""
     model, seen, draw = random_model().bfloat16(), [], sample.draw
-    monkeypatch.setattr(sample, "draw", lambda logits, *rest, **how: seen.append(logits) or draw(logits, *rest, **how))
+    monkeypatch.setattr(
+        sample,
+        "draw",
+        lambda logits, *rest, **how: seen.append(logits) or draw(logits, *rest, **how),
+    )
     sample.generate(model, torch.tensor([1, 2]), cfg_scale=1.7, seeds=[0, 1])
     logits = model.extend(model.cls_embedding(torch.tensor([1, 2, 5, 5])), 0, model.new_cache(4))
     given, without = logits.float().chunk(2)
@@ -121,75 +153,107 @@ def test_guidance_scale_one_is_no_guidance():
     assert not torch.equal(plain, sample.generate(model, labels, cfg_scale=3.0, seeds=[0, 1]))
 
 
-# ---- decoding: whatever is computed at once, the codes are those of one full forward pass a code ---------------------
-SETTINGS = [dict(), dict(cfg_scale=3.0), dict(cfg_scale=3.0, cfg_interval=30), dict(cfg_scale=2.0, temperature=0.0)]
+# ---- decoding: whatever is computed at once, the codes are those of one full forward pass a code
+SETTINGS = [
+    dict(),
+    dict(cfg_scale=3.0),
+    dict(cfg_scale=3.0, cfg_interval=30),
+    dict(cfg_scale=2.0, temperature=0.0),
+]
 
 
 @torch.no_grad()
 def plainly(model, cond, mask=None, *, seeds, cfg_scale=1.0, cfg_interval=-1, **filters):
     """What generate promises, without a cache."""
     codes, none = torch.zeros(len(cond), 0, dtype=torch.int64), model.cls_embedding.uncond(cond)
-    for i in range(model.config.grid ** 2):
+    for i in range(model.config.grid**2):
         logits = model(codes, cond, mask)[:, -1]
         if cfg_scale > 1 and not 0 <= cfg_interval < i - 1:
             without = model(codes, none, mask)[:, -1]
             logits = without + (logits - without) * cfg_scale
         noise = sample.gumbel_noise(torch.tensor(seeds), torch.tensor(i), logits.shape[-1])
-        codes = torch.cat([codes, sample.draw(logits, noise, **{"top_k": 20, **filters})[:, None]], 1)
+        codes = torch.cat(
+            [codes, sample.draw(logits, noise, **{"top_k": 20, **filters})[:, None]], 1
+        )
     return codes
 
 
 def captions_for(model, lengths):
     """Features and mask of captions of so many tokens."""
     features = torch.randn(len(lengths), model.config.cond_tokens, model.config.caption_dim)
-    mask = torch.arange(model.config.cond_tokens) >= model.config.cond_tokens - torch.tensor(lengths)[:, None]
+    mask = (
+        torch.arange(model.config.cond_tokens)
+        >= model.config.cond_tokens - torch.tensor(lengths)[:, None]
+    )
     return features * mask[..., None], mask
 
 
-@pytest.mark.parametrize("config", [replace(TINY, grid=9, dim=128, n_head=2), replace(TINY, grid=9, dim=200, n_head=2),
-                                    replace(TINY, grid=8, num_classes=0, cond_tokens=20, caption_dim=7)],
-                         ids=["heads of 64", "heads of 100", "captions"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        replace(TINY, grid=9, dim=128, n_head=2),
+        replace(TINY, grid=9, dim=200, n_head=2),
+        replace(TINY, grid=8, num_classes=0, cond_tokens=20, caption_dim=7),
+    ],
+    ids=["heads of 64", "heads of 100", "captions"],
+)
 def test_steps_and_windows_give_the_codes_of_full_forward_passes(config):
-    """With a cache that grows once, guidance that ends half-way, rows that are not equally far, and windows that are
-    longer than what is left."""
+    """With a cache that grows once, guidance that ends half-way, rows that are not equally far, and
+    windows that are longer than what is left."""
     model = random_model(config)
     given = captions_for(model, [3, 20, 11]) if config.caption_dim else [torch.tensor([0, 3, 3])]
     for settings in SETTINGS:
         right = plainly(model, *given, seeds=[7, 8, 9], **settings)
         for window in (1, 5, 100):
             trace, how = [], {"top_k": 20, **settings}
-            codes = sample.generate(model, *given, seeds=[7, 8, 9], window=window, trace=trace, **how)
+            codes = sample.generate(
+                model, *given, seeds=[7, 8, 9], window=window, trace=trace, **how
+            )
             assert torch.equal(codes, right), (settings, window)
-            assert len(trace) == config.grid ** 2 - 1 if window == 1 else len(trace) < config.grid ** 2 - 1
-            assert torch.equal(trace[-1][0], torch.full((3,), config.grid ** 2))
+            assert (
+                len(trace) == config.grid**2 - 1 if window == 1 else len(trace) < config.grid**2 - 1
+            )
+            assert torch.equal(trace[-1][0], torch.full((3,), config.grid**2))
     assert model.new_cache(1)[0].shape[-1] % 8 == 0
 
 
 def test_a_window_follows_from_the_seed_whatever_the_batch():
     model, settings = random_model(replace(TINY, grid=8)), dict(cfg_scale=3.0, top_k=20, window=6)
     together = sample.generate(model, torch.tensor([0, 1, 2]), seeds=[7, 8, 9], **settings)
-    assert torch.equal(together[1:2], sample.generate(model, torch.tensor([1]), seeds=[8], **settings))
+    assert torch.equal(
+        together[1:2], sample.generate(model, torch.tensor([1]), seeds=[8], **settings)
+    )
 
 
 @pytest.mark.slow
 def test_a_compiled_step_draws_the_same():
-    """As one graph without breaks, while the cache grows and guidance ends; the window is that of rows on their own."""
+    """As one graph without breaks, while the cache grows and guidance ends; the window is that of
+    rows on their own."""
     if not sample.can_compile(torch.device("cpu")):
         pytest.skip("torch.compile finds no compiler")
-    model, settings = random_model(replace(TINY, grid=9)), dict(cfg_scale=3.0, cfg_interval=70, top_k=20, seeds=[1, 2])
+    model, settings = (
+        random_model(replace(TINY, grid=9)),
+        dict(cfg_scale=3.0, cfg_interval=70, top_k=20, seeds=[1, 2]),
+    )
     right = sample.generate(model, torch.tensor([0, 3]), **settings)
-    assert torch.equal(right, sample.generate(model, torch.tensor([0, 3]), compiled=True, window=3, **settings))
+    assert torch.equal(
+        right, sample.generate(model, torch.tensor([0, 3]), compiled=True, window=3, **settings)
+    )
 
 
 def test_packed_layers_draw_the_same_and_replace_the_plain_ones():
     model, plain = random_model(), random_model()
     sample.pack(model)
     assert not any(isinstance(module, torch.nn.Linear) for module in model.modules())
-    assert vq.weights_hash(model) == vq.weights_hash(plain)       # so that interrupted samples still know their model
+    assert vq.weights_hash(model) == vq.weights_hash(
+        plain
+    )  # so that interrupted samples still know their model
     labels = torch.arange(5)
     for window in (1, 3):
         settings = dict(cfg_scale=3.0, top_k=20, seeds=range(5), window=window)
-        assert torch.equal(sample.generate(model, labels, **settings), sample.generate(plain, labels, **settings))
+        assert torch.equal(
+            sample.generate(model, labels, **settings), sample.generate(plain, labels, **settings)
+        )
 
 
 def test_what_cannot_be_packed_or_recorded_is_run_as_it_is(monkeypatch, capsys):
@@ -205,7 +269,8 @@ def test_what_cannot_be_packed_or_recorded_is_run_as_it_is(monkeypatch, capsys):
 
 
 def test_pictures_are_decoded_a_few_at_a_time_in_order():
-    """40 images of 256 pixels: three groups, or the decoder's tensors of a large batch would not fit into a GPU."""
+    """40 images of 256 pixels: three groups, or the decoder's tensors of a large batch would not
+    fit into a GPU."""
     groups = []
 
     def decode(codes):
@@ -220,21 +285,25 @@ def test_pictures_are_decoded_a_few_at_a_time_in_order():
 def test_class_names_are_found_or_explained():
     names = captions.imagenet_classes()
     assert len(names) == 1000
-    assert captions.find_class("207", names) == 207 == captions.find_class("Golden Retriever", names)
+    assert (
+        captions.find_class("207", names) == 207 == captions.find_class("Golden Retriever", names)
+    )
     assert captions.find_class("red fox", names) == 277
     with pytest.raises(ValueError, match="134 crane; 517 crane"):
         captions.find_class("crane", names)
     with pytest.raises(ValueError, match="golden retriever"):
         captions.find_class("goldn retriver", names)
     for number in ("1000", "-5"):
-        with pytest.raises(ValueError, match=f"class {number} is out of range: ids go from 0 to 999"):
+        with pytest.raises(
+            ValueError, match=f"class {number} is out of range: ids go from 0 to 999"
+        ):
             captions.find_class(number, names)
-    for text in ("²", "٣", "--5", "5-"):   # digits to some of Python's functions
+    for text in ("²", "٣", "--5", "5-"):  # digits to some of Python's functions
         with pytest.raises(ValueError, match=f"^class '{text}' is no class's name"):
             captions.find_class(text, names)
 
 
-# ---- the command line, on tiny models -------------------------------------------------------------------------------
+# ---- the command line, on tiny models ----------------------------------------------------------
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     """Checkpoints of a tiny tokenizer and a tiny GPT that belong together."""
@@ -243,49 +312,103 @@ def pair(tmp_path_factory):
     config = vq.VQConfig(ch=32, ch_mult=(1, 1, 1), res_blocks=1, z_channels=32, codebook_size=40)
     tokenizer = vq.VQModel(config)
     model = random_model(replace(TINY, num_classes=3))
-    torch.save({"model": tokenizer.state_dict(), "config": asdict(config), "image_size": 16}, folder / "vq.pt")
-    torch.save({"model": model.state_dict(), "config": asdict(model.config), "classes": ["cat", "dog", "catfish"],
-                "tokenizer": vq.weights_hash(tokenizer)}, folder / "gpt.pt")
+    torch.save(
+        {"model": tokenizer.state_dict(), "config": asdict(config), "image_size": 16},
+        folder / "vq.pt",
+    )
+    torch.save(
+        {
+            "model": model.state_dict(),
+            "config": asdict(model.config),
+            "classes": ["cat", "dog", "catfish"],
+            "tokenizer": vq.weights_hash(tokenizer),
+        },
+        folder / "gpt.pt",
+    )
     return folder
 
 
 def run(*args, procs=0):
     """Run a script as a user would, alone or under torchrun."""
-    how = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={procs}"] if procs else []
-    return subprocess.run([sys.executable, *how, *map(str, args)], cwd=ROOT, capture_output=True, text=True)
+    how = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={procs}"]
+        if procs
+        else []
+    )
+    return subprocess.run(
+        [sys.executable, *how, *map(str, args)], cwd=ROOT, capture_output=True, text=True
+    )
 
 
 def test_a_grid_of_classes_is_drawn(pair, tmp_path):
-    result = run("sample.py", "--vq", pair / "vq.pt", "--gpt", pair / "gpt.pt", "--classes", "1,catfish",
-                 "--per-class", 3, "--out", tmp_path / "a.png")
+    result = run(
+        "sample.py",
+        "--vq",
+        pair / "vq.pt",
+        "--gpt",
+        pair / "gpt.pt",
+        "--classes",
+        "1,catfish",
+        "--per-class",
+        3,
+        "--out",
+        tmp_path / "a.png",
+    )
     assert result.returncode == 0, result.stderr
     with Image.open(tmp_path / "a.png") as image:
-        assert image.size == (3 * 100 + 4, 2 * (96 + 16 + 4) + 4)   # 16 pixels drawn six times as large, and titles
+        assert image.size == (
+            3 * 100 + 4,
+            2 * (96 + 16 + 4) + 4,
+        )  # 16 pixels drawn six times as large, and titles
 
 
 def test_a_caption_of_two_lines_is_drawn_as_one(pair, tmp_path, monkeypatch):
-    model = random_model(replace(TINY, num_classes=0, cond_tokens=captions.CAPTION_TOKENS, caption_dim=64))
-    torch.save({"model": model.state_dict(), "config": asdict(model.config),
-                "text": captions.CaptionEncoder("words").about}, tmp_path / "gpt.pt")
+    model = random_model(
+        replace(TINY, num_classes=0, cond_tokens=captions.CAPTION_TOKENS, caption_dim=64)
+    )
+    torch.save(
+        {
+            "model": model.state_dict(),
+            "config": asdict(model.config),
+            "text": captions.CaptionEncoder("words").about,
+        },
+        tmp_path / "gpt.pt",
+    )
     for name, prompt in ("one", "a red star"), ("two", "a red\r\nstar\n"):
-        monkeypatch.setattr(sys, "argv", ["sample.py", "--vq", str(pair / "vq.pt"), "--gpt", str(tmp_path / "gpt.pt"),
-                                          "--prompt", prompt, "--out", str(tmp_path / f"{name}.png")])
+        monkeypatch.setattr(
+            sys,
+            "argv",
+            [
+                "sample.py",
+                "--vq",
+                str(pair / "vq.pt"),
+                "--gpt",
+                str(tmp_path / "gpt.pt"),
+                "--prompt",
+                prompt,
+                "--out",
+                str(tmp_path / f"{name}.png"),
+            ],
+        )
         sample.main()
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
 
 
-@pytest.mark.parametrize("flags, sentence", [
-    (["--classes", "7"], "class 7 is out of range: ids go from 0 to 2"),
-    (["--classes", "bird"], "class 'bird' is no class's name"),
-    (["--gpt", "missing.pt"], "missing.pt"),
-    (["--vq", "GPT"], "is not a tokenizer checkpoint"),
-    (["--out", "a.jpg"], "give a name that ends in .png"),
-    (["--pretrained", "B-256"], "give --vq and --gpt, or --pretrained"),
-    (["--image-size", "256"], "draws 16 pixels a side"),
-    (["--num-samples", "5", "--classes", "1", "--out", "a.npz"], "leave out --classes"),
-    (["--window", "0"], "--window 0 is not between 1 and"),
-    (["--seed", str(2 ** 63)], "--seed 9223372036854775808 is not between 0 and"),
-])
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        (["--classes", "7"], "class 7 is out of range: ids go from 0 to 2"),
+        (["--classes", "bird"], "class 'bird' is no class's name"),
+        (["--gpt", "missing.pt"], "missing.pt"),
+        (["--vq", "GPT"], "is not a tokenizer checkpoint"),
+        (["--out", "a.jpg"], "give a name that ends in .png"),
+        (["--pretrained", "B-256"], "give --vq and --gpt, or --pretrained"),
+        (["--image-size", "256"], "draws 16 pixels a side"),
+        (["--num-samples", "5", "--classes", "1", "--out", "a.npz"], "leave out --classes"),
+        (["--window", "0"], "--window 0 is not between 1 and"),
+        (["--seed", str(2**63)], "--seed 9223372036854775808 is not between 0 and"),
+    ],
+)
 def test_a_mistake_gets_one_sentence(pair, flags, sentence):
     flags = [str(pair / "gpt.pt") if f == "GPT" else f for f in flags]
     result = run("sample.py", "--vq", pair / "vq.pt", "--gpt", pair / "gpt.pt", *flags)
@@ -300,16 +423,32 @@ def test_another_tokenizer_is_refused(pair, tmp_path):
     assert result.returncode == 2 and "another tokenizer" in result.stderr
 
 
-def test_npz_is_balanced_and_the_same_for_any_number_of_processes_and_after_a_stop(pair, tmp_path, monkeypatch):
-    flags = ["--vq", pair / "vq.pt", "--gpt", pair / "gpt.pt", "--num-samples", 600, "--cfg-scale", 2,
-             "--batch-size", 128]
+def test_npz_is_balanced_and_the_same_for_any_number_of_processes_and_after_a_stop(
+    pair, tmp_path, monkeypatch
+):
+    flags = [
+        "--vq",
+        pair / "vq.pt",
+        "--gpt",
+        pair / "gpt.pt",
+        "--num-samples",
+        600,
+        "--cfg-scale",
+        2,
+        "--batch-size",
+        128,
+    ]
     for name, procs in (("one", 0), ("two", 2)):
         result = run("sample.py", *flags, "--out", tmp_path / f"{name}.npz", procs=procs)
         assert result.returncode == 0, result.stderr
     assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "two.npz").read_bytes()
     with np.load(tmp_path / "one.npz", allow_pickle=False) as f:
         assert f["arr_0"].shape == (600, 16, 16, 3) and f["arr_0"].dtype == np.uint8
-        assert f["labels"].dtype == np.int64 and np.bincount(f["labels"]).tolist() == [200, 200, 200]
+        assert f["labels"].dtype == np.int64 and np.bincount(f["labels"]).tolist() == [
+            200,
+            200,
+            200,
+        ]
 
     model, tokenizer = gpt.load_gpt(pair / "gpt.pt"), vq.load_vq(pair / "vq.pt")
     settings = dict(cfg_scale=2.0, cfg_interval=-1, temperature=1.0, top_k=2000, top_p=1.0)
@@ -324,37 +463,62 @@ def test_npz_is_balanced_and_the_same_for_any_number_of_processes_and_after_a_st
     monkeypatch.setattr(sample, "generate", stops_at_the_fourth_batch)
     for _ in range(2):
         try:
-            sample.write_npz(tmp_path / "three.npz", model, tokenizer, 600, batch_size=128, **settings)
+            sample.write_npz(
+                tmp_path / "three.npz", model, tokenizer, 600, batch_size=128, **settings
+            )
         except KeyboardInterrupt:
             assert not (tmp_path / "three.npz").exists()
-    assert len(calls) == 3 + 1 + 3   # two batches of the first chunk were kept, the others were made again
+    assert (
+        len(calls) == 3 + 1 + 3
+    )  # two batches of the first chunk were kept, the others were made again
     assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "three.npz").read_bytes()
 
 
 @pytest.mark.slow
 def test_pretrained_fetches_the_released_files_once_and_samples_from_them(tmp_path):
-    """Files of the released names, shapes and form, served from this machine in place of Hugging Face."""
+    """Files of the released names, shapes and form, served from this machine in place of Hugging
+    Face."""
     import os
     import threading
     from functools import partial
     from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
     files = tmp_path / "FoundationVision" / "LlamaGen" / "resolve" / "main"
     files.mkdir(parents=True)
-    torch.save({"model": vq.VQModel(vq.VQ_CONFIGS["VQ-16"]).half().state_dict()}, files / "vq_ds16_c2i.pt")
+    torch.save(
+        {"model": vq.VQModel(vq.VQ_CONFIGS["VQ-16"]).half().state_dict()}, files / "vq_ds16_c2i.pt"
+    )
     torch.save({"model": gpt.GPT(gpt.GPT_CONFIGS["B"]).half().state_dict()}, files / "c2i_B_256.pt")
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=tmp_path))
+    server = ThreadingHTTPServer(
+        ("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=tmp_path)
+    )
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    env = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-           "NANOLLAMAGEN_CACHE": str(tmp_path / "cache")}
-    command = [sys.executable, "sample.py", "--pretrained", "B-256", "--paper", "--classes", "red fox"]
-    first = subprocess.run([*command, "--out", tmp_path / "a.png"], cwd=ROOT, capture_output=True, text=True, env=env)
+    env = {
+        **os.environ,
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "NANOLLAMAGEN_CACHE": str(tmp_path / "cache"),
+    }
+    command = [
+        sys.executable,
+        "sample.py",
+        "--pretrained",
+        "B-256",
+        "--paper",
+        "--classes",
+        "red fox",
+    ]
+    first = subprocess.run(
+        [*command, "--out", tmp_path / "a.png"], cwd=ROOT, capture_output=True, text=True, env=env
+    )
     server.shutdown()
     assert first.returncode == 0, first.stderr
     assert "cfg_scale 2.0" in first.stdout and "top_k 0" in first.stdout
     with Image.open(tmp_path / "a.png") as image:
         assert image.size == (256 + 8, 256 + 16 + 8)
-    offline = subprocess.run([*command, "--out", tmp_path / "b.png"], cwd=ROOT, capture_output=True, text=True, env=env)
-    assert offline.returncode == 0, offline.stderr               # the server is gone; the files are here
+    offline = subprocess.run(
+        [*command, "--out", tmp_path / "b.png"], cwd=ROOT, capture_output=True, text=True, env=env
+    )
+    assert offline.returncode == 0, offline.stderr  # the server is gone; the files are here
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     (tmp_path / "cache" / "c2i_B_256.pt").unlink()
     missing = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)

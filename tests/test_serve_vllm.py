@@ -1,4 +1,6 @@
-"""What serve_vllm.py promises: in vLLM, images are what sample.py makes of the same weights, whatever the batch."""
+"""What serve_vllm.py promises: in vLLM, images are what sample.py makes of the same weights,
+whatever the batch."""
+
 import contextlib
 import gc
 import json
@@ -12,40 +14,68 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from conftest import ROOT, fill
+from PIL import Image
 
-from nanollamagen import captions
-from nanollamagen import data
 import gpt
 import sample
 import vq
+from nanollamagen import captions, data
 
 vllm = pytest.importorskip("vllm", reason="vLLM is not installed")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
-import serve_vllm  # noqa: E402
-
 from vllm.exceptions import VLLMValidationError  # noqa: E402
 from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality  # noqa: E402
 
+import serve_vllm  # noqa: E402
+
 V, T = 64, 36
-TINY = gpt.GPTConfig(dim=128, n_layer=2, n_head=2, vocab_size=V, grid=6, num_classes=10)   # heads of 64
+TINY = gpt.GPTConfig(
+    dim=128, n_layer=2, n_head=2, vocab_size=V, grid=6, num_classes=10
+)  # heads of 64
 CODEBOOK = replace(vq.VQ_CONFIGS["VQ-demo"], codebook_size=V)
-CAPTIONS = gpt.GPTConfig(dim=128, n_layer=2, n_head=2, vocab_size=V, grid=6, num_classes=0, cond_tokens=120,
-                         caption_dim=64)
+CAPTIONS = gpt.GPTConfig(
+    dim=128,
+    n_layer=2,
+    n_head=2,
+    vocab_size=V,
+    grid=6,
+    num_classes=0,
+    cond_tokens=120,
+    caption_dim=64,
+)
 # class, scale, interval: what the requests of one batch differ in
-MIXED = [(0, 1.0, -1), (1, 1.75, -1), (2, 4.0, -1), (3, 4.0, 5), (2, 1.0, -1), (4, 1.75, 0), (5, 4.0, -1), (9, 7.5, 30)]
+MIXED = [
+    (0, 1.0, -1),
+    (1, 1.75, -1),
+    (2, 4.0, -1),
+    (3, 4.0, 5),
+    (2, 1.0, -1),
+    (4, 1.75, 0),
+    (5, 4.0, -1),
+    (9, 7.5, 30),
+]
 
 
 def exported(folder, config=TINY):
-    """Write checkpoints with golden weights to `folder`, export them to folder/x, and return that and the GPT."""
+    """Write checkpoints with golden weights to `folder`, export them to folder/x, and return that
+    and the GPT."""
     codebook = replace(CODEBOOK, codebook_size=config.vocab_size)
     model, tokenizer = fill(gpt.GPT(config), "b").eval(), fill(vq.VQModel(codebook))
-    torch.save({"model": model.state_dict(), "config": asdict(config), "classes": [f"thing {i}, object {i}" for i in
-                range(config.num_classes)], "text": config.caption_dim and captions.CaptionEncoder("words").about},
-               folder / "gpt.pt")
-    torch.save({"model": tokenizer.state_dict(), "config": asdict(codebook), "image_size": 24}, folder / "vq.pt")
+    torch.save(
+        {
+            "model": model.state_dict(),
+            "config": asdict(config),
+            "classes": [f"thing {i}, object {i}" for i in range(config.num_classes)],
+            "text": config.caption_dim and captions.CaptionEncoder("words").about,
+        },
+        folder / "gpt.pt",
+    )
+    torch.save(
+        {"model": tokenizer.state_dict(), "config": asdict(codebook), "image_size": 24},
+        folder / "vq.pt",
+    )
     run("export", "--gpt", folder / "gpt.pt", "--vq", folder / "vq.pt", "--out", folder / "x")
     return folder / "x", model
 
@@ -94,8 +124,13 @@ def llm(tiny):
 
 def greedy(folder, scale, interval=-1, **more):
     """Parameters of a request that takes the likeliest codes."""
-    return serve_vllm.sampling_params(serve_vllm.read_export(folder), cfg_scale=scale, cfg_interval=interval,
-                                      temperature=0, **more)
+    return serve_vllm.sampling_params(
+        serve_vllm.read_export(folder),
+        cfg_scale=scale,
+        cfg_interval=interval,
+        temperature=0,
+        **more,
+    )
 
 
 def prompts(folder, work):
@@ -103,22 +138,33 @@ def prompts(folder, work):
 
 
 def expected(model, work):
-    """sample.generate's codes for every (class, scale, interval), each drawn alone: (len(work), T)."""
-    return torch.cat([sample.generate(model, torch.tensor([label]), cfg_scale=scale, cfg_interval=interval,
-                                      temperature=0) for label, scale, interval in work])
+    """sample.generate's codes for every (class, scale, interval), each drawn alone: (len(work),
+    T)."""
+    return torch.cat(
+        [
+            sample.generate(
+                model, torch.tensor([label]), cfg_scale=scale, cfg_interval=interval, temperature=0
+            )
+            for label, scale, interval in work
+        ]
+    )
 
 
 def codes_of(outputs):
     return torch.tensor([output.outputs[0].token_ids for output in outputs])
 
 
-# ---- the same codes -------------------------------------------------------------------------------------------------
+# ---- the same codes ----------------------------------------------------------------------------
 def test_greedy_codes_are_the_plain_sampler_s(llm, tiny):
     """Eight requests with scales 1, 1.75, 4 and 7.5 and intervals share three places."""
     folder, model = tiny
-    outputs = llm.generate(prompts(folder, MIXED), [greedy(folder, s, k) for _, s, k in MIXED], use_tqdm=False)
+    outputs = llm.generate(
+        prompts(folder, MIXED), [greedy(folder, s, k) for _, s, k in MIXED], use_tqdm=False
+    )
     assert torch.equal(codes_of(outputs), expected(model, MIXED))
-    assert len(expected(model, MIXED).unique(dim=0)) == len(MIXED)   # so that a mix-up of rows would be seen
+    assert len(expected(model, MIXED).unique(dim=0)) == len(
+        MIXED
+    )  # so that a mix-up of rows would be seen
 
 
 def test_arrivals_and_departures_disturb_nobody(llm, tiny):
@@ -128,7 +174,9 @@ def test_arrivals_and_departures_disturb_nobody(llm, tiny):
     for step in range(400):
         if step in arrivals:
             i = arrivals.pop(step)
-            engine.add_request(str(i), prompts(folder, MIXED)[i], greedy(folder, *MIXED[i][1:], stream=True))
+            engine.add_request(
+                str(i), prompts(folder, MIXED)[i], greedy(folder, *MIXED[i][1:], stream=True)
+            )
         if step == 14:
             engine.abort_request(["0"])
         if step == 50:
@@ -137,73 +185,114 @@ def test_arrivals_and_departures_disturb_nobody(llm, tiny):
             codes.setdefault(int(output.request_id), []).extend(output.outputs[0].token_ids)
     assert not engine.has_unfinished_requests() and 0 < len(codes[0]) < T
     for i, right in enumerate(expected(model, MIXED).tolist()):
-        assert codes[i] == right[:len(codes[i])] and (len(codes[i]) == T or i in (0, 4)), i
+        assert codes[i] == right[: len(codes[i])] and (len(codes[i]) == T or i in (0, 4)), i
 
 
-# ---- the same draws -------------------------------------------------------------------------------------------------
-SEEDS = [70, 71, 72, 73, 2 ** 63 + 5, -2, 0, 76]   # they count modulo 2^63
-SETTINGS = [dict(top_k=5), dict(top_p=0.6), dict(top_k=8, top_p=0.8, temperature=1.5), dict(top_k=0, cfg_scale=1.0),
-            dict(top_k=0, temperature=0.5), dict(cfg_scale=7.5, top_k=20, cfg_interval=9), dict(top_k=5), dict(top_k=1)]
+# ---- the same draws ----------------------------------------------------------------------------
+SEEDS = [70, 71, 72, 73, 2**63 + 5, -2, 0, 76]  # they count modulo 2^63
+SETTINGS = [
+    dict(top_k=5),
+    dict(top_p=0.6),
+    dict(top_k=8, top_p=0.8, temperature=1.5),
+    dict(top_k=0, cfg_scale=1.0),
+    dict(top_k=0, temperature=0.5),
+    dict(cfg_scale=7.5, top_k=20, cfg_interval=9),
+    dict(top_k=5),
+    dict(top_k=1),
+]
 
 
 def drawn(model, label, seed, cfg_scale=4.0, top_k=2000, **settings):
     """sample.generate's codes of an image (1, T), drawn alone."""
-    return sample.generate(model, torch.tensor([label]), seeds=[seed], cfg_scale=cfg_scale, top_k=top_k, **settings)
+    return sample.generate(
+        model, torch.tensor([label]), seeds=[seed], cfg_scale=cfg_scale, top_k=top_k, **settings
+    )
 
 
 def test_a_seed_gives_the_plain_sampler_s_codes(llm, tiny):
-    """Eight requests that differ in every setting, of which some are drawn together; three places."""
+    """Eight requests that differ in every setting, of which some are drawn together; three
+    places."""
     folder, model = tiny
     info = serve_vllm.read_export(folder)
-    params = [serve_vllm.sampling_params(info, seed=seed, **settings) for seed, settings in zip(SEEDS, SETTINGS)]
+    params = [
+        serve_vllm.sampling_params(info, seed=seed, **settings)
+        for seed, settings in zip(SEEDS, SETTINGS)
+    ]
     outputs = codes_of(llm.generate([serve_vllm.class_prompt(3, info)] * 8, params, use_tqdm=False))
-    right = torch.cat([drawn(model, 3, seed, **settings) for seed, settings in zip(SEEDS, SETTINGS)])
+    right = torch.cat(
+        [drawn(model, 3, seed, **settings) for seed, settings in zip(SEEDS, SETTINGS)]
+    )
     assert torch.equal(outputs, right) and len(right.unique(dim=0)) == 8
 
 
 def test_a_plain_request_means_what_it_says(llm, tiny):
-    """temperature, top_k, top_p, seed and n as any program says them to vLLM; only guidance stands in extra_args."""
+    """temperature, top_k, top_p, seed and n as any program says them to vLLM; only guidance stands
+    in extra_args."""
     folder, model = tiny
     plain = dict(max_tokens=T, ignore_eos=True, detokenize=False, top_p=0.9, temperature=0.7)
-    params = vllm.SamplingParams(n=2, seed=2 ** 62, top_k=9, extra_args={"cfg_scale": 1.75}, **plain)
-    output, = llm.generate(prompts(folder, MIXED[1:2]), params, use_tqdm=False)
-    right = [drawn(model, 1, 2 ** 62 + i, cfg_scale=1.75, top_k=9, temperature=0.7, top_p=0.9)[0] for i in range(2)]
+    params = vllm.SamplingParams(n=2, seed=2**62, top_k=9, extra_args={"cfg_scale": 1.75}, **plain)
+    (output,) = llm.generate(prompts(folder, MIXED[1:2]), params, use_tqdm=False)
+    right = [
+        drawn(model, 1, 2**62 + i, cfg_scale=1.75, top_k=9, temperature=0.7, top_p=0.9)[0]
+        for i in range(2)
+    ]
     assert [o.token_ids for o in output.outputs] == [codes.tolist() for codes in right]
-    one, two = codes_of(llm.generate(prompts(folder, MIXED[1:2] * 2), vllm.SamplingParams(**plain), use_tqdm=False))
-    assert not torch.equal(one, two)   # without a seed
+    one, two = codes_of(
+        llm.generate(prompts(folder, MIXED[1:2] * 2), vllm.SamplingParams(**plain), use_tqdm=False)
+    )
+    assert not torch.equal(one, two)  # without a seed
     greedily = vllm.SamplingParams(**{**plain, "temperature": 0})
-    assert torch.equal(codes_of(llm.generate(prompts(folder, MIXED[:1]), greedily, use_tqdm=False)),
-                       expected(model, MIXED[:1]))
+    assert torch.equal(
+        codes_of(llm.generate(prompts(folder, MIXED[:1]), greedily, use_tqdm=False)),
+        expected(model, MIXED[:1]),
+    )
 
 
 def test_given_codes_stand_and_the_others_are_drawn_after_them(llm, tiny):
-    """Every third code and the last row are given: the others are those that a plain forward pass draws there."""
+    """Every third code and the last row are given: the others are those that a plain forward pass
+    draws there."""
     folder, model = tiny
-    info, given = serve_vllm.read_export(folder), [(7 * i) % V if i % 3 == 0 or i >= 30 else -1 for i in range(T)]
+    info, given = (
+        serve_vllm.read_export(folder),
+        [(7 * i) % V if i % 3 == 0 or i >= 30 else -1 for i in range(T)],
+    )
     params = serve_vllm.sampling_params(info, seed=8, cfg_scale=4.0, top_k=10, given=given)
-    codes, = codes_of(llm.generate([serve_vllm.class_prompt(3, info)], params, use_tqdm=False)).tolist()
+    (codes,) = codes_of(
+        llm.generate([serve_vllm.class_prompt(3, info)], params, use_tqdm=False)
+    ).tolist()
     with torch.no_grad():
-        cond, uncond = model(torch.tensor([codes[:-1]] * 2), torch.tensor([3, TINY.num_classes]))   # (T, V) each
+        cond, uncond = model(
+            torch.tensor([codes[:-1]] * 2), torch.tensor([3, TINY.num_classes])
+        )  # (T, V) each
     noise = sample.gumbel_noise(torch.tensor([8]), torch.arange(T), V)
     right = sample.draw(uncond + (cond - uncond) * 4.0, noise, 1.0, 10, 1.0).tolist()
     assert codes == [new if old < 0 else old for old, new in zip(given, right)] and codes != right
-    params.extra_args["given"] = [10 ** 9] + [-1] * 3   # beyond the codebook is its last; a short list is a beginning
-    first, = codes_of(llm.generate([serve_vllm.class_prompt(3, info)], params, use_tqdm=False)).tolist()
+    params.extra_args["given"] = [10**9] + [
+        -1
+    ] * 3  # beyond the codebook is its last; a short list is a beginning
+    (first,) = codes_of(
+        llm.generate([serve_vllm.class_prompt(3, info)], params, use_tqdm=False)
+    ).tolist()
     assert first[0] == V - 1 and len(first) == T
 
 
-# ---- the draw and positions on their own ----------------------------------------------------------------------------
+# ---- the draw and positions on their own -------------------------------------------------------
 def processor():
-    config = SimpleNamespace(model_config=SimpleNamespace(hf_config=SimpleNamespace(gpt={"vocab_size": 4})))
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(hf_config=SimpleNamespace(gpt={"vocab_size": 4}))
+    )
     return serve_vllm.Draw(config, torch.device("cpu"), False)
 
 
 def params(scale, interval=-1):
-    return vllm.SamplingParams(temperature=0, extra_args={"cfg_scale": scale, "cfg_interval": interval})
+    return vllm.SamplingParams(
+        temperature=0, extra_args={"cfg_scale": scale, "cfg_interval": interval}
+    )
 
 
 def scales_of(draw, rows):
-    """The scale of every row, read off what it makes of logits: the guided ones are 0, s, 2.5, and 9.5 - s."""
+    """The scale of every row, read off what it makes of logits: the guided ones are 0, s, 2.5, and
+    9.5 - s."""
     out = []
     for row in range(rows):
         best = {s: torch.tensor([0, s, 2.5, 9.5 - s]).argmax().item() for s in (1, 2, 3, 4, 5, 7)}
@@ -217,12 +306,16 @@ def scales_of(draw, rows):
 def test_the_draw_follows_every_change_of_the_batch():
     """Requests join, leave, move and swap; each keeps its own scale."""
     g, swap, move = processor(), MoveDirectionality.SWAP, MoveDirectionality.UNIDIRECTIONAL
-    g.update_state(BatchUpdate(3, [], [(row, params(scale), [1], []) for row, scale in enumerate((2, 3, 5))], []))
+    g.update_state(
+        BatchUpdate(
+            3, [], [(row, params(scale), [1], []) for row, scale in enumerate((2, 3, 5))], []
+        )
+    )
     assert scales_of(g, 3) == [2, 3, 5]
     g.update_state(None)
     g.update_state(BatchUpdate(3, [], [], [(0, 2, swap)]))
     assert scales_of(g, 3) == [5, 3, 2]
-    g.update_state(BatchUpdate(2, [0], [], [(2, 0, move)]))                             # the last fills the gap
+    g.update_state(BatchUpdate(2, [0], [], [(2, 0, move)]))  # the last fills the gap
     assert scales_of(g, 2) == [2, 3]
     g.update_state(BatchUpdate(3, [], [(1, params(7.0), [1], []), (2, params(1), [1], [])], []))
     assert scales_of(g, 3) == [2, 7, 1]
@@ -242,32 +335,53 @@ def test_an_interval_ends_where_the_plain_sampler_s_does():
 
 
 def test_code_i_stands_at_position_i():
-    """The prompt, however long, has the zero row of the rotary table; index length + i in a sequence is code i."""
+    """The prompt, however long, has the zero row of the rotary table; index length + i in a
+    sequence is code i."""
     model = SimpleNamespace(config=TINY)
     for length in (1, 7, 120):
-        positions, delta = serve_vllm.TwoStreamGPT.get_mrope_input_positions(model, [5] * length, [])
+        positions, delta = serve_vllm.TwoStreamGPT.get_mrope_input_positions(
+            model, [5] * length, []
+        )
         assert positions.shape == (3, length) and (positions == T).all() and length + delta == 0
 
 
-# ---- what the engine refuses, and what it survives ------------------------------------------------------------------
-@pytest.mark.parametrize("wrong, sentence", [
-    (dict(extra_args={"cfg_scale": "4"}), "cfg_scale '4' is not"), (dict(extra_args={"cfg_scale": -1}), "cfg_scale"),
-    (dict(extra_args={"cfg_scale": float("nan")}), "cfg_scale"), (dict(extra_args={"cfg_scale": True}), "cfg_scale"),
-    (dict(extra_args={"cfg_interval": -2}), "cfg_interval"), (dict(extra_args={"cfg_interval": None}), "cfg_interval"),
-    (dict(extra_args={"cfg_scael": 4}), "'cfg_scael' is no setting"),
-    (dict(extra_args={"top_k": 4}, temperature=1.0), "say top_k in the request itself"),
-    (dict(extra_args={"top_k": 2.5}, temperature=0), "top_k 2.5 is not a whole number from 0 to"),
-    (dict(extra_args={"top_k": 5.0}, temperature=0), "top_k 5.0 is not a whole number"),
-    (dict(extra_args={"cfg_interval": 1.5}), "cfg_interval 1.5 is not a whole number from -1 to"),
-    (dict(extra_args={"given": 4}), "given is a list"), (dict(extra_args={"given": [1, 2.5]}), "given is a list"),
-    (dict(extra_args={"given": [3, -2]}), "given is a list"),
-    (dict(extra_args={"given": [2 ** 31]}), "given is a list"),
-    (dict(extra_args={"kv_transfer_params": "all"}), "'kv_transfer_params' is no setting"),
-    (dict(min_p=0.1), "min_p is for words"), (dict(presence_penalty=1.0), "presence_penalty is for words"),
-    (dict(repetition_penalty=1.5), "repetition_penalty is"), (dict(logit_bias={3: 5.0}), "logit_bias is for words"),
-    (dict(allowed_token_ids=[3]), "allowed_token_ids is for words"), (dict(logprobs=3), "logprobs is for words"),
-])
-def test_what_the_draw_would_leave_out_is_refused_and_the_engine_goes_on(llm, tiny, wrong, sentence):
+# ---- what the engine refuses, and what it survives ---------------------------------------------
+@pytest.mark.parametrize(
+    "wrong, sentence",
+    [
+        (dict(extra_args={"cfg_scale": "4"}), "cfg_scale '4' is not"),
+        (dict(extra_args={"cfg_scale": -1}), "cfg_scale"),
+        (dict(extra_args={"cfg_scale": float("nan")}), "cfg_scale"),
+        (dict(extra_args={"cfg_scale": True}), "cfg_scale"),
+        (dict(extra_args={"cfg_interval": -2}), "cfg_interval"),
+        (dict(extra_args={"cfg_interval": None}), "cfg_interval"),
+        (dict(extra_args={"cfg_scael": 4}), "'cfg_scael' is no setting"),
+        (dict(extra_args={"top_k": 4}, temperature=1.0), "say top_k in the request itself"),
+        (
+            dict(extra_args={"top_k": 2.5}, temperature=0),
+            "top_k 2.5 is not a whole number from 0 to",
+        ),
+        (dict(extra_args={"top_k": 5.0}, temperature=0), "top_k 5.0 is not a whole number"),
+        (
+            dict(extra_args={"cfg_interval": 1.5}),
+            "cfg_interval 1.5 is not a whole number from -1 to",
+        ),
+        (dict(extra_args={"given": 4}), "given is a list"),
+        (dict(extra_args={"given": [1, 2.5]}), "given is a list"),
+        (dict(extra_args={"given": [3, -2]}), "given is a list"),
+        (dict(extra_args={"given": [2**31]}), "given is a list"),
+        (dict(extra_args={"kv_transfer_params": "all"}), "'kv_transfer_params' is no setting"),
+        (dict(min_p=0.1), "min_p is for words"),
+        (dict(presence_penalty=1.0), "presence_penalty is for words"),
+        (dict(repetition_penalty=1.5), "repetition_penalty is"),
+        (dict(logit_bias={3: 5.0}), "logit_bias is for words"),
+        (dict(allowed_token_ids=[3]), "allowed_token_ids is for words"),
+        (dict(logprobs=3), "logprobs is for words"),
+    ],
+)
+def test_what_the_draw_would_leave_out_is_refused_and_the_engine_goes_on(
+    llm, tiny, wrong, sentence
+):
     folder, model = tiny
     bad = vllm.SamplingParams(max_tokens=T, detokenize=False, **wrong)
     with pytest.raises((ValueError, VLLMValidationError), match=sentence):
@@ -276,40 +390,62 @@ def test_what_the_draw_would_leave_out_is_refused_and_the_engine_goes_on(llm, ti
     assert torch.equal(codes_of(outputs), expected(model, MIXED[:1]))
 
 
-@pytest.mark.parametrize("extra", [
-    {"cfg_scale": 3}, {"temperature": 1, "top_p": 1, "top_k": 0}, {"cfg_interval": -1},
-    {"given": [-1, 0, 2 ** 31 - 1]}, {"kv_transfer_params": {"do_remote_decode": False}},
-])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"cfg_scale": 3},
+        {"temperature": 1, "top_p": 1, "top_k": 0},
+        {"cfg_interval": -1},
+        {"given": [-1, 0, 2**31 - 1]},
+        {"kv_transfer_params": {"do_remote_decode": False}},
+    ],
+)
 def test_whole_numbers_do_where_a_number_is_asked_for_and_limits_are_allowed(extra):
     serve_vllm.check_params(vllm.SamplingParams(temperature=0, extra_args=extra))
 
 
 def test_senseless_prompts_do_not_stop_the_engine(llm, tiny):
-    """vLLM's own server lets any token through below the vocabulary's end: beyond the classes it is "no class"."""
+    """vLLM's own server lets any token through below the vocabulary's end: beyond the classes it is
+    "no class"."""
     folder, model = tiny
-    outputs = llm.generate([{"prompt_token_ids": [2 * V - 1]}, {"prompt_token_ids": [3, V, 5]}], greedy(folder, 1.0),
-                           use_tqdm=False)
+    outputs = llm.generate(
+        [{"prompt_token_ids": [2 * V - 1]}, {"prompt_token_ids": [3, V, 5]}],
+        greedy(folder, 1.0),
+        use_tqdm=False,
+    )
     assert torch.equal(codes_of(outputs[:1]), expected(model, [(TINY.num_classes, 1.0, -1)]))
 
 
-# ---- other engines: vLLM has one in a process at a time, so these come after the tests that share one ----------------
+# ---- other engines: vLLM has one in a process at a time, so these come after the tests that share one
 @pytest.mark.parametrize("overrides", [{}, {"enable_prefix_caching": True}])
 def test_prefix_caching_and_preemption_change_nothing(tiny, overrides):
     """Room for two images and a half: the fourth is thrown out half-way and computed again."""
     folder, model = tiny
-    with started(folder, max_num_seqs=4, num_gpu_blocks_override=6, block_size=32, disable_log_stats=False,
-                 **overrides) as llm:
-        for _ in range(2):   # the second time, blocks of the first may be found
-            outputs = llm.generate(prompts(folder, MIXED), [greedy(folder, s, k) for _, s, k in MIXED], use_tqdm=False)
+    with started(
+        folder,
+        max_num_seqs=4,
+        num_gpu_blocks_override=6,
+        block_size=32,
+        disable_log_stats=False,
+        **overrides,
+    ) as llm:
+        for _ in range(2):  # the second time, blocks of the first may be found
+            outputs = llm.generate(
+                prompts(folder, MIXED), [greedy(folder, s, k) for _, s, k in MIXED], use_tqdm=False
+            )
             assert torch.equal(codes_of(outputs), expected(model, MIXED))
         assert sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions") > 0
 
 
 def test_heads_of_100_channels_as_in_3b(tmp_path):
-    folder, model = exported(tmp_path, replace(TINY, dim=200, vocab_size=50))   # 50: vLLM pads vocabularies to 64
+    folder, model = exported(
+        tmp_path, replace(TINY, dim=200, vocab_size=50)
+    )  # 50: vLLM pads vocabularies to 64
     assert json.loads((folder / "config.json").read_text())["head_dim"] == 128
     with started(folder) as llm:
-        outputs = llm.generate(prompts(folder, MIXED), [greedy(folder, s, k) for _, s, k in MIXED], use_tqdm=False)
+        outputs = llm.generate(
+            prompts(folder, MIXED), [greedy(folder, s, k) for _, s, k in MIXED], use_tqdm=False
+        )
     assert torch.equal(codes_of(outputs), expected(model, MIXED))
 
 
@@ -318,7 +454,9 @@ def test_two_ranks_give_the_same_codes(tiny):
     """Tensor parallel: each of two processes holds both streams of one of the two heads."""
     folder, model = tiny
     with started(folder, tensor_parallel_size=2) as llm:
-        outputs = llm.generate(prompts(folder, MIXED), [greedy(folder, s, k) for _, s, k in MIXED], use_tqdm=False)
+        outputs = llm.generate(
+            prompts(folder, MIXED), [greedy(folder, s, k) for _, s, k in MIXED], use_tqdm=False
+        )
     assert torch.equal(codes_of(outputs), expected(model, MIXED))
 
 
@@ -328,17 +466,22 @@ def captioned(tmp_path_factory):
 
 
 def test_greedy_codes_of_captions_are_the_plain_sampler_s(captioned):
-    """Captions of 7, 33 and 120 tokens at guidance 1 and 7.5 and with an interval, all in one batch, which the
-    scheduler cuts into chunks of 40 tokens."""
+    """Captions of 7, 33 and 120 tokens at guidance 1 and 7.5 and with an interval, all in one
+    batch, which the scheduler cuts into chunks of 40 tokens."""
     folder, model = captioned
     rows = [torch.randn(n, 64, generator=torch.Generator().manual_seed(n)) for n in (7, 33, 120)]
     (features, mask), settings = captions.pad_left(rows), [(7.5, -1), (1.0, -1), (7.5, 5)]
-    right = [sample.generate(model, features, mask, cfg_scale=s, cfg_interval=k, temperature=0) for s, k in settings]
+    right = [
+        sample.generate(model, features, mask, cfg_scale=s, cfg_interval=k, temperature=0)
+        for s, k in settings
+    ]
     assert len(torch.cat(right).unique(dim=0)) == 9
     prompts = [serve_vllm.caption_prompt(row, model.cls_embedding) for row in rows]
-    assert [len(prompt["prompt_embeds"]) for prompt in prompts] == [7, 33, 120]   # no padding
+    assert [len(prompt["prompt_embeds"]) for prompt in prompts] == [7, 33, 120]  # no padding
     with started(folder, max_num_batched_tokens=40, max_num_seqs=6) as llm:
-        outputs = llm.generate(prompts * 3, [greedy(folder, *pair) for pair in settings for _ in rows], use_tqdm=False)
+        outputs = llm.generate(
+            prompts * 3, [greedy(folder, *pair) for pair in settings for _ in rows], use_tqdm=False
+        )
     assert torch.equal(codes_of(outputs), torch.cat(right))
 
 
@@ -359,17 +502,32 @@ def test_the_released_models_are_exported_by_name(tmp_path, monkeypatch):
     def pretrained(name, where):
         wanted.append((where, name))
         return tmp_path / ("vq.pt" if name.startswith("vq") else "gpt.pt")
+
     monkeypatch.setattr(data, "pretrained", pretrained)
     run("export", "--pretrained", "t2i-512", "--out", tmp_path / "y")
     assert serve_vllm.read_export(tmp_path / "y")["captions"]
-    assert wanted == [("peizesun/llamagen_t2i", "vq_ds16_t2i.pt"), ("peizesun/llamagen_t2i", "t2i_XL_stage2_512.pt")]
+    assert wanted == [
+        ("peizesun/llamagen_t2i", "vq_ds16_t2i.pt"),
+        ("peizesun/llamagen_t2i", "t2i_XL_stage2_512.pt"),
+    ]
     with pytest.raises(SystemExit):
-        run("export", "--pretrained", "B-256", "--out", tmp_path / "z", "--gpt", "also", "--vq", "these")
+        run(
+            "export",
+            "--pretrained",
+            "B-256",
+            "--out",
+            tmp_path / "z",
+            "--gpt",
+            "also",
+            "--vq",
+            "these",
+        )
 
 
-# ---- the folder and the command line --------------------------------------------------------------------------------
+# ---- the folder and the command line -----------------------------------------------------------
 def test_the_export_holds_the_weights_and_all_that_goes_with_them(tiny, capsys):
     from safetensors.torch import load_file
+
     folder, model = tiny
     info, weights = serve_vllm.read_export(folder), load_file(folder / "model.safetensors")
     assert weights.keys() == model.state_dict().keys()
@@ -383,8 +541,10 @@ def test_the_export_holds_the_weights_and_all_that_goes_with_them(tiny, capsys):
 
 def test_a_request_is_one_image_with_the_settings_asked_for(tiny):
     info = serve_vllm.read_export(tiny[0])
-    p = serve_vllm.sampling_params(info, seed=5, cfg_scale=2.0, cfg_interval=7, temperature=0.9, top_k=10, top_p=0.5)
-    assert (p.max_tokens, p.seed, p.temperature) == (T, 5, 0)   # vLLM takes what Draw leaves
+    p = serve_vllm.sampling_params(
+        info, seed=5, cfg_scale=2.0, cfg_interval=7, temperature=0.9, top_k=10, top_p=0.5
+    )
+    assert (p.max_tokens, p.seed, p.temperature) == (T, 5, 0)  # vLLM takes what Draw leaves
     assert p.extra_args == dict(cfg_scale=2.0, cfg_interval=7, temperature=0.9, top_k=10, top_p=0.5)
     assert p.ignore_eos and p.output_kind.name == "FINAL_ONLY"
     assert serve_vllm.sampling_params(info, stream=True).output_kind.name == "DELTA"
@@ -392,41 +552,79 @@ def test_a_request_is_one_image_with_the_settings_asked_for(tiny):
     assert serve_vllm.class_prompt(3, info) == {"prompt_token_ids": [V + 3]}
 
 
-@pytest.mark.parametrize("arguments, sentence", [
-    ("export --out OUT", "give --gpt and --vq, or --pretrained"),
-    ("export --gpt DIR/gpt.pt --vq DIR/nothing.pt --out OUT", "nothing.pt: No such file"),
-    ("export --gpt DIR/vq.pt --vq DIR/vq.pt --out OUT", "is it the tokenizer?"),
-    ("export --gpt DIR/gpt.pt --vq DIR/other.pt --out OUT", "they do not belong together"),
-    ("generate nowhere --classes 1", "nowhere is no folder written by serve_vllm.py export ([Errno 2] No such"),
-    ("generate DIR/x --classes 10", "class 10 is out of range"),
-    ("generate DIR/x --classes 1 --n 0", "--n 0 is not between 1 and 1,000"),
-    ("generate DIR/x --classes 1 --n 1000000000", "--n 1000000000 is not"),
-    ("generate DIR/x --classes 1 --seed -1", "--seed -1 is not between 0 and"),
-    ("generate DIR/x --classes 1 --seed 9223372036854775807", "is not between 0 and 4,611,686,018,427,387,904"),
-    ("generate DIR/x --classes 1 --out picture.jpg", "picture.jpg is not a name that ends in .png"),
-    ("generate DIR/x --classes 1 --out DIR/gpt.pt/x.png", "gpt.pt: no folder can be made there (File exists)"),
-    ("generate DIR/x --classes 1 --gpu-memory-utilization nan", "utilization nan is not between 0.01 and 1"),
-    ("generate DIR/x --classes 1 --gpu-memory-utilization 0", "utilization 0.0 is not between 0.01 and 1"),
-    ("generate DIR/x --classes 1 --tensor-parallel-size 0", "--tensor-parallel-size 0 does not divide"),
-    ("generate DIR/x --classes 1 --temperature nan", "--temperature nan is not between"),
-    ("generate DIR/x --classes 1 --top-k -1", "--top-k -1 is not between"),
-    ("export --gpt DIR/gpt.pt --vq DIR/vq.pt --out OUT --image-size 0", "--image-size 0 is not between 16 and"),
-    ("export --gpt DIR/gpt.pt --vq DIR/vq.pt --out OUT --image-size 256", "gpt.pt draws 24 pixels"),
-    ("generate DIR/gpt.pt --classes 1", "gpt.pt is no folder written by serve_vllm.py export"),
-    ("export --gpt DIR/gpt.pt --vq DIR/vq.pt --out DIR/gpt.pt", "gpt.pt"),
-    ("generate DIR/x --classes 1 --tensor-parallel-size 4", "does not divide the 2 heads"),
-    ("generate DIR/x --classes 1 --cfg-scale -3", "--cfg-scale -3.0 is not between 0 and 1,000"),
-    ("generate DIR/x --classes 1 --top-p 0", "--top-p 0.0 is not between"),
-    ("generate DIR/x --classes 1 --temperature 3", "--temperature 3.0 is not between 0 and 2"),
-    ("generate DIR/x --prompt star", "draws from classes, not captions: give --classes"),
-    ("generate TEXT/x --classes 1", "draws from captions, not classes: give --prompt"),
-    ("generate TEXT/x --prompt <br>", "the caption '<br>' has no words"),
-    ("generate TEXT/x --prompt star --t5 TEXT", "cannot be loaded"),
-])
-def test_a_mistake_on_the_command_line_is_one_sentence(tiny, captioned, tmp_path, capsys, arguments, sentence):
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        ("export --out OUT", "give --gpt and --vq, or --pretrained"),
+        ("export --gpt DIR/gpt.pt --vq DIR/nothing.pt --out OUT", "nothing.pt: No such file"),
+        ("export --gpt DIR/vq.pt --vq DIR/vq.pt --out OUT", "is it the tokenizer?"),
+        ("export --gpt DIR/gpt.pt --vq DIR/other.pt --out OUT", "they do not belong together"),
+        (
+            "generate nowhere --classes 1",
+            "nowhere is no folder written by serve_vllm.py export ([Errno 2] No such",
+        ),
+        ("generate DIR/x --classes 10", "class 10 is out of range"),
+        ("generate DIR/x --classes 1 --n 0", "--n 0 is not between 1 and 1,000"),
+        ("generate DIR/x --classes 1 --n 1000000000", "--n 1000000000 is not"),
+        ("generate DIR/x --classes 1 --seed -1", "--seed -1 is not between 0 and"),
+        (
+            "generate DIR/x --classes 1 --seed 9223372036854775807",
+            "is not between 0 and 4,611,686,018,427,387,904",
+        ),
+        (
+            "generate DIR/x --classes 1 --out picture.jpg",
+            "picture.jpg is not a name that ends in .png",
+        ),
+        (
+            "generate DIR/x --classes 1 --out DIR/gpt.pt/x.png",
+            "gpt.pt: no folder can be made there (File exists)",
+        ),
+        (
+            "generate DIR/x --classes 1 --gpu-memory-utilization nan",
+            "utilization nan is not between 0.01 and 1",
+        ),
+        (
+            "generate DIR/x --classes 1 --gpu-memory-utilization 0",
+            "utilization 0.0 is not between 0.01 and 1",
+        ),
+        (
+            "generate DIR/x --classes 1 --tensor-parallel-size 0",
+            "--tensor-parallel-size 0 does not divide",
+        ),
+        ("generate DIR/x --classes 1 --temperature nan", "--temperature nan is not between"),
+        ("generate DIR/x --classes 1 --top-k -1", "--top-k -1 is not between"),
+        (
+            "export --gpt DIR/gpt.pt --vq DIR/vq.pt --out OUT --image-size 0",
+            "--image-size 0 is not between 16 and",
+        ),
+        (
+            "export --gpt DIR/gpt.pt --vq DIR/vq.pt --out OUT --image-size 256",
+            "gpt.pt draws 24 pixels",
+        ),
+        ("generate DIR/gpt.pt --classes 1", "gpt.pt is no folder written by serve_vllm.py export"),
+        ("export --gpt DIR/gpt.pt --vq DIR/vq.pt --out DIR/gpt.pt", "gpt.pt"),
+        ("generate DIR/x --classes 1 --tensor-parallel-size 4", "does not divide the 2 heads"),
+        (
+            "generate DIR/x --classes 1 --cfg-scale -3",
+            "--cfg-scale -3.0 is not between 0 and 1,000",
+        ),
+        ("generate DIR/x --classes 1 --top-p 0", "--top-p 0.0 is not between"),
+        ("generate DIR/x --classes 1 --temperature 3", "--temperature 3.0 is not between 0 and 2"),
+        ("generate DIR/x --prompt star", "draws from classes, not captions: give --classes"),
+        ("generate TEXT/x --classes 1", "draws from captions, not classes: give --prompt"),
+        ("generate TEXT/x --prompt <br>", "the caption '<br>' has no words"),
+        ("generate TEXT/x --prompt star --t5 TEXT", "cannot be loaded"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_sentence(
+    tiny, captioned, tmp_path, capsys, arguments, sentence
+):
     folder = tiny[0].parent
     other = replace(CODEBOOK, codebook_size=32)
-    torch.save({"model": fill(vq.VQModel(other)).state_dict(), "config": asdict(other)}, folder / "other.pt")
+    torch.save(
+        {"model": fill(vq.VQModel(other)).state_dict(), "config": asdict(other)},
+        folder / "other.pt",
+    )
     for word, path in ("DIR", folder), ("TEXT", captioned[0].parent), ("OUT", tmp_path / "new"):
         arguments = arguments.replace(word, str(path))
     with pytest.raises(SystemExit) as stop:
@@ -454,23 +652,39 @@ def pixels_of(path, size, columns, rows):
     sheet = np.asarray(Image.open(path))
     scale = (sheet.shape[1] - 4) // columns // size
     side, head = size * scale, 16
-    return np.stack([sheet[4 + r * (side + head + 4) + head:, 4 + c * (side + 4):][:side:scale, :side:scale]
-                     for r in range(rows) for c in range(columns)])
+    return np.stack(
+        [
+            sheet[4 + r * (side + head + 4) + head :, 4 + c * (side + 4) :][
+                :side:scale, :side:scale
+            ]
+            for r in range(rows)
+            for c in range(columns)
+        ]
+    )
 
 
 def generate(folder, out, *flags):
     """The command as a user types it: its own process, the model found by the entry point."""
-    done = subprocess.run([sys.executable, "serve_vllm.py", "generate", str(folder), "--out", str(out), *flags],
-                          cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        [sys.executable, "serve_vllm.py", "generate", str(folder), "--out", str(out), *flags],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert done.returncode == 0, done.stderr
     return done
 
 
 def test_generate_writes_the_pictures(tiny, tmp_path):
     folder, model = tiny
-    done = generate(folder, tmp_path / "grid.png", "--classes", "1,thing 3", "--n", "2", "--temperature", "0")
+    done = generate(
+        folder, tmp_path / "grid.png", "--classes", "1,thing 3", "--n", "2", "--temperature", "0"
+    )
     assert re.search(r"grid.png: 4 images, [\d.]+ images/s\n", done.stdout), done.stdout
-    noise = [line for line in re.split("[\r\n]", done.stderr) if line.strip() and "prompts: " not in line]   # bars
+    noise = [
+        line for line in re.split("[\r\n]", done.stderr) if line.strip() and "prompts: " not in line
+    ]  # bars
     assert not noise, noise
     codes = sample.generate(model, torch.tensor([1, 1, 3, 3]), cfg_scale=4.0, temperature=0)
     right = sample.to_pixels(vq.load_vq(folder / "vq.pt"), codes)
@@ -480,15 +694,35 @@ def test_generate_writes_the_pictures(tiny, tmp_path):
 def test_generate_draws_captions(captioned, tmp_path):
     texts = ["a red star", "a small blue circle on white"]
     folder, model = captioned
-    generate(folder, tmp_path / "grid.png", "--prompt", texts[0], "--prompt", texts[1], "--temperature", "0")
-    codes = sample.generate(model, *captions.encode_captions(texts, model=serve_vllm.read_model(
-        folder, serve_vllm.read_export(folder))), cfg_scale=7.5, temperature=0)
+    generate(
+        folder,
+        tmp_path / "grid.png",
+        "--prompt",
+        texts[0],
+        "--prompt",
+        texts[1],
+        "--temperature",
+        "0",
+    )
+    codes = sample.generate(
+        model,
+        *captions.encode_captions(
+            texts, model=serve_vllm.read_model(folder, serve_vllm.read_export(folder))
+        ),
+        cfg_scale=7.5,
+        temperature=0,
+    )
     right = sample.to_pixels(vq.load_vq(folder / "vq.pt"), codes)
     assert np.abs(pixels_of(tmp_path / "grid.png", 24, 2, 1).astype(int) - right).max() <= 1
 
 
-@pytest.mark.parametrize("versions, sentence", [([], "vLLM 0.32 is needed, found []: pip install -e .[serve]"),
-                                                (["0.33.1"], "vLLM 0.32 is needed, found ['0.33.1']: pip")])
+@pytest.mark.parametrize(
+    "versions, sentence",
+    [
+        ([], "vLLM 0.32 is needed, found []: pip install -e .[serve]"),
+        (["0.33.1"], "vLLM 0.32 is needed, found ['0.33.1']: pip"),
+    ],
+)
 def test_another_version_of_vllm_is_refused(tiny, monkeypatch, capsys, versions, sentence):
     found = [SimpleNamespace(name="vllm", version=version) for version in versions]
     monkeypatch.setattr(serve_vllm.importlib.metadata, "distributions", lambda: found)
@@ -499,17 +733,25 @@ def test_another_version_of_vllm_is_refused(tiny, monkeypatch, capsys, versions,
 
 
 def test_vllm_leaves_room_for_what_stands_beside_it(monkeypatch):
-    """Of 24 and 80 GB, for classes at 256 pixels and captions at 512: the tokenizer's 8 images, and FLAN-T5."""
+    """Of 24 and 80 GB, for classes at 256 pixels and captions at 512: the tokenizer's 8 images, and
+    FLAN-T5."""
     shares = []
     for total in (24e9, 80e9):
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=total))
-        shares += [serve_vllm.memory_share({"image_size": size, "captions": size == 512}) for size in (256, 512)]
+        monkeypatch.setattr(
+            torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=total)
+        )
+        shares += [
+            serve_vllm.memory_share({"image_size": size, "captions": size == 512})
+            for size in (256, 512)
+        ]
     assert shares == [0.875, 0.625, 0.92, 0.887]
 
 
 def test_help_and_mistakes_do_not_wait_for_vllm():
-    code = "import runpy, sys; sys.argv = ['serve_vllm.py', '--help']\n" \
-           "try: runpy.run_path('serve_vllm.py', run_name='__main__')\n" \
-           "finally: print('vllm' in sys.modules)"
+    code = (
+        "import runpy, sys; sys.argv = ['serve_vllm.py', '--help']\n"
+        "try: runpy.run_path('serve_vllm.py', run_name='__main__')\n"
+        "finally: print('vllm' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.startswith("usage") and done.stdout.endswith("False\n"), done.stdout

@@ -1,4 +1,6 @@
-"""What train_gpt.py promises: the right first loss, exact resumption, and the same run on one process or two."""
+"""What train_gpt.py promises: the right first loss, exact resumption, and the same run on one
+process or two."""
+
 import json
 import math
 import os
@@ -18,12 +20,11 @@ import torch
 from bench import imagenet_codes
 from conftest import ROOT, fill
 
-from nanollamagen import runs
-from nanollamagen import data
 import gpt
 import sample
 import train_gpt
 import vq
+from nanollamagen import data, runs
 
 
 @pytest.fixture(scope="module")
@@ -33,16 +34,48 @@ def codes(tmp_path_factory):
     folder.mkdir()
     labels = np.arange(60, dtype=np.int32) % 3
     np.save(folder / "labels.npy", labels)
-    np.save(folder / "codes.npy", ((labels[:, None, None] * 5 + rng.randint(0, 8, (60, 2, 16))) % 20).astype(np.uint16))
-    (folder / "meta.json").write_text(json.dumps({"classes": ["a", "b", "c"], "h": 4, "w": 4, "codebook_size": 20,
-                                                  "image_size": 16, "tokenizer": "0", "skipped": []}))
+    np.save(
+        folder / "codes.npy",
+        ((labels[:, None, None] * 5 + rng.randint(0, 8, (60, 2, 16))) % 20).astype(np.uint16),
+    )
+    (folder / "meta.json").write_text(
+        json.dumps(
+            {
+                "classes": ["a", "b", "c"],
+                "h": 4,
+                "w": 4,
+                "codebook_size": 20,
+                "image_size": 16,
+                "tokenizer": "0",
+                "skipped": [],
+            }
+        )
+    )
     return folder
 
 
 def flags_for(codes, out, *flags):
     """The flags of a small and quick run."""
-    return [str(f) for f in ("--codes", codes, "--out", out, "--model", "demo", "--batch-size", 8, "--lr", 0.03,
-                             "--log-every", 1, "--device", "cpu", *flags)]
+    return [
+        str(f)
+        for f in (
+            "--codes",
+            codes,
+            "--out",
+            out,
+            "--model",
+            "demo",
+            "--batch-size",
+            8,
+            "--lr",
+            0.03,
+            "--log-every",
+            1,
+            "--device",
+            "cpu",
+            *flags,
+        )
+    ]
 
 
 def train(monkeypatch, *args):
@@ -52,15 +85,29 @@ def train(monkeypatch, *args):
 
 
 def torchrun(n, *args, script=""):
-    """One run on n processes; a hang is an error, not a wait. script: what to do in each of them before."""
+    """One run on n processes; a hang is an error, not a wait. script: what to do in each of them
+    before."""
     command = ["train_gpt.py"]
     if script:
         path = args[1].with_suffix(".py")
         path.write_text(f"import train_gpt\n{script}\ntrain_gpt.main()\n")
         command = [path]
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}",
-                           *command, *flags_for(*args)], cwd=ROOT, capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    return subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={n}",
+            *command,
+            *flags_for(*args),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
 
 
 def log(out):
@@ -71,20 +118,48 @@ def losses(out):
     return [record["loss"] for record in log(out)]
 
 
-def test_the_plan_says_the_first_loss_and_training_learns_what_the_class_tells(codes, tmp_path, monkeypatch, capsys):
-    train(monkeypatch, codes, tmp_path / "run", "--max-steps", 60, "--val-images", 6, "--val-every", 20)
+def test_the_plan_says_the_first_loss_and_training_learns_what_the_class_tells(
+    codes, tmp_path, monkeypatch, capsys
+):
+    train(
+        monkeypatch,
+        codes,
+        tmp_path / "run",
+        "--max-steps",
+        60,
+        "--val-images",
+        6,
+        "--val-every",
+        20,
+    )
     assert "the first loss should be 3.00 = ln(20)" in capsys.readouterr().out
     records = log(tmp_path / "run")
     assert records[0]["loss"] == pytest.approx(math.log(20), abs=1e-5)
-    assert records[-1]["loss"] < 2.5                             # ln 8 = 2.08 is the best possible
+    assert records[-1]["loss"] < 2.5  # ln 8 = 2.08 is the best possible
     assert [r["step"] for r in records if "val_loss" in r] == [20, 40, 60]
     model = gpt.load_gpt(tmp_path / "run" / "ckpt.pt")
-    assert model.classes == ["a", "b", "c"] and model.config.grid == 4 and model.config.num_classes == 3
+    assert (
+        model.classes == ["a", "b", "c"]
+        and model.config.grid == 4
+        and model.config.num_classes == 3
+    )
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(codes, tmp_path, monkeypatch):
-    """With dropout, averaged weights and a schedule: the same losses and weights to the last bit."""
-    flags = ["--ema-decay", 0.99, "--schedule", "cosine", "--save-every", 7, "--max-steps", 12, "--micro-batch", 4]
+    """With dropout, averaged weights and a schedule: the same losses and weights to the last
+    bit."""
+    flags = [
+        "--ema-decay",
+        0.99,
+        "--schedule",
+        "cosine",
+        "--save-every",
+        7,
+        "--max-steps",
+        12,
+        "--micro-batch",
+        4,
+    ]
     train(monkeypatch, codes, tmp_path / "whole", *flags)
     save = data.save_checkpoint
 
@@ -122,8 +197,12 @@ def test_a_signal_that_comes_again_at_once_is_the_same_wish_and_later_ends_the_p
     try:
         caught = runs.catch_signals()
         assert not caught
-        for now, number, expected in ((100.0, signal.SIGTERM, []), (104.9, signal.SIGTERM, []),
-                                      (104.9, signal.SIGUSR1, []), (105.1, signal.SIGTERM, [143])):
+        for now, number, expected in (
+            (100.0, signal.SIGTERM, []),
+            (104.9, signal.SIGTERM, []),
+            (104.9, signal.SIGUSR1, []),
+            (105.1, signal.SIGTERM, [143]),
+        ):
             signal.getsignal(number)(number, None)
             assert caught and ended == expected
     finally:
@@ -132,7 +211,18 @@ def test_a_signal_that_comes_again_at_once_is_the_same_wish_and_later_ends_the_p
 
 
 def test_two_processes_and_micro_batches_give_the_losses_of_one(codes, tmp_path, monkeypatch):
-    flags = ["--dropout", 0, "--class-dropout", 0, "--max-steps", 20, "--val-images", 6, "--val-every", 10]
+    flags = [
+        "--dropout",
+        0,
+        "--class-dropout",
+        0,
+        "--max-steps",
+        20,
+        "--val-images",
+        6,
+        "--val-every",
+        10,
+    ]
     train(monkeypatch, codes, tmp_path / "one", *flags)
     train(monkeypatch, codes, tmp_path / "micro", *flags, "--micro-batch", 2)
     result = torchrun(2, codes, tmp_path / "two", *flags, "--micro-batch", 2)
@@ -140,20 +230,42 @@ def test_two_processes_and_micro_batches_give_the_losses_of_one(codes, tmp_path,
     assert losses(tmp_path / "micro") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
     for name in ("micro", "two"):
-        assert log(tmp_path / name)[-1]["val_loss"] == pytest.approx(log(tmp_path / "one")[-1]["val_loss"], abs=1e-4)
-    assert losses(tmp_path / "one")[-1] < 2.8                    # so that there was something to differ
+        assert log(tmp_path / name)[-1]["val_loss"] == pytest.approx(
+            log(tmp_path / "one")[-1]["val_loss"], abs=1e-4
+        )
+    assert losses(tmp_path / "one")[-1] < 2.8  # so that there was something to differ
 
 
-@pytest.mark.parametrize("model, flags, plan", [
-    ("L", [], "steps of 256 images"), ("L", [], "learning rate 1.0e-04"),
-    ("XL", [], "steps of 256 images"), ("XL", [], "learning rate 2.0e-04"),
-    ("3B", [], "steps of 512 images"), ("3B", [], "learning rate 2.0e-04"),
-    ("3B", ["--batch-size", 64, "--lr", 3e-4], "steps of 64 images"),
-    ("3B", ["--batch-size", 64, "--lr", 3e-4], "learning rate 7.5e-05"),
-])
-def test_a_size_comes_with_its_recipe_and_flags_win(codes, tmp_path, monkeypatch, capsys, model, flags, plan):
+@pytest.mark.parametrize(
+    "model, flags, plan",
+    [
+        ("L", [], "steps of 256 images"),
+        ("L", [], "learning rate 1.0e-04"),
+        ("XL", [], "steps of 256 images"),
+        ("XL", [], "learning rate 2.0e-04"),
+        ("3B", [], "steps of 512 images"),
+        ("3B", [], "learning rate 2.0e-04"),
+        ("3B", ["--batch-size", 64, "--lr", 3e-4], "steps of 64 images"),
+        ("3B", ["--batch-size", 64, "--lr", 3e-4], "learning rate 7.5e-05"),
+    ],
+)
+def test_a_size_comes_with_its_recipe_and_flags_win(
+    codes, tmp_path, monkeypatch, capsys, model, flags, plan
+):
     monkeypatch.setitem(gpt.GPT_CONFIGS, model, gpt.GPTConfig(dim=32, n_layer=1, n_head=2))
-    words = ["--codes", codes, "--out", tmp_path / "run", "--model", model, "--max-steps", 1, "--device", "cpu", *flags]
+    words = [
+        "--codes",
+        codes,
+        "--out",
+        tmp_path / "run",
+        "--model",
+        model,
+        "--max-steps",
+        1,
+        "--device",
+        "cpu",
+        *flags,
+    ]
     monkeypatch.setattr(sys, "argv", ["train_gpt.py", *map(str, words)])
     train_gpt.main()
     assert plan in capsys.readouterr().out
@@ -162,25 +274,32 @@ def test_a_size_comes_with_its_recipe_and_flags_win(codes, tmp_path, monkeypatch
 def test_batches_are_made_one_ahead_and_no_more():
     made = []
     coming = train_gpt.one_ahead(made.append(i) or [i] for i in range(5))
-    assert not made                                              # nothing is read before the first step
+    assert not made  # nothing is read before the first step
     for i, batch in enumerate(coming):
         time.sleep(0.05)
         assert batch == [i] and made == list(range(min(i + 2, 5)))
-    with pytest.raises(ZeroDivisionError):                       # a mistake in the thread is not swallowed
+    with pytest.raises(ZeroDivisionError):  # a mistake in the thread is not swallowed
         list(train_gpt.one_ahead([1 / 0] for _ in range(3)))
 
 
-def test_a_machine_without_a_compiler_trains_without_and_says_so(codes, tmp_path, monkeypatch, capsys):
+def test_a_machine_without_a_compiler_trains_without_and_says_so(
+    codes, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     train(monkeypatch, codes, tmp_path / "run", "--max-steps", 1, "--compile")
-    assert "not compiled: that needs" in capsys.readouterr().err and len(losses(tmp_path / "run")) == 1
+    assert (
+        "not compiled: that needs" in capsys.readouterr().err and len(losses(tmp_path / "run")) == 1
+    )
 
 
 def test_the_picture_needs_no_second_model_and_draws_a_few_images_at_once(tmp_path, monkeypatch):
-    """Its weights are those of the training, not copies; and it shows what one batch of all images would."""
+    """Its weights are those of the training, not copies; and it shows what one batch of all images
+    would."""
     config = gpt.GPTConfig(dim=32, n_layer=1, n_head=2, vocab_size=20, grid=4, num_classes=3)
     model = fill(gpt.GPT(config)).eval()
-    tokenizer = vq.VQModel(vq.VQConfig(ch=32, ch_mult=(1, 1), res_blocks=1, z_channels=32, codebook_size=20)).eval()
+    tokenizer = vq.VQModel(
+        vq.VQConfig(ch=32, ch_mult=(1, 1), res_blocks=1, z_channels=32, codebook_size=20)
+    ).eval()
     labels, titles, batches, generate = torch.arange(3), ["a", "b", "c"], [], sample.generate
     codes = generate(model, labels.repeat(2), cfg_scale=2.0, seeds=range(6))
     data.save_grid(sample.to_pixels(tokenizer, codes), tmp_path / "expected.png", 3, titles * 2)
@@ -192,7 +311,9 @@ def test_the_picture_needs_no_second_model_and_draws_a_few_images_at_once(tmp_pa
 
     monkeypatch.setattr(sample, "generate", recorder)
     cpu = torch.device("cpu")
-    train_gpt.picture(config, model.state_dict(), tokenizer, [labels], titles, cpu, tmp_path / "got.png")
+    train_gpt.picture(
+        config, model.state_dict(), tokenizer, [labels], titles, cpu, tmp_path / "got.png"
+    )
     assert batches == [[0, 1, 2, 0], [1, 2]]
     assert (tmp_path / "got.png").read_bytes() == (tmp_path / "expected.png").read_bytes()
 
@@ -203,7 +324,12 @@ def test_every_step_takes_other_images_and_crops(codes, tmp_path, monkeypatch):
 
     class Recorder:
         def __init__(self, array):
-            self.array, self.shape, self.dtype, self.base = array, array.shape, array.dtype, array.base
+            self.array, self.shape, self.dtype, self.base = (
+                array,
+                array.shape,
+                array.dtype,
+                array.base,
+            )
 
         def __len__(self):
             return len(self.array)
@@ -212,17 +338,21 @@ def test_every_step_takes_other_images_and_crops(codes, tmp_path, monkeypatch):
             taken.extend(zip(*(k.tolist() for k in key)))
             return self.array[key]
 
-    monkeypatch.setattr(data, "load_codes", lambda folder: (Recorder(load(folder)[0]), *load(folder)[1:]))
+    monkeypatch.setattr(
+        data, "load_codes", lambda folder: (Recorder(load(folder)[0]), *load(folder)[1:])
+    )
     train(monkeypatch, codes, tmp_path / "run", "--epochs", 2)
     assert sorted(i for i, _ in taken) == sorted(2 * list(range(60)))
     assert {crop for _, crop in taken} == {0, 1}
 
 
-@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="asks Linux for the memory and what was read")
+@pytest.mark.skipif(
+    not Path("/proc/self/smaps").exists(), reason="asks Linux for the memory and what was read"
+)
 def test_codes_of_imagenets_size_are_neither_read_nor_held(tmp_path):
-    """13 GB of codes, in a process of its own: it peaks less than 0.7 GB above what its imports take (which is more
-    with a CUDA build), reads less than 1 GB by any read(), and of the memory map gets only the pages of the 16 rows it
-    trained on, not megabytes around each."""
+    """13 GB of codes, in a process of its own: it peaks less than 0.7 GB above what its imports
+    take (which is more with a CUDA build), reads less than 1 GB by any read(), and of the memory
+    map gets only the pages of the 16 rows it trained on, not megabytes around each."""
     (tmp_path / "codes").mkdir()
     imagenet_codes(tmp_path / "codes")
     script = """if True:
@@ -238,27 +368,62 @@ def test_codes_of_imagenets_size_are_neither_read_nor_held(tmp_path):
         print(open("/proc/self/smaps").read().partition("codes.npy")[2].partition("Shared_Clean")[0])
         """
     flags = flags_for(tmp_path / "codes", tmp_path / "run", "--micro-batch", 2, "--max-steps", 2)
-    result = subprocess.run([sys.executable, "-c", script, *flags], cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", script, *flags], cwd=ROOT, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
-    facts = dict(line.split(":") for line in result.stdout.partition("FACTS\n")[2].splitlines() if line)
+    facts = dict(
+        line.split(":") for line in result.stdout.partition("FACTS\n")[2].splitlines() if line
+    )
     peak, imports = (int(facts[name].split()[0]) * 1024 for name in ("VmHWM", "imports"))
-    assert peak - imports < 0.7e9                # of all that is resident, mapped files included
+    assert peak - imports < 0.7e9  # of all that is resident, mapped files included
     assert int(facts["rchar"]) < 1e9
-    assert 0 < int(facts["Rss"].split()[0]) <= 16 * 2 * 4         # kB; a row may lie across two pages
+    assert 0 < int(facts["Rss"].split()[0]) <= 16 * 2 * 4  # kB; a row may lie across two pages
 
 
-COUNTS = ["--batch-size", "--micro-batch", "--max-steps", "--image-size", "--val-every", "--log-every", "--save-every",
-          "--shard-size"]
-SHARES = ["--epochs", "--lr", "--weight-decay", "--grad-clip", "--timeout", "--dropout", "--class-dropout",
-          "--ema-decay"]
+COUNTS = [
+    "--batch-size",
+    "--micro-batch",
+    "--max-steps",
+    "--image-size",
+    "--val-every",
+    "--log-every",
+    "--save-every",
+    "--shard-size",
+]
+SHARES = [
+    "--epochs",
+    "--lr",
+    "--weight-decay",
+    "--grad-clip",
+    "--timeout",
+    "--dropout",
+    "--class-dropout",
+    "--ema-decay",
+]
 FROM_0 = ["--warmup-steps", "--val-images", "--sample-every", "--keep", "--seed"]
-HUGE = str(10 ** 30)
+HUGE = str(10**30)
 MISTAKES = [
-    *((flag, value, f"{flag} {value} is not between 1 and") for flag in COUNTS for value in ("0", "-1", HUGE)),
-    *((flag, value, f"{flag} {value} is not between 0 and") for flag in FROM_0 for value in ("-1", HUGE)),
+    *(
+        (flag, value, f"{flag} {value} is not between 1 and")
+        for flag in COUNTS
+        for value in ("0", "-1", HUGE)
+    ),
+    *(
+        (flag, value, f"{flag} {value} is not between 0 and")
+        for flag in FROM_0
+        for value in ("-1", HUGE)
+    ),
     *((flag, "nan", f"argument {flag}: invalid int value: 'nan'") for flag in COUNTS + FROM_0),
-    *((flag, value, f"{flag} {value} is not between") for flag in SHARES for value in ("-1.0", "nan", "inf", "1e+300")),
-    *((flag, "0.0", f"{flag} 0.0 is not between") for flag in ("--epochs", "--grad-clip", "--timeout")),
+    *(
+        (flag, value, f"{flag} {value} is not between")
+        for flag in SHARES
+        for value in ("-1.0", "nan", "inf", "1e+300")
+    ),
+    *(
+        (flag, "0.0", f"{flag} 0.0 is not between")
+        for flag in ("--epochs", "--grad-clip", "--timeout")
+    ),
     ("--dropout", "1.0", "--dropout 1.0 is not between 0 and 0.999"),
     ("--micro-batch", "3", "--micro-batch 3 does not divide the 8 images"),
     ("--val-images", "60", "--val-images 60: the folder has 60 images"),
@@ -272,20 +437,34 @@ MISTAKES = [
     ("--codes", "FILE", "make it with: python vq.py encode"),
     ("--out", "FILE", "empty: no folder can be made there"),
     ("--out", "/proc/run", "--out /proc/run: no folder can be made there"),
-    *(("--out", place, "ckpt.pt is not one of train_gpt.py's; choose another --out") for place in ("OTHER", "LIST")),
-    *((flag, place, sentence) for flag in ("--vq", "--init") for place, sentence in (
-        ("NOWHERE", "nowhere: No such file or directory"), ("FOLDER", "folder: Is a directory"),
-        ("FILE", "empty is truncated, or not a PyTorch checkpoint"), ("README.md", "not a PyTorch checkpoint"))),
+    *(
+        ("--out", place, "ckpt.pt is not one of train_gpt.py's; choose another --out")
+        for place in ("OTHER", "LIST")
+    ),
+    *(
+        (flag, place, sentence)
+        for flag in ("--vq", "--init")
+        for place, sentence in (
+            ("NOWHERE", "nowhere: No such file or directory"),
+            ("FOLDER", "folder: Is a directory"),
+            ("FILE", "empty is truncated, or not a PyTorch checkpoint"),
+            ("README.md", "not a PyTorch checkpoint"),
+        )
+    ),
 ]
 
 
-@pytest.mark.parametrize("flag, value, sentence", MISTAKES, ids=[f"{flag}={value}" for flag, value, _ in MISTAKES])
+@pytest.mark.parametrize(
+    "flag, value, sentence", MISTAKES, ids=[f"{flag}={value}" for flag, value, _ in MISTAKES]
+)
 def test_a_mistake_gets_one_sentence(codes, tmp_path, monkeypatch, capsys, flag, value, sentence):
-    """NOWHERE, FOLDER, FILE, OTHER and LIST stand for a path that is missing, an empty folder, an empty file, and the
-    runs of other programs; --device cuda is for machines without."""
+    """NOWHERE, FOLDER, FILE, OTHER and LIST stand for a path that is missing, an empty folder, an
+    empty file, and the runs of other programs; --device cuda is for machines without."""
     if flag == "--device" and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    places = {name: tmp_path / name.lower() for name in ("NOWHERE", "FOLDER", "FILE", "OTHER", "LIST")}
+    places = {
+        name: tmp_path / name.lower() for name in ("NOWHERE", "FOLDER", "FILE", "OTHER", "LIST")
+    }
     places["FOLDER"].mkdir()
     places["FILE"] = tmp_path / "empty"
     places["FILE"].touch()
@@ -293,15 +472,21 @@ def test_a_mistake_gets_one_sentence(codes, tmp_path, monkeypatch, capsys, flag,
         places[name].mkdir()
         torch.save(content, places[name] / "ckpt.pt")
     with pytest.raises(SystemExit) as stop:
-        train(monkeypatch, codes, tmp_path / "run", "--max-steps", 1, flag, places.get(value, value))
+        train(
+            monkeypatch, codes, tmp_path / "run", "--max-steps", 1, flag, places.get(value, value)
+        )
     errors = capsys.readouterr().err
     assert stop.value.code == 2 and sentence in errors and "Traceback" not in errors
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("name, content", [("meta.json", "{"), ("meta.json", "{}"), ("codes.npy", ""),
-                                           ("labels.npy", "x")])
-def test_codes_that_are_damaged_get_one_sentence(codes, tmp_path, monkeypatch, capsys, name, content):
+@pytest.mark.parametrize(
+    "name, content",
+    [("meta.json", "{"), ("meta.json", "{}"), ("codes.npy", ""), ("labels.npy", "x")],
+)
+def test_codes_that_are_damaged_get_one_sentence(
+    codes, tmp_path, monkeypatch, capsys, name, content
+):
     shutil.copytree(codes, tmp_path / "codes")
     (tmp_path / "codes" / name).write_text(content)
     with pytest.raises(SystemExit) as stop:
@@ -318,18 +503,28 @@ def test_going_on_without_a_run_gets_one_sentence(codes, tmp_path, monkeypatch, 
 def test_the_run_of_a_tokenizer_is_not_gone_on_with(codes, tmp_path, monkeypatch, capsys):
     """It has a step, an optimizer and a config, too."""
     import test_train_vq
-    test_train_vq.train(monkeypatch, "shapes:8", tmp_path / "vq", "--max-steps", 1, "--sample-every", 0)
+
+    test_train_vq.train(
+        monkeypatch, "shapes:8", tmp_path / "vq", "--max-steps", 1, "--sample-every", 0
+    )
     before = sorted(path.read_bytes() for path in (tmp_path / "vq").iterdir())
     with pytest.raises(SystemExit) as stop:
         train(monkeypatch, codes, tmp_path / "vq", "--max-steps", 2, "--resume")
-    assert stop.value.code == 2 and "vq/ckpt.pt is not one of train_gpt.py's; choose" in capsys.readouterr().err
+    assert (
+        stop.value.code == 2
+        and "vq/ckpt.pt is not one of train_gpt.py's; choose" in capsys.readouterr().err
+    )
     assert sorted(path.read_bytes() for path in (tmp_path / "vq").iterdir()) == before
 
 
-def test_a_run_is_neither_overwritten_nor_continued_as_another(codes, tmp_path, monkeypatch, capsys):
+def test_a_run_is_neither_overwritten_nor_continued_as_another(
+    codes, tmp_path, monkeypatch, capsys
+):
     train(monkeypatch, codes, tmp_path / "run", "--max-steps", 1)
-    for flags, sentence in ((["--max-steps", "2"], "add --resume to go on with it"),
-                            (["--resume", "--model", "B"], "is of another model or other codes")):
+    for flags, sentence in (
+        (["--max-steps", "2"], "add --resume to go on with it"),
+        (["--resume", "--model", "B"], "is of another model or other codes"),
+    ):
         with pytest.raises(SystemExit) as stop:
             train(monkeypatch, codes, tmp_path / "run", *flags)
         assert stop.value.code == 2 and sentence in capsys.readouterr().err
@@ -340,25 +535,35 @@ def test_codes_that_changed_since_the_checkpoint_are_refused(codes, tmp_path, mo
     changed = tmp_path / "codes"
     changed.mkdir()
     meta = json.loads((codes / "meta.json").read_text())
-    for n, news, sentence in ((59, {}, "images was 60, is 59"), (60, {"tokenizer": "1"}, "tokenizer was 0, is 1"),
-                              (60, {"crops": "ten"}, "crops was None, is ten")):
+    for n, news, sentence in (
+        (59, {}, "images was 60, is 59"),
+        (60, {"tokenizer": "1"}, "tokenizer was 0, is 1"),
+        (60, {"crops": "ten"}, "crops was None, is ten"),
+    ):
         for name in ("codes.npy", "labels.npy"):
             np.save(changed / name, np.load(codes / name)[:n])
         (changed / "meta.json").write_text(json.dumps({**meta, **news}))
         with pytest.raises(SystemExit) as stop:
             train(monkeypatch, changed, tmp_path / "run", "--max-steps", 2, "--resume")
         error = capsys.readouterr().err
-        assert stop.value.code == 2 and f"ckpt.pt is of another model or other codes ({sentence}); go on with" in error
+        assert (
+            stop.value.code == 2
+            and f"ckpt.pt is of another model or other codes ({sentence}); go on with" in error
+        )
 
 
-def test_the_log_of_a_run_that_died_before_its_first_checkpoint_starts_again(codes, tmp_path, monkeypatch):
+def test_the_log_of_a_run_that_died_before_its_first_checkpoint_starts_again(
+    codes, tmp_path, monkeypatch
+):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "log.jsonl").write_text('{"step": 1, "loss": 9.0}\n{"step": 2, "lo')
     train(monkeypatch, codes, tmp_path / "run", "--max-steps", 2)
     assert [r["step"] for r in log(tmp_path / "run")] == [1, 2] and losses(tmp_path / "run")[0] < 4
 
 
-def test_tensorboard_gets_what_the_log_gets_and_hides_the_steps_that_come_again(codes, tmp_path, monkeypatch):
+def test_tensorboard_gets_what_the_log_gets_and_hides_the_steps_that_come_again(
+    codes, tmp_path, monkeypatch
+):
     """Through a stand-in for its writer, since the package need not be there."""
     written, purged = [], []
 
@@ -373,10 +578,24 @@ def test_tensorboard_gets_what_the_log_gets_and_hides_the_steps_that_come_again(
         def flush(self):
             pass
 
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter))
+    monkeypatch.setitem(
+        sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter)
+    )
     for flags in (["--max-steps", 2], ["--max-steps", 3, "--resume"]):
-        train(monkeypatch, codes, tmp_path / "run", "--val-images", 6, "--val-every", 2, "--tensorboard", *flags)
-    assert sorted(written) == sorted((r["step"], k, r[k]) for r in log(tmp_path / "run") for k in r if k != "step")
+        train(
+            monkeypatch,
+            codes,
+            tmp_path / "run",
+            "--val-images",
+            6,
+            "--val-every",
+            2,
+            "--tensorboard",
+            *flags,
+        )
+    assert sorted(written) == sorted(
+        (r["step"], k, r[k]) for r in log(tmp_path / "run") for k in r if k != "step"
+    )
     assert purged == [1, 3] and "val_loss" in {name for _, name, _ in written}
 
 
@@ -385,12 +604,17 @@ def test_tensorboard_that_is_not_installed_gets_one_sentence(codes, tmp_path, mo
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     with pytest.raises(SystemExit) as stop:
         train(monkeypatch, codes, tmp_path / "run", "--tensorboard")
-    assert stop.value.code == 2 and "install it with: pip install tensorboard" in capsys.readouterr().err
+    assert (
+        stop.value.code == 2
+        and "install it with: pip install tensorboard" in capsys.readouterr().err
+    )
     assert not (tmp_path / "run").exists()
 
 
 def test_another_tokenizers_pictures_are_refused(codes, tmp_path, monkeypatch, capsys):
-    model = vq.VQModel(vq.VQConfig(ch=32, ch_mult=(1, 1), res_blocks=1, z_channels=32, codebook_size=20))
+    model = vq.VQModel(
+        vq.VQConfig(ch=32, ch_mult=(1, 1), res_blocks=1, z_channels=32, codebook_size=20)
+    )
     torch.save({"model": model.state_dict(), "config": asdict(model.config)}, tmp_path / "vq.pt")
     with pytest.raises(SystemExit) as stop:
         train(monkeypatch, codes, tmp_path / "run", "--vq", tmp_path / "vq.pt")
@@ -403,8 +627,9 @@ def test_a_batch_that_does_not_split_says_which_would(codes, tmp_path):
     assert result.returncode != 0 and sentence in result.stderr
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(codes, tmp_path, monkeypatch,
-                                                                                    capsys):
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
+    codes, tmp_path, monkeypatch, capsys
+):
     train(monkeypatch, codes, tmp_path / "run", "--max-steps", 2)
     good = (tmp_path / "run" / "ckpt.pt").read_bytes()
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *a: torch.tensor(float("nan")))
@@ -415,15 +640,22 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
 
 
 def test_a_full_disk_ends_the_run_with_one_sentence(codes, tmp_path, monkeypatch):
-    """It ends where the log cannot be written; a checkpoint that cannot be is tests/test_data.py's."""
+    """It ends where the log cannot be written; a checkpoint that cannot be is
+    tests/test_data.py's."""
+
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(runs, "log", full)
-    monkeypatch.setattr(sys, "argv", ["train_gpt.py", *flags_for(codes, tmp_path / "run", "--max-steps", 1)])
+    monkeypatch.setattr(
+        sys, "argv", ["train_gpt.py", *flags_for(codes, tmp_path / "run", "--max-steps", 1)]
+    )
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(ROOT / "train_gpt.py"), run_name="__main__")
-    assert stop.value.code == "train_gpt.py: [Errno 28] No space left on device; the last checkpoint is untouched"
+    assert (
+        stop.value.code
+        == "train_gpt.py: [Errno 28] No space left on device; the last checkpoint is untouched"
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -436,7 +668,9 @@ def test_the_loss_and_its_gradient_are_those_of_torch(dtype):
     ours = logits.detach().clone()
     loss = float(train_gpt.cross_entropy_(ours, tokens, scale=1 / 200))
     assert loss == pytest.approx(float(expected.detach()), abs=1e-5)
-    assert torch.allclose(ours, logits.grad, atol=1e-6, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5)
+    assert torch.allclose(
+        ours, logits.grad, atol=1e-6, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5
+    )
 
 
 def test_weights_of_a_seed_are_the_same_whole_or_drawn_in_parts():
@@ -449,16 +683,20 @@ def test_weights_of_a_seed_are_the_same_whole_or_drawn_in_parts():
     wqkv = [v for k, v in first.items() if k.endswith("wqkv.weight")]
     other = dict(model.initial_weights(2))["layers.0.attention.wqkv.weight"]
     assert not torch.equal(*wqkv) and not torch.equal(wqkv[0], other)
-    assert float(wqkv[0].std()) == pytest.approx(0.02, rel=0.05) and not first["output.weight"].any()
+    assert (
+        float(wqkv[0].std()) == pytest.approx(0.02, rel=0.05) and not first["output.weight"].any()
+    )
 
 
 def test_flops_are_those_that_torch_counts():
-    """The closed form behind MFU, against torch's counter (which counts the whole square of attention, not half)."""
+    """The closed form behind MFU, against torch's counter (which counts the whole square of
+    attention, not half)."""
     from torch.utils.flop_counter import FlopCounterMode
+
     config = gpt.GPTConfig(dim=64, n_layer=2, n_head=4, vocab_size=100, grid=4, dropout=0.0)
     model = gpt.GPT(config)
     with FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, 15, dtype=torch.long), torch.tensor([0])).sum().backward()
-    matrices = gpt.flops_per_image(config) - 6 * config.n_layer * config.dim * 16 ** 2
+    matrices = gpt.flops_per_image(config) - 6 * config.n_layer * config.dim * 16**2
     attention = counter.get_total_flops() - matrices
-    assert 0 <= attention <= 2.5 * 6 * config.n_layer * config.dim * 16 ** 2
+    assert 0 <= attention <= 2.5 * 6 * config.n_layer * config.dim * 16**2

@@ -1,5 +1,6 @@
-"""What extras/var.py promises: VAR's official arithmetic to the last code, and pictures that follow from their
-seeds."""
+"""What extras/var.py promises: VAR's official arithmetic to the last code, and pictures that follow
+from their seeds."""
+
 import json
 import math
 import os
@@ -15,12 +16,11 @@ import torch
 import torch.nn.functional as F
 from conftest import GOLDEN, ROOT, difference, golden
 
-from nanollamagen import runs
-from nanollamagen import data
 import gpt
 import sample
 import train_gpt
 import vq
+from nanollamagen import data, runs
 
 sys.path.insert(0, str(ROOT / "extras"))
 import train_var  # noqa: E402
@@ -35,7 +35,13 @@ def weight(name, shape):
     """An official tensor by the rule of golden/var/README.md."""
     r = np.random.RandomState(zlib.crc32(("golden:" + name).encode()) & 0xFFFFFFFF)
     r = torch.from_numpy(r.standard_normal(tuple(shape)).astype(np.float32))
-    half = ("quantize.embedding.weight", "class_emb.weight", "lvl_embed.weight", "pos_start", "pos_1LC")
+    half = (
+        "quantize.embedding.weight",
+        "class_emb.weight",
+        "lvl_embed.weight",
+        "pos_start",
+        "pos_1LC",
+    )
     if name.endswith(ZEROS):
         return torch.zeros_like(r)
     if name.endswith("scale_mul_1H11"):
@@ -57,9 +63,16 @@ def weight(name, shape):
 
 
 def official_tokenizer(meta):
-    """(our config, {official name: golden weight}) of a tokenizer with meta's sizes; our shapes under their names."""
-    config = replace(var_vq.TOKENIZERS["VAR-256"], ch=meta["ch"], z_channels=meta["Cvae"], codebook_size=meta["V"],
-                     code_dim=meta["Cvae"], scales=tuple(meta["patch_nums"]))
+    """(our config, {official name: golden weight}) of a tokenizer with meta's sizes; our shapes
+    under their names."""
+    config = replace(
+        var_vq.TOKENIZERS["VAR-256"],
+        ch=meta["ch"],
+        z_channels=meta["Cvae"],
+        codebook_size=meta["V"],
+        code_dim=meta["Cvae"],
+        scales=tuple(meta["patch_nums"]),
+    )
     with torch.device("meta"):
         shapes = {k: v.shape for k, v in var_vq.ScaleVQ(config).state_dict().items()}
     state = {}
@@ -80,10 +93,20 @@ def tokenizer(meta):
 
 def transformer(meta):
     """Our transformer with the golden weights."""
-    model = var.VAR(var.VARConfig(meta["depth"], tuple(meta["patch_nums"]), meta["V"], meta["Cvae"],
-                                  meta["num_classes"], meta["shared_aln"]))
+    model = var.VAR(
+        var.VARConfig(
+            meta["depth"],
+            tuple(meta["patch_nums"]),
+            meta["V"],
+            meta["Cvae"],
+            meta["num_classes"],
+            meta["shared_aln"],
+        )
+    )
     keep = ("lvl_1L", "attn_bias_for_masking")
-    model.load_state_dict({k: v if k in keep else weight(k, v.shape) for k, v in model.state_dict().items()})
+    model.load_state_dict(
+        {k: v if k in keep else weight(k, v.shape) for k, v in model.state_dict().items()}
+    )
     return model.eval()
 
 
@@ -93,7 +116,7 @@ def thin(images, like):
     return images[..., ::step, ::step]
 
 
-# ---- tokenizer ------------------------------------------------------------------------------------------------------
+# ---- tokenizer ---------------------------------------------------------------------------------
 def test_the_tokenizer_encodes_decodes_and_learns_as_the_official_one():
     g, meta = golden("var/var_tok_small")
     model = tokenizer(meta)
@@ -139,8 +162,13 @@ def test_the_tokenizer_encodes_decodes_and_learns_as_the_official_one():
     loss.backward()
     parameters = dict(model.named_parameters())
     names = [var_vq.released_name(k) for k in g["grad_keys"].tolist()]
-    grads = [[parameters[k.replace("qkv", part)].grad for part in ("qkv" if "qkv" in k else "q")] for k in names]
-    norms = torch.stack([torch.cat([x.flatten() for x in group]).double().norm() for group in grads])
+    grads = [
+        [parameters[k.replace("qkv", part)].grad for part in ("qkv" if "qkv" in k else "q")]
+        for k in names
+    ]
+    norms = torch.stack(
+        [torch.cat([x.flatten() for x in group]).double().norm() for group in grads]
+    )
     assert difference(norms, g["grad_norms"]) < 5e-4
 
 
@@ -173,7 +201,11 @@ def test_the_released_size_gives_the_official_codes_at_256_and_512_pixels(full):
         assert difference(recon.square().mean().sqrt(), g["recon_rms"]) < 1e-4
 
         q.use(meta["q512"]["patch_nums"])
-        f = np.random.RandomState(meta["q512"]["seed"]).standard_normal((1, 32, 11, 11)).astype(np.float32)
+        f = (
+            np.random.RandomState(meta["q512"]["seed"])
+            .standard_normal((1, 32, 11, 11))
+            .astype(np.float32)
+        )
         f = F.interpolate(torch.from_numpy(f), size=(32, 32), mode="bilinear", align_corners=False)
         codes = q(f)[2]
         sums = torch.stack(list(q.sums(codes)))
@@ -190,9 +222,11 @@ def test_which_convolution_a_scale_takes_follows_float64_where_two_ticks_tie(ful
         q.use(range(1, count + 1))
         assert q.phi == g[f"phi_of_scale_K4_S{count}"].tolist()
     ticks, places = torch.linspace(1 / 12, 11 / 12, 4), torch.arange(10) / 9
-    assert (places[:, None] - ticks).abs().argmin(1).tolist() != g["phi_of_scale_K4_S10"].tolist()   # the trap: float32
+    assert (places[:, None] - ticks).abs().argmin(1).tolist() != g[
+        "phi_of_scale_K4_S10"
+    ].tolist()  # the trap: float32
 
-    model, g, _ = full   # one tie decided the other way changes many codes
+    model, g, _ = full  # one tie decided the other way changes many codes
     phi = model.quantize.phi
     model.quantize.phi = phi[:2] + [0] + phi[3:]
     with torch.no_grad():
@@ -201,7 +235,7 @@ def test_which_convolution_a_scale_takes_follows_float64_where_two_ticks_tie(ful
     assert (codes != g["codes"]).float().mean() > 0.2
 
 
-# ---- transformer ----------------------------------------------------------------------------------------------------
+# ---- transformer -------------------------------------------------------------------------------
 @pytest.mark.parametrize("size", ["d16", "d20", "d24", "d30", "d36"])
 def test_names_shapes_and_parameter_counts_are_those_of_the_released_checkpoints(size):
     released = KEYS[f"var_{size}.pth"]
@@ -216,9 +250,12 @@ def test_names_shapes_and_parameter_counts_are_those_of_the_released_checkpoints
     assert model.blocks[-1].drop == pytest.approx(released["config"]["drop_path_rate"])
 
 
-@pytest.fixture(scope="module", params=["var_d2", "var_shared", pytest.param("var_d4", marks=pytest.mark.slow)])
+@pytest.fixture(
+    scope="module", params=["var_d2", "var_shared", pytest.param("var_d4", marks=pytest.mark.slow)]
+)
 def pair(request):
-    """A transformer and a tokenizer with the golden weights, and what the official code computed with them."""
+    """A transformer and a tokenizer with the golden weights, and what the official code computed
+    with them."""
     g, meta = golden(f"var/{request.param}")
     return transformer(meta), tokenizer(meta), g, meta
 
@@ -227,8 +264,13 @@ def test_teacher_forced_logits_losses_and_gradients_are_the_official_ones(pair):
     model, tok, g, meta = pair
     codes, labels, scales = g["codes"].long(), g["labels"].long(), meta["patch_nums"]
     stream = []
-    hooks = [block.register_forward_hook(lambda block, given, x: stream.append(x)) for block in model.blocks]
-    hooks.append(model.blocks[0].register_forward_pre_hook(lambda block, given: stream.append(given[0])))
+    hooks = [
+        block.register_forward_hook(lambda block, given, x: stream.append(x))
+        for block in model.blocks
+    ]
+    hooks.append(
+        model.blocks[0].register_forward_pre_hook(lambda block, given: stream.append(given[0]))
+    )
     logits = model(tok.quantize.teacher_input(codes), labels)
     for hook in hooks:
         hook.remove()
@@ -253,30 +295,54 @@ def test_teacher_forced_logits_losses_and_gradients_are_the_official_ones(pair):
     parameters = dict(model.named_parameters())
     norms = torch.stack([parameters[k].grad.double().norm() for k in g["grad_keys"].tolist()])
     assert difference(norms, g["grad_norms"]) < 5e-4
-    assert difference(parameters["blocks.0.attn.scale_mul_1H11"].grad.flatten(), g["grad_scale_mul"]) < 5e-4
+    assert (
+        difference(parameters["blocks.0.attn.scale_mul_1H11"].grad.flatten(), g["grad_scale_mul"])
+        < 5e-4
+    )
     total = torch.stack([q.grad.double().norm() for q in parameters.values()]).norm()
     assert difference(total, g["grad_total_norm"]) < 5e-4
 
 
 def test_drawn_codes_sums_and_pictures_are_the_official_ones(pair, monkeypatch):
     model, tok, g, meta = pair
-    monkeypatch.setattr(sample, "gumbel_noise", lambda seeds, positions, V:
-                        torch.zeros(len(seeds), positions.shape[-1], V))
+    monkeypatch.setattr(
+        sample,
+        "gumbel_noise",
+        lambda seeds, positions, V: torch.zeros(len(seeds), positions.shape[-1], V),
+    )
     for run in meta["runs"]:
         labels, key = torch.tensor(run["labels"]), run["key"]
         keep = None
         if "box_y0x0y1x1" in run:
-            keep = g["image_codes"].long(), var.kept(run["box_y0x0y1x1"], model.config.scales, not run["inpainting"])
+            keep = (
+                g["image_codes"].long(),
+                var.kept(run["box_y0x0y1x1"], model.config.scales, not run["inpainting"]),
+            )
             assert torch.equal(keep[1].byte(), g[f"{key}_kept"])
-        steps = list(var.draw_scales(model, tok.quantize, labels, torch.zeros(len(labels), dtype=torch.int64),
-                                     cfg_scale=run["cfg"], top_k=run["top_k"], top_p=run["top_p"] or 1.0,
-                                     more_smooth=run["more_smooth"], keep=keep))
+        steps = list(
+            var.draw_scales(
+                model,
+                tok.quantize,
+                labels,
+                torch.zeros(len(labels), dtype=torch.int64),
+                cfg_scale=run["cfg"],
+                top_k=run["top_k"],
+                top_p=run["top_p"] or 1.0,
+                more_smooth=run["more_smooth"],
+                keep=keep,
+            )
+        )
         if f"{key}_codes" in g:
-            assert torch.equal(torch.cat([codes for codes, _ in steps], 1).int(), g[f"{key}_codes"]), key
+            assert torch.equal(
+                torch.cat([codes for codes, _ in steps], 1).int(), g[f"{key}_codes"]
+            ), key
         sums = torch.stack([f_hat for _, f_hat in steps])
         last = g[f"{key}_f_hat_last"]
-        assert difference(sums[-1][:, ::sums.shape[2] // last.shape[1]], last) < 1e-4, key
-        assert difference(sums.double().square().mean((1, 2, 3, 4)).sqrt(), g[f"{key}_f_hat_rms"]) < 1e-4, key
+        assert difference(sums[-1][:, :: sums.shape[2] // last.shape[1]], last) < 1e-4, key
+        assert (
+            difference(sums.double().square().mean((1, 2, 3, 4)).sqrt(), g[f"{key}_f_hat_rms"])
+            < 1e-4
+        ), key
         part = g[f"{key}_image_part"]
         with torch.no_grad():
             pictures = (thin(tok.to_images(sums[-1]), part) + 1) / 2
@@ -286,7 +352,11 @@ def test_drawn_codes_sums_and_pictures_are_the_official_ones(pair, monkeypatch):
 def test_evaluation_drops_no_classes_and_training_does():
     """The official code drops them in both."""
     torch.manual_seed(0)
-    model = var.VAR(replace(var.VAR_CONFIGS["demo"], scales=(1, 2), code_dim=4, vocab_size=16, class_dropout=1.0))
+    model = var.VAR(
+        replace(
+            var.VAR_CONFIGS["demo"], scales=(1, 2), code_dim=4, vocab_size=16, class_dropout=1.0
+        )
+    )
     var.init_weights(model, gate=1.0)
     for block in model.blocks:
         block.drop = 0
@@ -301,13 +371,20 @@ def test_an_untrained_model_has_the_official_spread_of_weights():
     for kind in ("plain", "shared"):
         given = meta[f"init_{kind}"]
         torch.manual_seed(0)
-        config = var.VARConfig(given["depth"], (1, 2, 3, 4), given["V"], given["Cvae"],
-                               shared_adaln=given["shared_aln"])
+        config = var.VARConfig(
+            given["depth"],
+            (1, 2, 3, 4),
+            given["V"],
+            given["Cvae"],
+            shared_adaln=given["shared_aln"],
+        )
         model = var.VAR(config)
         var.init_weights(model, given["init_adaln_gamma"])
         parameters = dict(model.named_parameters())
         decayed = {id(q) for q in train_var.decayed(model)}
-        assert [block.drop for block in model.blocks] == pytest.approx(g[f"init_{kind}_drop_path"].tolist(), abs=1e-7)
+        assert [block.drop for block in model.blocks] == pytest.approx(
+            g[f"init_{kind}_drop_path"].tolist(), abs=1e-7
+        )
         seen = set()
         stats = zip(g[f"init_{kind}_names"].tolist(), g[f"init_{kind}_stats"].tolist())
         for name, (numel, mean, std, _, decay) in stats:
@@ -315,7 +392,7 @@ def test_an_untrained_model_has_the_official_spread_of_weights():
             q = parameters[base]
             seen.add(base)
             assert (id(q) in decayed) == bool(decay), name
-            if part:   # gates apart from scales and shifts
+            if part:  # gates apart from scales and shifts
                 halves = q.detach().view(6, -1)
                 q = halves[:2] if part.endswith(":2]") or part == ":2C]" else halves[2:]
             assert q.numel() == numel, name
@@ -323,14 +400,17 @@ def test_an_untrained_model_has_the_official_spread_of_weights():
                 assert float(q.detach().std()) < 1e-6, name
                 assert float(q.detach().mean()) == pytest.approx(mean, abs=1e-6), name
             else:
-                assert float(q.detach().std()) == pytest.approx(std, rel=8 / numel ** 0.5), name
+                assert float(q.detach().std()) == pytest.approx(std, rel=8 / numel**0.5), name
         assert seen == set(parameters)
 
 
 def test_learning_rate_and_weight_decay_follow_the_official_schedule():
     g, meta = golden("var/var_parts")
     for run in meta["recipes"]:
-        got = [train_var.schedule(int(step), run["max_it"], run["wpe"], run["wd_end"]) for step in g["lr_steps"]]
+        got = [
+            train_var.schedule(int(step), run["max_it"], run["wpe"], run["wd_end"])
+            for step in g["lr_steps"]
+        ]
         expected = g[run["key"]]
         assert [lr * run["lr"] for lr, _ in got] == pytest.approx(expected[:, 0].tolist(), rel=1e-9)
         assert [decay for _, decay in got] == pytest.approx(expected[:, 1].tolist(), rel=1e-9)
@@ -338,7 +418,11 @@ def test_learning_rate_and_weight_decay_follow_the_official_schedule():
 
 def test_the_mask_the_filters_and_soft_entries_are_the_official_ones():
     g, meta = golden("var/var_parts")
-    for name, scales in (("P1234", (1, 2, 3, 4)), ("P256", var_vq.SCALES_256), ("P512", var_vq.SCALES_512)):
+    for name, scales in (
+        ("P1234", (1, 2, 3, 4)),
+        ("P256", var_vq.SCALES_256),
+        ("P512", var_vq.SCALES_512),
+    ):
         seen = var.VAR(var.VARConfig(1, scales, 8, 4, 2)).attn_bias_for_masking[0, 0] == 0
         packed = np.packbits(seen.numpy(), axis=1)
         assert zlib.crc32(packed.tobytes()) == int(g[f"mask_{name}_crc32"])
@@ -346,20 +430,27 @@ def test_the_mask_the_filters_and_soft_entries_are_the_official_ones():
         if f"mask_{name}_packed" in g:
             assert np.array_equal(packed, g[f"mask_{name}_packed"].numpy())
     for combo in meta["combos"]:
-        keep = sample.filter_logits(g["filter_logits"], combo["top_k"], combo["top_p"] or 1.0) > -torch.inf
+        keep = (
+            sample.filter_logits(g["filter_logits"], combo["top_k"], combo["top_p"] or 1.0)
+            > -torch.inf
+        )
         assert np.array_equal(np.packbits(keep.numpy(), axis=-1), g[combo["key"]].numpy()), combo
     for run in meta["smooth"]:
-        soft = var.soft_entries(g["smooth_logits"] * (1 + run["ratio"]), g[run["key"].replace("_h", "_gumbel")],
-                                run["tau"], g["smooth_codebook"])
+        soft = var.soft_entries(
+            g["smooth_logits"] * (1 + run["ratio"]),
+            g[run["key"].replace("_h", "_gumbel")],
+            run["tau"],
+            g["smooth_codebook"],
+        )
         assert difference(soft, g[run["key"]]) < 1e-4
     for box in meta["boxes"]:
         keep = var.kept(box["box_y0x0y1x1"], tuple(box["patch_nums"]), not box["inpainting"])
         side = box["patch_nums"][-1]
         assert torch.equal(keep.byte(), g[f"{box['key']}_kept"])
-        assert torch.equal(keep[-side * side:].view(side, side).byte(), g[f"{box['key']}_mask"])
+        assert torch.equal(keep[-side * side :].view(side, side).byte(), g[f"{box['key']}_mask"])
 
 
-# ---- scripts --------------------------------------------------------------------------------------------------------
+# ---- scripts -----------------------------------------------------------------------------------
 def call(monkeypatch, module, *words):
     """Run a script's main in this process."""
     monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, words)])
@@ -368,23 +459,69 @@ def call(monkeypatch, module, *words):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A folder with a tokenizer of three steps (vq), codes of 40 drawings (codes) and a transformer of six steps (run)
-    that was also stopped after its third and resumed (cut)."""
+    """A folder with a tokenizer of three steps (vq), codes of 40 drawings (codes) and a transformer
+    of six steps (run) that was also stopped after its third and resumed (cut)."""
     folder = tmp_path_factory.mktemp("var")
     with pytest.MonkeyPatch.context() as patch:
-        call(patch, train_var, "tokenizer", "--data", "shapes:40", "--model", "VAR-demo", "--image-size", 24,
-             "--lpips-weight", 0, "--batch-size", 8, "--disc-start", 2, "--max-steps", 3, "--ema-decay", 0.9,
-             "--out", folder / "vq")
-        call(patch, var, "encode", "--vq", folder / "vq" / "ckpt.pt", "--data", "shapes:40", "--out", folder / "codes",
-             "--workers", 0)
-        flags = ["--vq", folder / "vq" / "ckpt.pt", "--codes", folder / "codes", "--model", "demo", "--batch-size", 4,
-                 "--max-steps", 6, "--save-every", 3, "--log-every", 1]
+        call(
+            patch,
+            train_var,
+            "tokenizer",
+            "--data",
+            "shapes:40",
+            "--model",
+            "VAR-demo",
+            "--image-size",
+            24,
+            "--lpips-weight",
+            0,
+            "--batch-size",
+            8,
+            "--disc-start",
+            2,
+            "--max-steps",
+            3,
+            "--ema-decay",
+            0.9,
+            "--out",
+            folder / "vq",
+        )
+        call(
+            patch,
+            var,
+            "encode",
+            "--vq",
+            folder / "vq" / "ckpt.pt",
+            "--data",
+            "shapes:40",
+            "--out",
+            folder / "codes",
+            "--workers",
+            0,
+        )
+        flags = [
+            "--vq",
+            folder / "vq" / "ckpt.pt",
+            "--codes",
+            folder / "codes",
+            "--model",
+            "demo",
+            "--batch-size",
+            4,
+            "--max-steps",
+            6,
+            "--save-every",
+            3,
+            "--log-every",
+            1,
+        ]
         call(patch, train_var, *flags, "--out", folder / "run", "--sample-every", 6)
         save = data.save_checkpoint
 
         def save_and_stop(*what):
             save(*what)
             raise KeyboardInterrupt
+
         patch.setattr(data, "save_checkpoint", save_and_stop)
         with pytest.raises(KeyboardInterrupt):
             call(patch, train_var, *flags, "--out", folder / "cut")
@@ -407,42 +544,88 @@ def test_train_vqs_own_loop_trains_the_tokenizer_with_average_and_discriminator(
 
 def test_codes_on_disk_are_those_of_the_tokenizer(trained):
     codes, labels, meta = data.load_codes(trained / "codes")
-    assert codes.shape == (40, 2, 66) and codes.dtype == np.uint16 and meta["codes"] == 66 and len(labels) == 40
+    assert (
+        codes.shape == (40, 2, 66)
+        and codes.dtype == np.uint16
+        and meta["codes"] == 66
+        and len(labels) == 40
+    )
     model = var_vq.load_tokenizer(trained / "vq" / "ckpt.pt")
     crop = data.center_crop(data.open_images("shapes:40").load(7), 24)
-    assert torch.equal(model.encode(vq.to_tensor(crop)[None])[0].int(), torch.from_numpy(codes[7, 0].astype(np.int32)))
+    assert torch.equal(
+        model.encode(vq.to_tensor(crop)[None])[0].int(),
+        torch.from_numpy(codes[7, 0].astype(np.int32)),
+    )
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one_to_the_last_bit(trained):
     whole, cut = (data.read_checkpoint(trained / name / "ckpt.pt") for name in ("run", "cut"))
     assert all(torch.equal(value, cut["model"][name]) for name, value in whole["model"].items())
-    losses = [[json.loads(line)["loss"] for line in (trained / name / "log.jsonl").read_text().splitlines()]
-              for name in ("run", "cut")]
-    assert len(losses[0]) == 6 and losses[0] == losses[1] and abs(losses[0][0] - math.log(256)) < 0.1
+    losses = [
+        [
+            json.loads(line)["loss"]
+            for line in (trained / name / "log.jsonl").read_text().splitlines()
+        ]
+        for name in ("run", "cut")
+    ]
+    assert (
+        len(losses[0]) == 6 and losses[0] == losses[1] and abs(losses[0][0] - math.log(256)) < 0.1
+    )
     assert (trained / "run" / "samples_000006.png").exists()
 
 
-def test_a_resumed_tokenizer_equals_an_uninterrupted_one_after_a_hundred_visits(tmp_path, monkeypatch):
-    """Weights, hits and the usage that follows from them. Fewer than 100 visits of scales, here 20 steps of five,
-    would not do: how fast the hits move follows from the number of visits, which is not kept."""
-    flags = ["--data", "shapes:8", "--model", "VAR-demo", "--image-size", 24, "--lpips-weight", 0, "--disc-weight", 0,
-             "--batch-size", 2, "--max-steps", 23, "--save-every", 21, "--sample-every", 0, "--log-every", 1]
+def test_a_resumed_tokenizer_equals_an_uninterrupted_one_after_a_hundred_visits(
+    tmp_path, monkeypatch
+):
+    """Weights, hits and the usage that follows from them. Fewer than 100 visits of scales, here 20
+    steps of five, would not do: how fast the hits move follows from the number of visits, which is
+    not kept."""
+    flags = [
+        "--data",
+        "shapes:8",
+        "--model",
+        "VAR-demo",
+        "--image-size",
+        24,
+        "--lpips-weight",
+        0,
+        "--disc-weight",
+        0,
+        "--batch-size",
+        2,
+        "--max-steps",
+        23,
+        "--save-every",
+        21,
+        "--sample-every",
+        0,
+        "--log-every",
+        1,
+    ]
     call(monkeypatch, train_var, "tokenizer", *flags, "--out", tmp_path / "whole")
     save = data.save_checkpoint
 
     def save_and_stop(*what):
         save(*what)
         raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
         patch.setattr(data, "save_checkpoint", save_and_stop)
         with pytest.raises(KeyboardInterrupt):
             call(patch, train_var, "tokenizer", *flags, "--out", tmp_path / "cut")
     assert data.read_checkpoint(tmp_path / "cut" / "ckpt.pt")["step"] == 21
     call(monkeypatch, train_var, "tokenizer", *flags, "--out", tmp_path / "cut", "--resume")
-    one, two = (data.read_checkpoint(tmp_path / name / "ckpt.pt")["model"] for name in ("whole", "cut"))
+    one, two = (
+        data.read_checkpoint(tmp_path / name / "ckpt.pt")["model"] for name in ("whole", "cut")
+    )
     assert all(torch.equal(value, two[name]) for name, value in one.items())
-    usage = [[json.loads(line)["usage"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
-             for name in ("whole", "cut")]
+    usage = [
+        [
+            json.loads(line)["usage"]
+            for line in (tmp_path / name / "log.jsonl").read_text().splitlines()
+        ]
+        for name in ("whole", "cut")
+    ]
     assert usage[0] == usage[1] and len(usage[0]) == 23 and 0 < usage[0][-1] < 1
 
 
@@ -458,31 +641,106 @@ train_vq.main(var_vq.ScaleVQ, {{"two": replace(var_vq.TOKENIZERS["VAR-demo"], sc
 """)
     env = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    flags = ["--data", "shapes:40", "--image-size", "24", "--lpips-weight", "0", "--disc-weight", "0",
-             "--batch-size", "8", "--max-steps", "2", "--sample-every", "0", "--log-every", "1"]
+    flags = [
+        "--data",
+        "shapes:40",
+        "--image-size",
+        "24",
+        "--lpips-weight",
+        "0",
+        "--disc-weight",
+        "0",
+        "--batch-size",
+        "8",
+        "--max-steps",
+        "2",
+        "--sample-every",
+        "0",
+        "--log-every",
+        "1",
+    ]
     results = []
     for name, start in (("one", [sys.executable]), ("two", torchrun)):
-        done = subprocess.run([*start, run, *flags, "--out", tmp_path / name], env=env, capture_output=True, text=True)
+        done = subprocess.run(
+            [*start, run, *flags, "--out", tmp_path / name], env=env, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
         log = (tmp_path / name / "log.jsonl").read_text().splitlines()
         results.append([json.loads(line)["rec"] for line in log])
     assert results[0] == pytest.approx(results[1], abs=1e-5)
-    done = subprocess.run([*torchrun, "extras/train_var.py", *map(str, [
-        "--vq", trained / "vq" / "ckpt.pt", "--codes", trained / "codes", "--model", "demo", "--batch-size", 4,
-        "--max-steps", 2, "--micro-batch", 1, "--sample-every", 0, "--out", tmp_path / "var"])], cwd=ROOT, env=env,
-        capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            *torchrun,
+            "extras/train_var.py",
+            *map(
+                str,
+                [
+                    "--vq",
+                    trained / "vq" / "ckpt.pt",
+                    "--codes",
+                    trained / "codes",
+                    "--model",
+                    "demo",
+                    "--batch-size",
+                    4,
+                    "--max-steps",
+                    2,
+                    "--micro-batch",
+                    1,
+                    "--sample-every",
+                    0,
+                    "--out",
+                    tmp_path / "var",
+                ],
+            ),
+        ],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0 and (tmp_path / "var" / "ckpt.pt").exists(), done.stderr
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["tokenizer", "transformer"])
 def test_a_queues_signal_saves_and_exits_0(trained, tmp_path, stage):
-    words = ["tokenizer", "--data", "shapes:40", "--model", "VAR-demo", "--image-size", 24, "--lpips-weight", 0]
+    words = [
+        "tokenizer",
+        "--data",
+        "shapes:40",
+        "--model",
+        "VAR-demo",
+        "--image-size",
+        24,
+        "--lpips-weight",
+        0,
+    ]
     if stage == "transformer":
-        words = ["--vq", trained / "vq" / "ckpt.pt", "--codes", trained / "codes", "--model", "demo"]
-    words += ["--batch-size", 2, "--max-steps", 100_000, "--log-every", 1, "--out", tmp_path / "run"]
-    process = subprocess.Popen([sys.executable, "extras/train_var.py", *map(str, words)], cwd=ROOT,
-                               stdout=subprocess.PIPE, text=True)
+        words = [
+            "--vq",
+            trained / "vq" / "ckpt.pt",
+            "--codes",
+            trained / "codes",
+            "--model",
+            "demo",
+        ]
+    words += [
+        "--batch-size",
+        2,
+        "--max-steps",
+        100_000,
+        "--log-every",
+        1,
+        "--out",
+        tmp_path / "run",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "extras/train_var.py", *map(str, words)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     while "step 000002" not in process.stdout.readline():
         assert process.poll() is None
     process.terminate()
@@ -491,45 +749,128 @@ def test_a_queues_signal_saves_and_exits_0(trained, tmp_path, stage):
     assert data.read_checkpoint(tmp_path / "run" / "ckpt.pt")["step"] >= 2
 
 
-def test_an_image_follows_from_its_seed_whatever_the_batch_and_goes_on_after_a_stop(trained, tmp_path, monkeypatch):
-    call(monkeypatch, var, "sample", *pair_flags(trained), "--num-samples", 7, "--batch-size", 7, "--seed", 5, "--out",
-         tmp_path / "a.npz")
-    model, tokenizer = var.load_var(trained / "run" / "ckpt.pt"), var_vq.load_tokenizer(trained / "vq" / "ckpt.pt")
+def test_an_image_follows_from_its_seed_whatever_the_batch_and_goes_on_after_a_stop(
+    trained, tmp_path, monkeypatch
+):
+    call(
+        monkeypatch,
+        var,
+        "sample",
+        *pair_flags(trained),
+        "--num-samples",
+        7,
+        "--batch-size",
+        7,
+        "--seed",
+        5,
+        "--out",
+        tmp_path / "a.npz",
+    )
+    model, tokenizer = (
+        var.load_var(trained / "run" / "ckpt.pt"),
+        var_vq.load_tokenizer(trained / "vq" / "ckpt.pt"),
+    )
     alone = var.draw_pixels(model, tokenizer, [torch.tensor([3])], [5 + 3])
     monkeypatch.setattr(sample, "CHUNK", 3)
     with monkeypatch.context() as patch:
         real = np.save
-        patch.setattr(np, "save", lambda *a: (real(*a), None)[1] if "0000000" in str(a[0]) else sys.exit(9))
+        patch.setattr(
+            np, "save", lambda *a: (real(*a), None)[1] if "0000000" in str(a[0]) else sys.exit(9)
+        )
         with pytest.raises(SystemExit):
-            call(patch, var, "sample", *pair_flags(trained), "--num-samples", 7, "--batch-size", 2, "--seed", 5,
-                 "--out", tmp_path / "b.npz")
-    call(monkeypatch, var, "sample", *pair_flags(trained), "--num-samples", 7, "--batch-size", 2, "--seed", 5, "--out",
-         tmp_path / "b.npz")
-    with np.load(tmp_path / "a.npz", allow_pickle=False) as a, np.load(tmp_path / "b.npz", allow_pickle=False) as b:
+            call(
+                patch,
+                var,
+                "sample",
+                *pair_flags(trained),
+                "--num-samples",
+                7,
+                "--batch-size",
+                2,
+                "--seed",
+                5,
+                "--out",
+                tmp_path / "b.npz",
+            )
+    call(
+        monkeypatch,
+        var,
+        "sample",
+        *pair_flags(trained),
+        "--num-samples",
+        7,
+        "--batch-size",
+        2,
+        "--seed",
+        5,
+        "--out",
+        tmp_path / "b.npz",
+    )
+    with (
+        np.load(tmp_path / "a.npz", allow_pickle=False) as a,
+        np.load(tmp_path / "b.npz", allow_pickle=False) as b,
+    ):
         assert a["arr_0"].shape == (7, 24, 24, 3) and a["labels"].tolist() == list(range(7))
-        assert np.abs(a["arr_0"].astype(int) - b["arr_0"]).max() <= 1     # rounding of the decoder
+        assert np.abs(a["arr_0"].astype(int) - b["arr_0"]).max() <= 1  # rounding of the decoder
         assert np.abs(a["arr_0"][3].astype(int) - alone[0]).max() <= 1
         assert len(np.unique(a["arr_0"].reshape(7, -1), axis=0)) == 7
 
 
 def test_an_edit_keeps_what_is_to_be_kept_and_pictures_are_written(trained, tmp_path, monkeypatch):
-    model, tokenizer = var.load_var(trained / "run" / "ckpt.pt"), var_vq.load_tokenizer(trained / "vq" / "ckpt.pt")
+    model, tokenizer = (
+        var.load_var(trained / "run" / "ckpt.pt"),
+        var_vq.load_tokenizer(trained / "vq" / "ckpt.pt"),
+    )
     codes = torch.randint(256, (1, 66))
     keep = torch.ones(66, dtype=torch.bool)
-    *_, (_, f_hat) = var.draw_scales(model, tokenizer.quantize, torch.tensor([0]), torch.tensor([0]),
-                                     keep=(codes, keep), more_smooth=True)
+    *_, (_, f_hat) = var.draw_scales(
+        model,
+        tokenizer.quantize,
+        torch.tensor([0]),
+        torch.tensor([0]),
+        keep=(codes, keep),
+        more_smooth=True,
+    )
     assert torch.allclose(f_hat, list(tokenizer.quantize.sums(codes))[-1], atol=1e-6)
     crop = data.center_crop(data.draw_shape((3, 3)), 24)
     crop.save(tmp_path / "star.png")
-    for words in (["--box", "0.5,0,1,1"],
-                  ["--box", "0.25,0.25,0.75,0.75", "--outside", "--classes", "star", "--count", 2]):
-        call(monkeypatch, var, "edit", *pair_flags(trained), *words, "--out", tmp_path / "edit.png",
-             tmp_path / "star.png")
+    for words in (
+        ["--box", "0.5,0,1,1"],
+        ["--box", "0.25,0.25,0.75,0.75", "--outside", "--classes", "star", "--count", 2],
+    ):
+        call(
+            monkeypatch,
+            var,
+            "edit",
+            *pair_flags(trained),
+            *words,
+            "--out",
+            tmp_path / "edit.png",
+            tmp_path / "star.png",
+        )
         assert data.open_image(tmp_path / "edit.png").width > 300
-    call(monkeypatch, var, "reconstruct", "--vq", trained / "vq" / "ckpt.pt", "--out", tmp_path / "scales.png",
-         tmp_path / "star.png")
-    call(monkeypatch, var, "sample", *pair_flags(trained), "--classes", "star,0", "--count", 2,
-         "--out", tmp_path / "s.png")
+    call(
+        monkeypatch,
+        var,
+        "reconstruct",
+        "--vq",
+        trained / "vq" / "ckpt.pt",
+        "--out",
+        tmp_path / "scales.png",
+        tmp_path / "star.png",
+    )
+    call(
+        monkeypatch,
+        var,
+        "sample",
+        *pair_flags(trained),
+        "--classes",
+        "star,0",
+        "--count",
+        2,
+        "--out",
+        tmp_path / "s.png",
+    )
     assert (tmp_path / "scales.png").exists() and (tmp_path / "s.png").exists()
 
 
@@ -539,7 +880,9 @@ def test_released_files_load_in_every_wrapper_and_their_size_is_recognised(tmp_p
     for checkpoint in (state, {"trainer": {"var_wo_ddp": state}, "epoch": 3}):
         torch.save(checkpoint, tmp_path / "var.pth")
         assert var.load_var(tmp_path / "var.pth").config == config
-    small, state = official_tokenizer({"ch": 32, "Cvae": 32, "V": 16, "patch_nums": var_vq.SCALES_256})
+    small, state = official_tokenizer(
+        {"ch": 32, "Cvae": 32, "V": 16, "patch_nums": var_vq.SCALES_256}
+    )
     torch.save(state, tmp_path / "vae.pth")
     monkeypatch.setattr(var_vq.ScaleVQ, "released_config", small)
     model = var_vq.load_tokenizer(tmp_path / "vae.pth", scales=var_vq.SCALES_512)
@@ -554,56 +897,90 @@ def test_checkpoints_of_the_two_projects_are_told_apart(trained, tmp_path):
     torch.save({"model": vq.VQModel(demo).state_dict(), "config": asdict(demo)}, tmp_path / "vq.pt")
     torch.save({"tok_embeddings.weight": torch.zeros(4, 4)}, tmp_path / "gpt.pt")
     mine, theirs = trained / "vq" / "ckpt.pt", trained / "run" / "ckpt.pt"
-    for load, path, sentence in ((var_vq.load_tokenizer, tmp_path / "vq.pt", "is a tokenizer of LlamaGen"),
-                                 (vq.load_vq, mine, "is a tokenizer of VAR"),
-                                 (var.load_var, tmp_path / "gpt.pt", "is LlamaGen's GPT"),
-                                 (var.load_var, mine, "no pos_1LC"),
-                                 (var_vq.load_tokenizer, theirs, "is not a tokenizer checkpoint"),
-                                 (gpt.load_gpt, theirs, "is it VAR")):
+    for load, path, sentence in (
+        (var_vq.load_tokenizer, tmp_path / "vq.pt", "is a tokenizer of LlamaGen"),
+        (vq.load_vq, mine, "is a tokenizer of VAR"),
+        (var.load_var, tmp_path / "gpt.pt", "is LlamaGen's GPT"),
+        (var.load_var, mine, "no pos_1LC"),
+        (var_vq.load_tokenizer, theirs, "is not a tokenizer checkpoint"),
+        (gpt.load_gpt, theirs, "is it VAR"),
+    ):
         with pytest.raises(ValueError, match=sentence):
             load(path)
 
 
-@pytest.mark.parametrize("words, sentence", [
-    (["edit", "--box", "0.5,0.5,1.5,1"], "as fractions of the image"),
-    (["edit", "--box", "0.5,0.5,0.2,1"], "as fractions of the image"),
-    (["edit", "--box", "0.5,0.5,0.51,1"], "is empty"),
-    (["edit", "--box", "0.5,0.5"], "four numbers"),
-    (["edit", "--box", "0,0,1,1", "--classes", "star,ring"], "2 classes for 1 pictures"),
-    (["edit", "--box", "0,0,0.5,1"], "has 64 x 64 pixels; the model edits images of 24 x 24"),
-    (["sample", "--classes", "stare"], "is no class's name"),
-    (["sample", "--top-p", "0"], "--top-p 0.0 is not between"),
-    (["sample", "--out", "x.jpg"], "ends in .png"),
-    (["encode", "--data", "shapes:4", "--image-size", "32"], "do not end at 8"),
-])
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["edit", "--box", "0.5,0.5,1.5,1"], "as fractions of the image"),
+        (["edit", "--box", "0.5,0.5,0.2,1"], "as fractions of the image"),
+        (["edit", "--box", "0.5,0.5,0.51,1"], "is empty"),
+        (["edit", "--box", "0.5,0.5"], "four numbers"),
+        (["edit", "--box", "0,0,1,1", "--classes", "star,ring"], "2 classes for 1 pictures"),
+        (["edit", "--box", "0,0,0.5,1"], "has 64 x 64 pixels; the model edits images of 24 x 24"),
+        (["sample", "--classes", "stare"], "is no class's name"),
+        (["sample", "--top-p", "0"], "--top-p 0.0 is not between"),
+        (["sample", "--out", "x.jpg"], "ends in .png"),
+        (["encode", "--data", "shapes:4", "--image-size", "32"], "do not end at 8"),
+    ],
+)
 def test_a_mistake_gets_one_sentence(trained, tmp_path, monkeypatch, capsys, words, sentence):
     monkeypatch.chdir(tmp_path)
     data.draw_shape((0, 0)).save("star.png")
     flags = pair_flags(trained)[:2] if words[0] == "encode" else pair_flags(trained)
     with pytest.raises(SystemExit) as stop:
-        call(monkeypatch, var, *words[:1], *flags, *words[1:], *(["star.png"] if words[0] == "edit" else []))
+        call(
+            monkeypatch,
+            var,
+            *words[:1],
+            *flags,
+            *words[1:],
+            *(["star.png"] if words[0] == "edit" else []),
+        )
     assert stop.value.code == 2 and sentence in capsys.readouterr().err
 
 
 def test_training_refuses_in_one_sentence(trained, tmp_path, monkeypatch, capsys):
-    flags = ["--vq", trained / "vq" / "ckpt.pt", "--codes", trained / "codes", "--model", "demo", "--batch-size", 4]
+    flags = [
+        "--vq",
+        trained / "vq" / "ckpt.pt",
+        "--codes",
+        trained / "codes",
+        "--model",
+        "demo",
+        "--batch-size",
+        4,
+    ]
     demo = vq.VQ_CONFIGS["VQ-demo"]
     torch.save({"model": vq.VQModel(demo).state_dict(), "config": asdict(demo)}, tmp_path / "vq.pt")
     other_size = ["tokenizer", "--data", "shapes", "--model", "VAR-demo", "--image-size", 32]
-    for words, sentence in ((other_size, "do not end at 8"),
-                            ([*flags, "--out", trained / "run"], "add --resume"),
-                            ([*flags, "--model", "d16", "--out", trained / "run", "--resume"], "is of another model"),
-                            ([*flags, "--micro-batch", 3], "does not divide"),
-                            ([*flags, "--out", trained / "vq", "--resume"], "was not written by train_var.py"),
-                            ([*flags, "--vq", tmp_path / "vq.pt"], "is a tokenizer of LlamaGen")):
+    for words, sentence in (
+        (other_size, "do not end at 8"),
+        ([*flags, "--out", trained / "run"], "add --resume"),
+        ([*flags, "--model", "d16", "--out", trained / "run", "--resume"], "is of another model"),
+        ([*flags, "--micro-batch", 3], "does not divide"),
+        ([*flags, "--out", trained / "vq", "--resume"], "was not written by train_var.py"),
+        ([*flags, "--vq", tmp_path / "vq.pt"], "is a tokenizer of LlamaGen"),
+    ):
         with pytest.raises(SystemExit) as stop:
             call(monkeypatch, train_var, *words)
         assert stop.value.code == 2 and sentence in capsys.readouterr().err
-    for out, sentence in ((tmp_path / "gpt", "for extras/train_var.py"),
-                          (trained / "run", "is not one of train_gpt.py's; choose another --out")):
+    for out, sentence in (
+        (tmp_path / "gpt", "for extras/train_var.py"),
+        (trained / "run", "is not one of train_gpt.py's; choose another --out"),
+    ):
         with pytest.raises(SystemExit) as stop:
-            call(monkeypatch, train_gpt, "--codes", trained / "codes", "--model", "demo", "--out", out,
-                 *["--resume"] * (out == trained / "run"))
+            call(
+                monkeypatch,
+                train_gpt,
+                "--codes",
+                trained / "codes",
+                "--model",
+                "demo",
+                "--out",
+                out,
+                *["--resume"] * (out == trained / "run"),
+            )
         assert stop.value.code == 2 and sentence in capsys.readouterr().err
 
 
@@ -612,9 +989,24 @@ def test_a_full_disk_ends_the_run_with_one_sentence(trained, tmp_path, monkeypat
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(runs, "log", full)
-    words = ["--vq", trained / "vq" / "ckpt.pt", "--codes", trained / "codes", "--model", "demo", "--batch-size", 4,
-             "--max-steps", 1, "--out", tmp_path / "run"]
+    words = [
+        "--vq",
+        trained / "vq" / "ckpt.pt",
+        "--codes",
+        trained / "codes",
+        "--model",
+        "demo",
+        "--batch-size",
+        4,
+        "--max-steps",
+        1,
+        "--out",
+        tmp_path / "run",
+    ]
     monkeypatch.setattr(sys, "argv", ["train_var.py", *map(str, words)])
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(ROOT / "extras" / "train_var.py"), run_name="__main__")
-    assert stop.value.code == "train_var.py: [Errno 28] No space left on device; the last checkpoint is untouched"
+    assert (
+        stop.value.code
+        == "train_var.py: [Errno 28] No space left on device; the last checkpoint is untouched"
+    )

@@ -1,4 +1,6 @@
-"""What vq.py promises: the released tokenizers to the last digit, exact crops, safe codes on disk."""
+"""What vq.py promises: the released tokenizers to the last digit, exact crops, safe codes on
+disk."""
+
 from dataclasses import asdict
 
 import pytest
@@ -28,7 +30,10 @@ def test_encoding_and_decoding_give_the_reference_values(released):
         assert difference(model.latents(expected["image"]), expected["h"]) < 1e-4
         assert torch.equal(model.encode(expected["image"]).int(), expected["indices"])
         assert difference(model.decode(expected["indices"].long()), expected["decoded"]) < 1e-4
-        assert difference(model.decode(expected["given_indices"].long()), expected["given_decoded"]) < 1e-4
+        assert (
+            difference(model.decode(expected["given_indices"].long()), expected["given_decoded"])
+            < 1e-4
+        )
         assert difference(model(expected["image"])[0], expected["decoded"]) < 1e-4
 
 
@@ -37,7 +42,10 @@ def test_images_need_not_be_square(released):
     with torch.no_grad():
         assert difference(model.latents(expected["rect_image"]), expected["rect_h"]) < 1e-4
         assert torch.equal(model.encode(expected["rect_image"]).int(), expected["rect_indices"])
-        assert difference(model.decode(expected["rect_indices"].long()), expected["rect_decoded"]) < 1e-4
+        assert (
+            difference(model.decode(expected["rect_indices"].long()), expected["rect_decoded"])
+            < 1e-4
+        )
 
 
 def test_the_epsilon_of_the_group_norm_is_the_released_one(released):
@@ -60,51 +68,79 @@ def test_training_losses_usage_and_gradients_are_the_reference_ones(released):
     assert difference(losses["entropy"], expected["entropy_loss_at_ratio_1"]) < 1e-4
     assert model.quantize.usage() == pytest.approx(float(expected["codebook_usage"]))
     tail = expected["codebook_used_tail"]
-    assert torch.equal(model.quantize.codebook_used[-len(tail):], tail)
+    assert torch.equal(model.quantize.codebook_used[-len(tail) :], tail)
 
     loss = (decoded - expected["image"]).abs().mean() + losses["vq"] + losses["commit"]
     assert difference(loss, expected["grad_loss"]) < 1e-4
     model.zero_grad()
     loss.backward()
     parameters = dict(model.named_parameters())
-    norms = torch.stack([parameters[k].grad.double().norm() for k in expected["grad_keys"].tolist()])
+    norms = torch.stack(
+        [parameters[k].grad.double().norm() for k in expected["grad_keys"].tolist()]
+    )
     assert difference(norms, expected["grad_norms"]) < 5e-4
-    assert difference(model.quant_conv.weight.grad[:, :16, 0, 0], expected["grad_quant_conv_weight"]) < 5e-4
+    assert (
+        difference(model.quant_conv.weight.grad[:, :16, 0, 0], expected["grad_quant_conv_weight"])
+        < 5e-4
+    )
     first = model.quantize.embedding.weight.grad[expected["indices"][0, 0, 0].item()]
     assert difference(first, expected["grad_codebook_first_code"]) < 5e-4
     model.eval()
 
 
 def test_released_files_load_and_their_kind_is_recognised(released, tmp_path, capsys):
-    """In every wrapper, without the usage queue that some files lack. Where a released file has both, the weights that
-    the official code samples from win; in our own files the averaged ones do. What is unknown is passed over."""
+    """In every wrapper, without the usage queue that some files lack. Where a released file has
+    both, the weights that the official code samples from win; in our own files the averaged ones
+    do. What is unknown is passed over."""
     name, model, expected = released
     state = {k: v for k, v in model.state_dict().items() if k != "quantize.codebook_used"}
     other = {k: torch.zeros_like(v) for k, v in state.items()}
-    files = {"bare": state, "model": {"model": state}, "state_dict": {"state_dict": state},
-             "official": {"model": state, "ema": other},
-             "own": {"model": other, "ema": state, "config": asdict(vq.VQ_CONFIGS[name])},
-             "own without averages": {"model": state, "ema": None, "config": asdict(vq.VQ_CONFIGS[name])},
-             "stray": {"model": {**state, "loss.step": torch.zeros(1)}}}
+    files = {
+        "bare": state,
+        "model": {"model": state},
+        "state_dict": {"state_dict": state},
+        "official": {"model": state, "ema": other},
+        "own": {"model": other, "ema": state, "config": asdict(vq.VQ_CONFIGS[name])},
+        "own without averages": {
+            "model": state,
+            "ema": None,
+            "config": asdict(vq.VQ_CONFIGS[name]),
+        },
+        "stray": {"model": {**state, "loss.step": torch.zeros(1)}},
+    }
     for kind, checkpoint in files.items():
         torch.save(checkpoint, tmp_path / "vq.pt")
         loaded = vq.load_vq(tmp_path / "vq.pt")
         assert loaded.config == vq.VQ_CONFIGS[name] and not loaded.training
         assert vq.weights_hash(loaded) == vq.weights_hash(model), kind
-        warned = "1 unknown weights are passed over, the first is loss.step" in capsys.readouterr().err
+        warned = (
+            "1 unknown weights are passed over, the first is loss.step" in capsys.readouterr().err
+        )
         assert warned == (kind == "stray")
     del state["encoder.conv_in.bias"]
     torch.save(state, tmp_path / "vq.pt")
-    with pytest.raises(ValueError, match="does not fit the model: Missing key.*encoder.conv_in.bias"):
+    with pytest.raises(
+        ValueError, match="does not fit the model: Missing key.*encoder.conv_in.bias"
+    ):
         vq.load_vq(tmp_path / "vq.pt")
 
 
-@pytest.mark.parametrize("checkpoint, sentence", [
-    ({"model": {"tok_embeddings.weight": torch.zeros(1)}}, "is not a tokenizer checkpoint"),
-    ({"model": {"quantize.embedding.weight": torch.zeros(3, 8), "encoder.conv_blocks.4.x": torch.zeros(1)}},
-     "does not fit"),
-    ([1, 2], "holds a list"),
-])
+@pytest.mark.parametrize(
+    "checkpoint, sentence",
+    [
+        ({"model": {"tok_embeddings.weight": torch.zeros(1)}}, "is not a tokenizer checkpoint"),
+        (
+            {
+                "model": {
+                    "quantize.embedding.weight": torch.zeros(3, 8),
+                    "encoder.conv_blocks.4.x": torch.zeros(1),
+                }
+            },
+            "does not fit",
+        ),
+        ([1, 2], "holds a list"),
+    ],
+)
 def test_a_wrong_checkpoint_gets_one_sentence(tmp_path, checkpoint, sentence):
     torch.save(checkpoint, tmp_path / "vq.pt")
     with pytest.raises(ValueError, match=sentence):
@@ -112,11 +148,14 @@ def test_a_wrong_checkpoint_gets_one_sentence(tmp_path, checkpoint, sentence):
 
 
 def test_the_nearest_code_needs_no_matrix_of_all_distances(monkeypatch):
-    """For 4,096 latents and 16,384 entries all products at once would be 256 MB; no piece is above 64 MB."""
+    """For 4,096 latents and 16,384 entries all products at once would be 256 MB; no piece is above
+    64 MB."""
     model, largest, argmax = vq.Quantizer(vq.VQConfig()), [], torch.Tensor.argmax
-    monkeypatch.setattr(torch.Tensor, "argmax", lambda t, dim: (largest.append(t.numel()), argmax(t, dim))[1])
+    monkeypatch.setattr(
+        torch.Tensor, "argmax", lambda t, dim: (largest.append(t.numel()), argmax(t, dim))[1]
+    )
     z = torch.nn.functional.normalize(torch.randn(4096, 8), dim=-1)
     codes = model.nearest(z)
-    assert max(largest) * 4 <= 2 ** 26 and codes.shape == (4096,)
+    assert max(largest) * 4 <= 2**26 and codes.shape == (4096,)
     distances = torch.cdist(z[:50].double(), model.codebook().double())
     assert torch.equal(codes[:50], distances.argmin(-1))
