@@ -3,6 +3,7 @@
 # make demo-var   the same by VAR (extras/README.md): whole grids of codes, coarse to fine; and pictures drawn on from parts
 # make side-by-side   LlamaGen and VAR, the same minutes each on the photographs of $(CIFAR); the table of extras/README.md
 # make test   all tests
+# make lint   the formatter and the linter, as CI runs them first
 # All set up .venv first, with the pinned versions of requirements.txt and requirements-vllm.txt. Finished stages of the
 # demos are not repeated; `rm -r runs/demo runs/demo-text runs/demo-var` starts them afresh.
 PYTHON = .venv/bin/python
@@ -16,16 +17,20 @@ VQ_STEPS = 900
 GPT_STEPS = 1080
 VAR_STEPS = 600
 
-.PHONY: demo demo-text demo-var side-by-side test
+.PHONY: demo demo-text demo-var side-by-side test lint
 .DELETE_ON_ERROR:
 
 # the project itself too, for vLLM finds serve_vllm.py by its entry point
-.venv/installed: requirements.txt requirements-vllm.txt pyproject.toml
+.venv/installed: requirements.txt requirements-dev.txt requirements-vllm.txt pyproject.toml
 	python3 -m venv .venv
-	$(PIP) -r requirements.txt
+	$(PIP) -r requirements.txt -r requirements-dev.txt
 	$(PIP) --no-deps -r requirements-vllm.txt
 	$(PIP) --no-deps --no-build-isolation -e .
 	touch $@
+
+lint: .venv/installed
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
 
 test: .venv/installed
 	$(PYTHON) -m pytest -q

@@ -47,6 +47,15 @@ TEXT_FILES = {
 }  # of the paper's two stages
 
 
+SETTINGS = {  # default for classes and for captions, least, most, what it is
+    "cfg_scale": (4.0, 7.5, 0, 1000, "guidance, 1 is none"),
+    "cfg_interval": (-1, -1, -1, 10**6, "guide the first code and this many + 1 more; -1: all"),
+    "temperature": (1.0, 1.0, 0, 2, "0 takes the likeliest code, 2 is vLLM's limit"),
+    "top_k": (2000, 1000, 0, 10**6, "sample from the k likeliest codes; 0: all"),
+    "top_p": (1.0, 1.0, 1e-6, 1, "sample from the likeliest codes that make up p"),
+}
+
+
 # ---- from logits to codes ----------------------------------------------------------------------
 def filter_logits(logits, top_k=0, top_p=1.0):
     """Set unlikely entries of logits (..., V) to -inf.

@@ -279,13 +279,6 @@ if __name__ != "__main__":
 
 
 # ---- a request ---------------------------------------------------------------------------------
-SETTINGS = {  # default for classes and for captions, least, most, what it is
-    "cfg_scale": (4.0, 7.5, 0, 1000, "guidance, 1 is none"),
-    "cfg_interval": (-1, -1, -1, 10**6, "guide the first code and this many + 1 more; -1: all"),
-    "temperature": (1.0, 1.0, 0, 2, "0 takes the likeliest code, 2 is vLLM's limit"),
-    "top_k": (2000, 1000, 0, 10**6, "sample from the k likeliest codes; 0: all"),
-    "top_p": (1.0, 1.0, 1e-6, 1, "sample from the likeliest codes that make up p"),
-}
 
 
 def sampling_params(info, *, seed=None, stream=False, given=None, **settings):
@@ -294,7 +287,9 @@ def sampling_params(info, *, seed=None, stream=False, given=None, **settings):
     vLLM refuses values out of range."""
     from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-    settings = {name: settings.get(name, row[info["captions"]]) for name, row in SETTINGS.items()}
+    settings = {
+        name: settings.get(name, row[info["captions"]]) for name, row in sample.SETTINGS.items()
+    }
     return SamplingParams(
         max_tokens=info["grid"] ** 2,
         ignore_eos=True,
@@ -452,7 +447,9 @@ def generate(args):
         dtype=args.dtype,
         gpu_memory_utilization=args.gpu_memory_utilization,
     )
-    settings = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
+    settings = {
+        name: getattr(args, name) for name in sample.SETTINGS if getattr(args, name) is not None
+    }
     args.gpt, model = args.folder, read_model(args.folder, info)
     titles, given = sample.conditions(args, model, device)
     if info["captions"]:
@@ -590,7 +587,7 @@ def main():
     g.add_argument(
         "--seed", type=int, default=0, help="image i is drawn from seed + i (default: 0)"
     )
-    for name, (default, for_captions, _, _, what) in SETTINGS.items():
+    for name, (default, for_captions, _, _, what) in sample.SETTINGS.items():
         other = f"; captions: {for_captions}" if for_captions != default else ""
         g.add_argument(
             "--" + name.replace("_", "-"),
@@ -637,7 +634,7 @@ def check(parser, args):
         n=(1, 1000),
         seed=(0, 2**62),
         gpu_memory_utilization=(0.01, 1),
-        **{name: (least, most) for name, (_, _, least, most, _) in SETTINGS.items()},
+        **{name: (least, most) for name, (_, _, least, most, _) in sample.SETTINGS.items()},
     )
     out = Path(args.out)
     if args.command == "export" and bool(args.pretrained) == bool(args.vq and args.gpt):
@@ -670,10 +667,12 @@ def check_params(params):
     extra, plain = params.extra_args or {}, type(params)()
     for name in WORDS_ONLY:
         if getattr(params, name) not in (getattr(plain, name), None, []):
-            raise ValueError(f"{name} is for words; images have {', '.join(SETTINGS)} and seed")
+            raise ValueError(
+                f"{name} is for words; images have {', '.join(sample.SETTINGS)} and seed"
+            )
     for name, value in extra.items():
-        if name in SETTINGS:
-            default, _, least, most, _ = SETTINGS[name]
+        if name in sample.SETTINGS:
+            default, _, least, most, _ = sample.SETTINGS[name]
             if (
                 type(value) not in (int, type(default)) or not least <= value <= most
             ):  # 2.5 as top_k ends the engine
@@ -682,7 +681,9 @@ def check_params(params):
         elif name != "given" and not (
             name.endswith("_transfer_params") and isinstance(value, dict)
         ):  # vLLM's own
-            raise ValueError(f"{name!r} is no setting; there are {', '.join(SETTINGS)} and given")
+            raise ValueError(
+                f"{name!r} is no setting; there are {', '.join(sample.SETTINGS)} and given"
+            )
         if (
             name in ("temperature", "top_k", "top_p") and params.temperature > 0
         ):  # only beside 0 this can be meant

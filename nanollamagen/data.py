@@ -9,25 +9,35 @@ The file in order: data sets, captioned ones, crops and grids, folders of codes,
 and downloads, run folders, mistakes in flags, the embedded data set `shapes`.
 """
 
-import argparse
-import cmath
-import fcntl
-import hashlib
 import io
 import json
 import math
 import os
-import random
 import sys
 import tarfile
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
-from tqdm import tqdm
+
+from nanollamagen.files import cache_dir as cache_dir
+from nanollamagen.files import download as download
+from nanollamagen.files import file_hash as file_hash
+from nanollamagen.files import load_weights as load_weights
+from nanollamagen.files import make_folder as make_folder
+from nanollamagen.files import pretrained as pretrained
+from nanollamagen.files import progress as progress
+from nanollamagen.files import read_checkpoint as read_checkpoint
+from nanollamagen.files import save_checkpoint as save_checkpoint
+from nanollamagen.files import weights_of as weights_of
+from nanollamagen.files import write_npy as write_npy
+from nanollamagen.flags import device as device
+from nanollamagen.flags import within as within
+from nanollamagen.shapes import INKS as INKS
+from nanollamagen.shapes import PAPERS as PAPERS
+from nanollamagen.shapes import SHAPES, caption_of, draw_shape
+from nanollamagen.shapes import plan_shape as plan_shape
 
 # ---- data sets ----------------------------------------------------------------------------------
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
@@ -337,294 +347,10 @@ def load_codes(folder):
     return codes, labels, meta
 
 
-# ---- checkpoint files and downloads ------------------------------------------------------------
-def read_checkpoint(path, mmap=False):
-    """A checkpoint as a dict of plain values and tensors on the CPU; nothing in the file is
-    executed. With mmap, tensors are read from disk when they are used.
-
-    Raises OSError for a missing file and ValueError for one that is damaged or holds other
-    objects."""
-    try:
-        with torch.serialization.safe_globals(
-            [argparse.Namespace]
-        ):  # released training files hold their flags so
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except OSError as error:
-        raise OSError(f"{path}: {error.strerror or error}") from None
-    except Exception as error:  # the bytes of a broken file can make the reader stumble in any way
-        code = any(f"Unsupported {kind}" in str(error) for kind in ("global", "class"))
-        raise ValueError(
-            f"{path} holds Python objects beside tensors and is refused: it could run code"
-            if code
-            else f"{path} is truncated, or not a PyTorch checkpoint"
-        ) from None
-
-
-def weights_of(checkpoint, path):
-    """The weights among what read_checkpoint found, in whatever wrapper. Our own files, which hold
-    a "config", give the averaged ones where there are some; released files those that the official
-    code samples from. Raises ValueError with one sentence."""
-    if not isinstance(checkpoint, dict):
-        raise ValueError(f"{path} holds a {type(checkpoint).__name__}, not the weights of a model")
-    places = (
-        ("ema", "model") if "config" in checkpoint else ("model", "module", "state_dict", "ema")
-    )
-    return next((checkpoint[place] for place in places if checkpoint.get(place)), checkpoint)
-
-
-def load_weights(model, weights, path, assign=False):
-    """Put named weights into a model; those that it does not know are passed over with a warning.
-    Raises ValueError with one sentence if some are missing or of another shape."""
-    wanted = model.state_dict()
-    unknown = sorted(weights.keys() - wanted.keys())
-    if unknown:
-        print(
-            f"warning: {path}: {len(unknown)} unknown weights are passed over, the first is {unknown[0]}",
-            file=sys.stderr,
-        )
-    try:
-        model.load_state_dict(
-            {name: weights[name] for name in wanted.keys() & weights.keys()}, assign=assign
-        )
-    except RuntimeError as error:
-        raise ValueError(
-            f"{path} does not fit the model: {str(error).splitlines()[1].strip()}"
-        ) from None
-
-
-def save_checkpoint(state, path, keep=0):
-    """Write a dict to `path` by way of a temporary name, so that a full disk or a crash keeps the
-    previous file. With `keep` the file is also called PATH_STEP, and so many older ones of such
-    names stay beside the newest. Raises OSError with one sentence."""
-    path = Path(path)
-    tmp = path.with_name(path.name + ".tmp")
-    try:
-        torch.save(state, tmp)
-        os.replace(tmp, path)
-    except (OSError, RuntimeError) as error:
-        tmp.unlink(missing_ok=True)
-        reason = str(error).splitlines()[0]
-        raise OSError(
-            f"could not save {path} ({reason}); an earlier file there is untouched"
-        ) from None
-    if keep:
-        named = path.with_stem(f"{path.stem}_{state['step']:08d}")
-        named.unlink(missing_ok=True)
-        os.link(path, named)
-        for old in sorted(path.parent.glob(f"{path.stem}_[0-9]*"), reverse=True)[keep + 1 :]:
-            old.unlink()
-
-
-def write_npy(f, dtype, shape, blocks):
-    """Write arrays, one after the other, to an open file as one .npy of this shape, so that memory
-    does not grow with it. (Through a memory map, which would not need them in order, a full disk is
-    a bus error.)"""
-    np.lib.format.write_array_header_1_0(
-        f, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
-    )
-    for block in blocks:
-        f.write(block.astype(dtype).tobytes())
-
-
-def file_hash(path):
-    """SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def cache_dir():
-    """Where downloaded weights live: $NANOLLAMAGEN_CACHE, or ~/.cache/nanollamagen."""
-    return Path(os.environ.get("NANOLLAMAGEN_CACHE", Path.home() / ".cache" / "nanollamagen"))
-
-
-def download(url, path, sha256=""):
-    """Fetch `url` to `path` unless it is there, with a progress bar, by way of a temporary name;
-    returns the path. Of several processes one fetches it while the others wait. `sha256` is the
-    start of the file's hexadecimal digest. Raises OSError with one sentence."""
-    path = Path(path)
-    if path.exists():
-        return path
-    tmp = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path.parent / ".lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if path.exists():  # another process has fetched it meanwhile
-                return path
-            with urllib.request.urlopen(url, timeout=30) as response, open(tmp, "wb") as f:
-                size = int(response.headers.get("Content-Length", 0))
-                with progress(size or None, path.name, unit="B") as bar:
-                    while block := response.read(1 << 20):
-                        f.write(block)
-                        bar.update(len(block))
-            if size and tmp.stat().st_size != size:
-                raise OSError(f"{tmp.stat().st_size:,} of {size:,} bytes came")
-            if not file_hash(tmp).startswith(sha256):
-                raise OSError("its SHA-256 is not the expected one")
-            os.replace(tmp, path)
-    except OSError as error:
-        if os.path.isfile(tmp):
-            tmp.unlink()
-        reason = getattr(error, "reason", error)
-        raise OSError(
-            f"could not download {url} ({reason}); fetch it elsewhere and put it at {path}"
-        ) from None
-    return path
-
-
-def pretrained(name, repository="FoundationVision/LlamaGen"):
-    """Path of an officially released file such as "vq_ds16_c2i.pt", fetched once from Hugging Face
-    ($HF_ENDPOINT names a mirror)."""
-    host = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    return download(f"{host}/{repository}/resolve/main/{name}", cache_dir() / name)
-
-
-def progress(total, what, rank=0, unit=" images"):
-    """A tqdm bar on process 0; where standard error is not a terminal it writes a line every 15
-    seconds at most."""
-    return tqdm(
-        total=total,
-        desc=what,
-        unit=unit,
-        unit_scale=unit == "B",
-        disable=rank > 0,
-        smoothing=0.1,
-        mininterval=0.2 if sys.stderr.isatty() else 15,
-    )
-
-
-# ---- run folders -------------------------------------------------------------------------------
-def make_folder(path, flag="--out"):
-    """Make the folder that a flag names, unless it is there; raises OSError with one sentence if it
-    cannot be made or written to."""
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"{flag} {path}: no folder can be made there ({error.strerror})") from None
-    if not os.access(path, os.W_OK | os.X_OK):
-        raise OSError(f"{flag} {path}: nothing can be written there")
-
-
-# ---- mistakes in flags -------------------------------------------------------------------------
-def within(parser, args, **limits):
-    """Refuse the first flag that is out of its range: within(parser, args, batch_size=(1, 1e6)). A
-    flag that was not given, or that this command does not have, passes; nan does not, and of
-    several numbers all must fit."""
-    for name, (low, high) in limits.items():
-        value = getattr(args, name, None)
-        for number in value if isinstance(value, list) else [value]:
-            if number is not None and not low <= number <= high:
-                parser.error(
-                    f"--{name.replace('_', '-')} {number} is not between {low:,} and {high:,}"
-                )
-
-
-def device(name):
-    """A type for --device: its text, for "cuda" with the number of this process's GPU (under
-    torchrun each has one); or argparse's error with one sentence where torch has no such device."""
-    try:
-        wanted = torch.device(name)
-    except RuntimeError:
-        raise argparse.ArgumentTypeError(f"{name} is not a device; cuda and cpu are") from None
-    number = int(os.environ.get("LOCAL_RANK", 0)) if wanted.index is None else wanted.index
-    if wanted.type == "cuda" and number >= torch.cuda.device_count():
-        raise argparse.ArgumentTypeError(
-            f"{name}: torch sees {torch.cuda.device_count()} GPUs here; cpu needs none"
-        )
-    return f"cuda:{number}" if wanted.type == "cuda" else name
-
-
-# ---- the embedded data set `shapes` ------------------------------------------------------------
-INKS = {
-    "red": (220, 40, 40),
-    "orange": (245, 140, 30),
-    "yellow": (245, 215, 50),
-    "green": (40, 165, 75),
-    "cyan": (60, 200, 215),
-    "blue": (55, 115, 235),
-    "purple": (155, 70, 200),
-    "pink": (245, 130, 190),
-}
-PAPERS = {
-    "white": (250, 250, 250),
-    "grey": (110, 110, 115),
-    "navy": (25, 30, 80),
-    "black": (15, 15, 15),
-}
-
-
-def polygon(radii, turn=-math.pi / 2):
-    """Corners x + iy at these distances from 0, evenly spaced, the first one at the top (y points
-    down)."""
-    return [cmath.rect(r, turn + 2 * math.pi * i / len(radii)) for i, r in enumerate(radii)]
-
-
-# class -> outlines within the unit circle: the first in the ink's colour, a second one in the
-# paper's. All look the same in a mirror, so that the mirrored crops of `encode` add no second look
-# to a class.
-SHAPES = {
-    "circle": [polygon([0.85] * 60)],
-    "square": [polygon([1] * 4, turn=-math.pi / 4)],
-    "triangle": [polygon([1] * 3)],
-    "star": [polygon([1, 0.42] * 5)],
-    "heart": [
-        [
-            complex(
-                0.95 * math.sin(a) ** 3,
-                -0.1
-                - (13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) - math.cos(4 * a))
-                / 17,
-            )
-            for a in np.arange(60) * math.pi / 30
-        ]
-    ],
-    "cross": [
-        [
-            arm * corner
-            for arm in (1, 1j, -1, -1j)
-            for corner in (-0.3 - 0.95j, 0.3 - 0.95j, 0.3 - 0.3j)
-        ]
-    ],
-    "ring": [polygon([0.95] * 60), polygon([0.5] * 60)],
-    "crescent": [polygon([0.95] * 60), [corner - 0.5j for corner in polygon([0.8] * 60)]],
-    "arrow": [[-1j, 0.85 - 0.1j, 0.32 - 0.1j, 0.32 + 1j, -0.32 + 1j, -0.32 - 0.1j, -0.85 - 0.1j]],
-    "bowtie": [[-0.95 - 0.7j, -0.15j, 0.95 - 0.7j, 0.95 + 0.7j, 0.15j, -0.95 + 0.7j]],
-}
-
-
-def plan_shape(place):
-    """What drawing (seed, i) shows: (shape, ink, paper, radius in pixels of 64, random.Random for
-    the rest). Drawing i is of class i % 10; the rest is random, but always the same for the same
-    (seed, i)."""
-    rng = random.Random("%d/%d" % place)
-    ink, paper = rng.choice(list(INKS)), rng.choice(list(PAPERS))
-    return list(SHAPES)[place[1] % len(SHAPES)], ink, paper, rng.uniform(21, 27), rng
-
-
-def draw_shape(place):
-    """Drawing (seed, i) as 64 x 64 pixels, in random place and rotation."""
-    shape, ink, paper, radius, rng = plan_shape(place)
-    turn = cmath.rect(2 * radius, math.radians(rng.uniform(-12, 12)))
-    middle = 2 * complex(32 + rng.uniform(-4, 4), 32 + rng.uniform(-4, 4))
-    image = Image.new("RGB", (128, 128), PAPERS[paper])
-    for outline, colour in zip(SHAPES[shape], (INKS[ink], PAPERS[paper])):
-        corners = [middle + turn * corner for corner in outline]
-        ImageDraw.Draw(image).polygon(
-            [(corner.real, corner.imag) for corner in corners], fill=colour
-        )
-    return image.reduce(2)
-
-
+# ---- the embedded data set `shapes` -------------------------------------------------------------
 def shapes(n=24000, seed=0, captioned=False):
-    """n drawings made on demand, with classes or with captions. Nothing is downloaded or
-    written."""
+    """n drawings of shapes.py, with classes or with captions. Nothing is downloaded or written."""
     places = [(seed, i) for i in range(n)]
-    if not captioned:
-        return Images(draw_shape, places, list(SHAPES), [i % len(SHAPES) for i in range(n)])
-    captions = []
-    for shape, ink, paper, radius, _ in map(plan_shape, places):
-        size = "small " if radius < 23 else "large " if radius > 25 else ""
-        captions.append(
-            {"caption": f"a {size}{ink} {shape} on {paper}", "short_caption": f"{ink} {shape}"}
-        )
-    return Images(draw_shape, places, captions=captions)
+    if captioned:
+        return Images(draw_shape, places, captions=[caption_of(place) for place in places])
+    return Images(draw_shape, places, list(SHAPES), [i % len(SHAPES) for i in range(n)])

@@ -263,7 +263,7 @@ def request_model(info):
             Annotated[type(default[0]), Field(ge=default[2], le=default[3])],
             default[info["captions"]],
         )
-        for name, default in serve_vllm.SETTINGS.items()
+        for name, default in sample.SETTINGS.items()
     }
     return pydantic.create_model(
         "ImageRequest",
@@ -542,7 +542,7 @@ async def draw(images, job, i, events):
             seed=job.seed + i,
             stream=parts > 0,
             given=job.hole and job.hole[0],
-            **body.model_dump(include=set(serve_vllm.SETTINGS)),
+            **body.model_dump(include=set(sample.SETTINGS)),
         )
         outputs = images.engine.generate(job.prompt, params, uuid.uuid4().hex)
         async with contextlib.aclosing(outputs):

@@ -19,21 +19,21 @@ from PIL import Image
 
 import train_vq
 import vq
-from nanollamagen import data, runs
+from nanollamagen import data, lpips, runs
 
 
 def test_lpips_gives_the_reference_distance_and_gradient():
     expected, _ = golden("lpips/lpips")
-    lpips, vgg = train_vq.LPIPS(), {}
-    for key, value in lpips.features.state_dict().items():
+    net, vgg = lpips.LPIPS(), {}
+    for key, value in net.features.state_dict().items():
         x = np.random.RandomState(zlib.crc32(f"features.{key}".encode())).standard_normal(
             value.shape
         )
         scale = 0.02 if key.endswith("bias") else 1.4 / value[0].numel() ** 0.5
         vgg[f"features.{key}"] = torch.from_numpy(x.astype(np.float32) * scale)
-    lpips.load(vgg, data.read_checkpoint(GOLDEN / "lpips" / "vgg_lin.pth"))
+    net.load(vgg, data.read_checkpoint(GOLDEN / "lpips" / "vgg_lin.pth"))
     image1 = expected["image1"].requires_grad_()
-    distance = lpips(expected["image0"], image1)
+    distance = net(expected["image0"], image1)
     assert difference(distance.detach(), expected["distance"]) < 1e-4
     distance.sum().backward()
     # One ReLU or max-pool decision lay within rounding of a tie when the file was recorded: 705 of
@@ -41,7 +41,7 @@ def test_lpips_gives_the_reference_distance_and_gradient():
     # others must fit.
     off = (image1.grad - expected["grad_image1"]).abs() > 1e-4 * expected["grad_image1"].abs().max()
     assert off.sum() < 750
-    assert torch.equal(lpips(expected["image0"], expected["image0"]), expected["distance_same"])
+    assert torch.equal(net(expected["image0"], expected["image0"]), expected["distance_same"])
 
 
 def test_the_discriminator_is_the_reference_one():
@@ -652,7 +652,7 @@ def test_missing_lpips_files_are_named(tmp_path, monkeypatch):
     with pytest.raises(
         OSError, match="vgg16-397923af.pth and lpips_vgg_lin.pth in " + str(tmp_path)
     ):
-        train_vq.load_lpips()
+        lpips.load()
 
 
 @pytest.mark.parametrize(

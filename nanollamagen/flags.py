@@ -1,0 +1,64 @@
+"""Types for argparse: a flag checks itself, and a mistake is named with the range that is allowed.
+
+p.add_argument("--lr", type=flags.positive, default=1e-4, help="AdamW's learning rate")
+p.add_argument("--batch-size", type=flags.at_least_one, default=256, help="images per step")
+"""
+
+import argparse
+import os
+
+import torch
+
+
+def bounded(kind, low, high):
+    """A type for argparse: numbers of this kind (int or float) from low to high; nan is none."""
+    name = "a whole number" if kind is int else "a number"
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = float("nan")
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not {name} from {low:,} to {high:,}")
+        return value
+
+    return parse
+
+
+at_least_one = bounded(int, 1, 10**9)  # steps, images
+count = bounded(int, 0, 10**9)  # steps, images, files; 0 is none
+pixels = bounded(int, 1, 8192)  # of one side
+batch = bounded(int, 1, 2**20)  # images, captions
+seed = bounded(int, 0, 2**63 - 1)
+positive = bounded(float, 1e-30, 1e9)
+weight = bounded(float, 0, 1e6)  # of a loss, of decay
+fraction = bounded(float, 0, 1)
+
+
+def within(parser, args, **limits):
+    """Refuse the first flag that is out of its range: within(parser, args, batch_size=(1, 1e6)). A
+    flag that was not given, or that this command does not have, passes; nan does not, and of
+    several numbers all must fit."""
+    for name, (low, high) in limits.items():
+        value = getattr(args, name, None)
+        for number in value if isinstance(value, list) else [value]:
+            if number is not None and not low <= number <= high:
+                parser.error(
+                    f"--{name.replace('_', '-')} {number} is not between {low:,} and {high:,}"
+                )
+
+
+def device(name):
+    """A type for --device: its text, for "cuda" with the number of this process's GPU (under
+    torchrun each has one); or argparse's error with one sentence where torch has no such device."""
+    try:
+        wanted = torch.device(name)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{name} is not a device; cuda and cpu are") from None
+    number = int(os.environ.get("LOCAL_RANK", 0)) if wanted.index is None else wanted.index
+    if wanted.type == "cuda" and number >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(
+            f"{name}: torch sees {torch.cuda.device_count()} GPUs here; cpu needs none"
+        )
+    return f"cuda:{number}" if wanted.type == "cuda" else name
