@@ -113,12 +113,8 @@ def main():
     # ---- data: codes on disk, and what each image is conditioned on ------------------------------
     try:
         codes = Codes(args.codes, args.val_images)
-        config = replace(
-            gpt.GPT_CONFIGS[args.model],
-            dropout=args.dropout,
-            class_dropout=args.class_dropout,
-            **codes.config,
-        )
+        dropout = {"dropout": args.dropout, "class_dropout": args.class_dropout}
+        config = replace(gpt.GPT_CONFIGS[args.model], **codes.config, **dropout)
         recipe = RECIPES.get(args.model, (256, 1e-4)) if config.num_classes else (256, 1e-4)
         args.batch_size = args.batch_size or recipe[0]
         args.lr = args.lr or recipe[1]
@@ -170,9 +166,9 @@ def main():
     work = gpt.flops_per_image(config)
     log = runs.Log(out, step, max_steps, args.batch_size, rank, world, device, work)
     if rank == 0:
-        how = f"{world} process(es) on {device.type}{' with FSDP' if sharded else ''}, "
-        how += f"{'bfloat16' if bf16 else 'float32'}{', compiled' if compiled else ''}"
-        describe(args, codes, model, step, max_steps, recipe, how)
+        describe(args, codes, config, step, max_steps, recipe)
+        how = f"{'bfloat16' if bf16 else 'float32'}{', compiled' if compiled else ''}"
+        print(f"{world} process(es) on {device.type}, {parallel}, {how}, torch {torch.__version__}")
 
     def due(every):
         """Whether it is time for what happens every so many steps, and at the end."""
@@ -195,10 +191,9 @@ def main():
 
     # ---- loop ------------------------------------------------------------------------------------
     model.train()
-    pin = device.type == "cuda"
-    steps = range(step, max_steps)
+    steps, cuda = range(step, max_steps), device.type == "cuda"
     batches = codes.batches(
-        steps, args.batch_size, args.seed, images_seen, rank, world, full_length=compiled, pin=pin
+        steps, args.batch_size, args.seed, images_seen, rank, world, pin=cuda, full_length=compiled
     )
     stop = False
     while step < max_steps and not stop:
@@ -241,16 +236,12 @@ def main():
         if logging or due(args.save_every) or step % 10 == 0 or device.type == "cpu":
             finite, stop = runs.status([norm], bool(signals), world)
             if not finite:
-                runs.give_up(
-                    f"train_gpt.py: the loss is not finite at step {step}; {out} holds the last "
-                    "good state. A lower --lr or --dtype float32 may help",
-                    rank,
-                )
+                runs.give_up(f"train_gpt.py: {runs.NOT_FINITE} at step {step}", rank)
         if logging or stop:
-            loss = (
-                validate(model, codes, micro, rank, world, device, autocast) if validating else None
-            )
-            log.write(step, val_loss=loss, lr=lr, norm=norm.item())
+            val = {}
+            if validating:
+                val["val_loss"] = validate(model, codes, micro, rank, world, device, autocast)
+            log.write(step, **val, lr=lr, norm=norm.item())
         if due(args.save_every) or stop:
             store(joined=step >= max_steps)
         if args.vq and due(args.save_every):
@@ -284,15 +275,14 @@ def build(model, args, parallel, device, bf16, compiled):
 
 def shard(model, parallel, device, bf16):
     """FSDP: cut each weight into a piece for each process, or (hsdp) for each process of a node. A
-    block's weights come together while it runs. They stay float32 and travel as bfloat16. Inputs
-    are not cast, since the rotary table is float32."""
+    block's weights come together while it runs; they stay float32 and travel as bfloat16."""
     world = dist.get_world_size()
     sizes = (world,)
     if parallel == "hsdp":
         node = int(os.environ["LOCAL_WORLD_SIZE"])
         sizes = (world // node, node)  # copies, and shards of a copy
     mesh = init_device_mesh(device.type, sizes, mesh_dim_names=("copy", "shard")[-len(sizes) :])
-    travel = torch.bfloat16 if bf16 else None
+    travel = torch.bfloat16 if bf16 else None  # not the inputs: the rotary table is float32
     policy = MixedPrecisionPolicy(travel, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for module in (*model.layers, model):
         fully_shard(module, mesh=mesh, mp_policy=policy)
@@ -310,20 +300,19 @@ def average_gradients(model, last):
 
 
 # ---- what a run shows ----------------------------------------------------------------------------
-def describe(args, codes, model, step, max_steps, recipe, how):
+def describe(args, codes, config, step, max_steps, recipe):
     """Print what is trained on what, and the loss to expect first."""
-    config, batch_size = model.config, args.batch_size
-    parameters = sum(weight.numel() for weight in model.parameters())
-    epochs = max_steps * batch_size / len(codes.train_ids)
-    print(f"torch {torch.__version__}, {how}")
+    with torch.device("meta"):
+        parameters = sum(weight.numel() for weight in gpt.GPT(config).parameters())
+    V, batch_size, images = config.vocab_size, args.batch_size, len(codes.train_ids)
     print(
-        f"{args.model}: {parameters / 1e6:.1f}M parameters; {config.grid**2} codes of "
-        f"{config.vocab_size:,} per image; {codes}"
+        f"{args.model}: {parameters / 1e6:.1f}M parameters; {config.grid**2} codes of {V:,} per "
+        f"image; {codes}"
     )
     print(
-        f"{args.codes}: {len(codes.train_ids):,} images x {codes.codes.shape[1]} crops, "
-        f"{len(codes.val_ids):,} held out; {max_steps:,} steps of {batch_size} images = "
-        f"{epochs:.1f} epochs -> {args.out}"
+        f"{args.codes}: {images:,} images x {codes.codes.shape[1]} crops, {len(codes.val_ids):,} "
+        f"held out; {max_steps:,} steps of {batch_size} images = "
+        f"{max_steps * batch_size / images:.1f} epochs -> {args.out}"
     )
     scaled = recipe[1] * batch_size / recipe[0]
     hint = "" if batch_size == recipe[0] else f"; the paper's, scaled to this batch: {scaled:.1e}"
@@ -333,9 +322,7 @@ def describe(args, codes, model, step, max_steps, recipe, how):
     elif args.init:
         print(f"the first weights are those of {args.init}")
     else:
-        V = config.vocab_size
         print(f"the first loss should be ln({V}) = {math.log(V):.2f}: the output layer is zero")
-    sys.stdout.flush()
 
 
 @torch.no_grad()
@@ -380,7 +367,7 @@ def picture(config, weights, vq_model, codes, device, path):
 
 # ---- argument checks -----------------------------------------------------------------------------
 def check(args, codes, config, world, path, saved, init, vq_model):
-    """Raise ValueError, with one sentence, if flags, codes and checkpoints do not fit together."""
+    """Raise ValueError with one sentence if flags, codes and checkpoints do not fit together."""
     share = args.batch_size // world
     if args.batch_size % world:
         raise ValueError(
@@ -391,6 +378,8 @@ def check(args, codes, config, world, path, saved, init, vq_model):
         raise ValueError(
             f"--micro-batch {args.micro_batch} does not divide the {share} images of each process"
         )
+    if args.dropout == 1:
+        raise ValueError("--dropout 1.0: nothing would be left of the activations")
     if args.parallel in ("fsdp", "hsdp") and "RANK" not in os.environ:
         raise ValueError(f"--parallel {args.parallel}: start it with torchrun")
     if vq_model and vq.weights_hash(vq_model) != codes.origin["tokenizer"]:

@@ -104,6 +104,12 @@ def catch_signals():
     return caught
 
 
+NOT_FINITE = (
+    "the loss is not finite (a lower --lr or --dtype float32 may help; the last checkpoint is "
+    "from before)"
+)
+
+
 def status(norms, asked_to_stop, world):
     """(all gradient norms are finite, some process was asked to stop): the same on all processes.
 
@@ -241,7 +247,9 @@ def find_checkpoint(out):
     if (out / "ckpt.pt").exists():
         saved = files.read_checkpoint(out / "ckpt.pt", mmap=True)
         if not isinstance(saved, dict) or not {"step", "optimizer", "config"} <= saved.keys():
-            raise ValueError(f"{out}/ckpt.pt was not written by a training script")
+            raise ValueError(
+                f"{out}/ckpt.pt was not written by a training script; choose another --out"
+            )
         found.append((out / "ckpt.pt", saved))
     folders = sorted(out.glob("ckpt_[0-9]*/"))
     if folders:
