@@ -122,19 +122,17 @@ def generate(
     progress=False,
     **how,
 ):
-    """Codes for a batch of conditions, one image each.
+    """Codes (B, T) int64 for a batch of conditions, one image each.
 
-    cond          (B,) int64 class ids on the model's device, or (B, c, D) features of captions,
-                  padded on the left
+    cond          (B,) int64 class ids, or (B, c, D) features of captions, padded on the left
     mask          (B, c) bool, False where a caption is padded; None for classes
     cfg_scale     guidance: logits = uncond + (cond - uncond) * scale; up to 1 there is none
     cfg_interval  -1 guides every code; k >= 0 the first and the k + 1 after it, as released
-    seeds         an int (modulo 2^63) for each image, which then does not depend on its batch;
-                  None: new ones from torch's own generator
+    seeds         an int for each image, modulo 2^63; whatever its batch, the same seed gives the
+                  same image (default: random)
     compiled      torch.compile the model
-    progress      show a bar over the T codes
+    progress      show a bar over the codes
     how           temperature, top_k and top_p, see draw
-    returns       (B, T) int64
     """
     B, T, c = len(cond), model.config.grid**2, model.config.cond_tokens
     if mask is not None and mask.shape[1] != c:
@@ -164,9 +162,8 @@ def generate(
 
     # Code 0 follows from the condition.
     codes = torch.zeros(B, T, dtype=torch.int64, device=cond.device)
-    positions = c + T - 1  # the last code is never fed
     cache = model.new_cache(len(cond), positions=0)
-    fast.grow(cache, c, positions)
+    fast.grow(cache, c, model.config)
     logits = model.extend(model.cls_embedding(cond), 0, cache, mask)
     codes[:, 0] = choose(logits, 0)
 
@@ -174,11 +171,11 @@ def generate(
     step = fast.Recorded(next_code, cache)
     bar = files.progress(T, "codes", unit=" codes", rank=0 if progress else 1)
     for i in range(1, T):
-        if guided and 0 <= cfg_interval < i - 1:  # the rows without condition have done their work
+        if guided and 0 <= cfg_interval < i - 1:  # the rows without condition are done
             guided = False
             cache[:] = [layer[:, :B].clone() for layer in cache]
             mask = None if mask is None else mask[:B]
-        fast.grow(cache, c + i, positions)
+        fast.grow(cache, c + i, model.config)
         codes[:, i] = step(codes[:, i - 1], i)
         bar.update()
     return codes
@@ -448,12 +445,12 @@ def conditions(args, model, device):
         prompts += captions.read_prompts(args.prompts)
     if model.config.caption_dim:
         if args.classes or not prompts:
-            raise ValueError(
-                f"{args.gpt} is for captions: give --prompt or --prompts, not --classes"
-            )
+            raise ValueError(f"{args.gpt} draws from captions, not classes: give --prompt")
         return prompts, captions.encode_captions(prompts, args.t5, device, model)
     if prompts:
-        raise ValueError(f"{args.gpt} is for classes: give --classes, not --prompt or --prompts")
+        raise ValueError(
+            f"{args.gpt} draws from classes, not captions: give --classes, not --prompt"
+        )
     names = captions.class_names(model)
     if args.classes:
         labels = [captions.find_class(word, names) for word in args.classes.split(",")]
@@ -503,17 +500,17 @@ def check_flags(parser, args):
 def check_pair(model, vq_model, gpt_path, vq_path, image_size=None):
     """Raise ValueError unless this GPT was trained on this tokenizer's codes, as far as the files
     tell, and makes images of this size."""
-    V, found = model.config.vocab_size, vq_model.config.codebook_size
-    if V != found:
+    V, codebook = model.config.vocab_size, vq_model.config.codebook_size
+    if codebook != V:
         raise ValueError(
-            f"{gpt_path} has {V:,} codes, {vq_path} {found:,}: they do not belong together"
+            f"{gpt_path} predicts {V:,} codes, {vq_path} has {codebook:,}; they do not belong together"
         )
     if model.tokenizer and model.tokenizer != vq.weights_hash(vq_model):
         raise ValueError(f"{gpt_path} was trained on codes of another tokenizer than {vq_path}")
     side = model.config.grid * vq_model.config.downsample
     if image_size and image_size != side:
         raise ValueError(
-            f"--image-size {image_size}: with this tokenizer {gpt_path} makes {side} x {side} pixels"
+            f"--image-size {image_size}: with this tokenizer {gpt_path} draws {side} pixels a side"
         )
 
 

@@ -1,28 +1,29 @@
 """What makes cached decoding fast and changes no code: a growing cache, recorded steps, packed
 weights, compiled models.
 
-fast.pack(model)                              # a CPU's weights, laid out for products with few rows
-fast.grow(cache, 65, most=256)                # room for 65 positions, 256 is what will ever be needed
-step = fast.Recorded(next_code, cache)        # a GPU starts each step with one launch
-code = step(code, i)                          # code i - 1 -> code i
+fast.pack(model)                        # on a CPU: weights laid out for products with few rows
+fast.grow(cache, 65, model.config)      # room for 65 positions, or more
+step = fast.Recorded(next_code, cache)  # on a GPU: each step is one launch
+code = step(code, i)                    # code i - 1 -> code i
 """
 
+import math
 import sys
 
 import torch
 import torch.nn.functional as F
 
 
-def grow(cache, needed, most):
+def grow(cache, needed, config):
     """Make room for `needed` positions in each layer (2, B, n, positions, d) of a cache, in place.
 
-    Attention reads the whole cache, filled or not. A cache that grows in four steps or more up to
-    `most` saves reading, and the shapes that a GPU records or compiles rarely change."""
+    Attention reads the whole cache, filled or not. So the cache grows in about four steps: little
+    is read for nothing, and the shapes that a GPU records or compiles rarely change."""
     room = cache[0].shape[3]
     if needed > room:
-        block = max(64, -(-most // 256) * 64)
-        blocks = -(-needed // block)
-        more = min(blocks * block, most) - room
+        block = max(64, math.ceil(config.positions / 256) * 64)
+        blocks = math.ceil(needed / block)
+        more = min(blocks * block, config.positions) - room
         for i, layer in enumerate(cache):  # one after the other: there is no second cache in memory
             cache[i] = F.pad(layer, (0, 0, 0, more))
 

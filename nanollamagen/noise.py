@@ -1,6 +1,6 @@
 """Random numbers without a state: each follows from a seed, a position and its own number.
 
-uniform = noise.uniform(seeds, 7, 16384)      # (B, 16384), for position 7 of the images `seeds` (B,)
+uniform = noise.uniform(seeds, 7, 16384)   # (B, 16384) for seeds (B,), at position 7 of each
 
 A generator gives its numbers one after the other. A hash gives those of any positions, in any
 order, the same on a CPU and on a GPU.
