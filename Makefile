@@ -51,7 +51,7 @@ $(RUN)/gpt/ckpt.pt: $(RUN)/codes/meta.json
 
 $(RUN)/samples.npz: $(RUN)/gpt/ckpt.pt
 	@echo "4/4  samples"
-	$(PYTHON) sample.py --vq $(RUN)/vq/ckpt.pt --gpt $(RUN)/gpt/ckpt.pt --per-class 10 --batch-size 100 \
+	$(PYTHON) sample.py --vq $(RUN)/vq/ckpt.pt --gpt $(RUN)/gpt/ckpt.pt --count 10 --batch-size 100 \
 	    --cfg-scale 2 --temperature 0.8 --top-k 0 --out $(RUN)/samples.png
 	$(PYTHON) sample.py --vq $(RUN)/vq/ckpt.pt --gpt $(RUN)/gpt/ckpt.pt --num-samples 500 --batch-size 250 --seed 1000 \
 	    --cfg-scale 2 --temperature 0.8 --top-k 0 --out $@
@@ -77,7 +77,7 @@ $(TEXT)/samples.npz: $(TEXT)/prompts.txt
 	@echo "3/3  samples"
 	$(PYTHON) sample.py --vq $(RUN)/vq/ckpt.pt --gpt $(TEXT)/gpt/ckpt.pt --prompt "a small red star on white" \
 	    --prompt "a large green heart on navy" --prompt "a yellow ring on black" --prompt "a pink arrow on grey" \
-	    --prompt "a small cyan bowtie on white" --per-class 5 --resize 168 --cfg-scale 1.5 --temperature 0.8 --top-k 0 \
+	    --prompt "a small cyan bowtie on white" --count 5 --resize 168 --cfg-scale 1.5 --temperature 0.8 --top-k 0 \
 	    --out $(TEXT)/samples.png
 	$(PYTHON) sample.py --vq $(RUN)/vq/ckpt.pt --gpt $(TEXT)/gpt/ckpt.pt --prompts $(TEXT)/prompts.txt --num-samples 400 \
 	    --batch-size 100 --seed 1000 --cfg-scale 1.5 --temperature 0.8 --top-k 0 --out $@
@@ -152,6 +152,6 @@ side-by-side: $(SIDE)/gpt/ckpt.pt $(SIDE)/var/ckpt.pt
 	$(PYTHON) $(SIDE_GPT) --num-samples 1000 --batch-size 250 --out $(SIDE)/gpt.npz
 	$(PYTHON) $(SIDE_VAR) --num-samples 1000 --batch-size 250 --out $(SIDE)/var.npz
 	for name in gpt var; do $(PYTHON) ablations/judge.py samples $(SIDE)/$$name.npz --data $(CIFAR) --net $(SIDE)/judge.pt; done
-	$(PYTHON) $(SIDE_GPT) --per-class 5 --out $(SIDE)/gpt.png
+	$(PYTHON) $(SIDE_GPT) --count 5 --out $(SIDE)/gpt.png
 	$(PYTHON) $(SIDE_VAR) --count 5 --out $(SIDE)/var.png
 	@tail -n 1 $(SIDE)/*/log.jsonl

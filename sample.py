@@ -37,7 +37,7 @@ from nanollamagen import captions, data, fast, files, flags, noise
 # fmt: off
 SETTINGS = {  # default for classes, default for captions, smallest, largest, what it is
     "cfg_scale":    (4.0,  7.5,  0,    1000,  "guidance; 1 is none"),
-    "cfg_interval": (-1,   -1,   -1,   10**6, "guide only this many + 2 codes, the first; -1: all"),
+    "cfg_interval": (-1,   -1,   -1,   10**6, "guide only the first N + 2 codes; -1: all"),
     "temperature":  (1.0,  1.0,  0,    2,     "0 takes the likeliest code, 2 is vLLM's limit"),
     "top_k":        (2000, 1000, 0,    10**6, "sample from the k likeliest codes; 0: all"),
     "top_p":        (1.0,  1.0,  1e-6, 1,     "sample from the likeliest codes that make up p"),
@@ -71,23 +71,19 @@ def filter_logits(logits, top_k=0, top_p=1.0):
 
 
 def gumbel_noise(seeds, positions, vocab_size):
-    """Gumbel noise for codes: float32 (..., V), finite. It is always the same for the same seed of
-    an image, position (the code's number 0 .. T - 1) and entry of the codebook.
-
-    seeds, positions   int64 of shapes that broadcast to (...)"""
+    """Gumbel noise for the codes at `positions` (0 .. T - 1) of the images `seeds`, int64 that
+    broadcast to (...): float32 (..., V), finite, always the same for the same seed and position."""
     uniform = noise.uniform(seeds, positions, vocab_size)  # (..., V)
     return uniform.neg_().log1p_().neg_().log_().neg_()  # -log(-log(1 - uniform)), in place
 
 
 def draw(logits, gumbel, temperature=1.0, **filters):
-    """Codes (...) int64 from logits (..., V) and gumbel_noise (..., V): the largest of logits /
-    temperature + noise among those that filter_logits keeps. A temperature below 1e-5 takes the
-    largest logit.
+    """Codes (...) int64 from logits (..., V) and gumbel_noise (..., V).
 
-    By Gumbel's rule this samples from softmax(filter_logits(logits / temperature)). Unlike a walk
-    along cumulative probabilities, it rarely changes with the last digits of the logits. So the
-    same noise gives the same code on another device, in another batch and in vLLM."""
-    if temperature < 1e-5:
+    By Gumbel's rule the largest of logits + noise is a sample of softmax(logits). Unlike a walk
+    along cumulative probabilities, it rarely changes with the last digits of the logits: the same
+    noise gives the same code on another device, in another batch and in vLLM."""
+    if temperature < 1e-5:  # the likeliest code
         return logits.argmax(-1)
     logits = filter_logits(logits.float() / temperature, **filters)
     return (logits + gumbel).argmax(-1)
@@ -128,10 +124,8 @@ def generate(
     mask          (B, c) bool, False where a caption is padded; None for classes
     cfg_scale     guidance: logits = uncond + (cond - uncond) * scale; up to 1 there is none
     cfg_interval  -1 guides every code; k >= 0 the first and the k + 1 after it, as released
-    seeds         an int for each image, modulo 2^63; whatever its batch, the same seed gives the
-                  same image (default: random)
-    compiled      torch.compile the model
-    progress      show a bar over the codes
+    seeds         an int for each image, modulo 2^63 (default: random); the same seed gives the
+                  same image in any batch
     how           temperature, top_k and top_p, see draw
     """
     B, T, c = len(cond), model.config.grid**2, model.config.cond_tokens
@@ -183,8 +177,7 @@ def generate(
 
 @torch.no_grad()
 def to_pixels(vq_model, codes, size=None):
-    """Codes (B, T) of square images -> uint8 (B, H, W, 3), resized (bicubic, before rounding) to
-    `size` if there is one."""
+    """Codes (B, T) of square images -> uint8 (B, H, W, 3), resized (bicubic) if `size` is given."""
     grid = int(codes.shape[1] ** 0.5)
     side = grid * vq_model.config.downsample
     few = max(1, 2**20 // side**2)  # a million pixels at once: 0.5 GB per tensor
@@ -336,9 +329,8 @@ def add_flags(p):
 
 def parse():
     """The command line: its parser, and the flags."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add_flags(p)
     flag, number = p.add_argument, flags.at_least_one
     # fmt: off
@@ -384,18 +376,10 @@ def main():
         fast.pack(model)
 
     if args.num_samples:
+        npz = dict(seed=args.seed, batch_size=args.batch_size, size=args.resize)
+        npz["given"] = cond if captioned else None  # all classes
         try:
-            write_npz(
-                args.out,
-                model,
-                vq_model,
-                args.num_samples,
-                given=cond if captioned else None,
-                seed=args.seed,
-                batch_size=args.batch_size,
-                size=args.resize,
-                **settings,
-            )
+            write_npz(args.out, model, vq_model, args.num_samples, **npz, **settings)
         except (OSError, ValueError) as error:
             parser.error(str(error))
         return
@@ -406,8 +390,8 @@ def main():
         few = rows[first : first + args.batch_size]
         batch = [x[few].to(device) for x in cond]
         seeds = [args.seed + first + i for i in range(len(few))]
-        codes = generate(model, *batch, seeds=seeds, progress=True, **settings)
-        pixels.append(to_pixels(vq_model, codes, args.resize))
+        more = dict(settings, progress=True)
+        pixels.append(draw_pixels(model, vq_model, batch, seeds, args.resize, **more))
     columns = args.count if args.count > 1 else min(len(rows), 10)
     data.save_grid(np.concatenate(pixels), args.out, columns, [titles[row] for row in rows])
     rate = len(rows) / (time.time() - began)
@@ -415,8 +399,7 @@ def main():
 
 
 def fetch_pretrained(name):
-    """Paths of a released tokenizer and GPT, fetched if missing, and the side of their images in
-    pixels. name: as --pretrained takes it."""
+    """Paths of a released tokenizer and GPT, fetched if missing, and the side of their images."""
     if name in TEXT_FILES:
         repository, kind, gpt_file = "peizesun/llamagen_t2i", "t2i", TEXT_FILES[name]
     else:
@@ -467,8 +450,7 @@ def choose_settings(args, captioned, paper=False):
     column = 1 if captioned else 0
     settings = {name: row[column] for name, row in SETTINGS.items()}
     if paper and not captioned:
-        settings["cfg_scale"] = PAPER_CFG.get(args.pretrained, 2.0)
-        settings["top_k"] = 0
+        settings |= {"cfg_scale": PAPER_CFG.get(args.pretrained, 2.0), "top_k": 0}
     for name in SETTINGS:
         if getattr(args, name) is not None:
             settings[name] = getattr(args, name)
@@ -503,7 +485,7 @@ def check_pair(model, vq_model, gpt_path, vq_path, image_size=None):
     V, codebook = model.config.vocab_size, vq_model.config.codebook_size
     if codebook != V:
         raise ValueError(
-            f"{gpt_path} predicts {V:,} codes, {vq_path} has {codebook:,}; they do not belong together"
+            f"{gpt_path} has {V:,} codes, {vq_path} {codebook:,}; they do not belong together"
         )
     if model.tokenizer and model.tokenizer != vq.weights_hash(vq_model):
         raise ValueError(f"{gpt_path} was trained on codes of another tokenizer than {vq_path}")

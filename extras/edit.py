@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts a
 import gpt
 import sample
 import vq
-from nanollamagen import captions, data
+from nanollamagen import captions, data, noise
 
 
 # ---- drawing what is not kept ------------------------------------------------------------------
@@ -78,11 +78,14 @@ def complete(
     bar = data.progress(T - first, "codes", unit=" codes") if progress else None
     for i in range(first, T):
         logits = model.extend(x, 0 if i == first else c + i - 1, cache, mask)
-        number = torch.full_like(codes[:, :1], i)
-        logits = sample.guide(logits, number, guided, cfg_scale, cfg_interval)[:, 0]  # (BP, V)
+        logits = logits[:, 0].float()
+        if guided and not 0 <= cfg_interval < i - 1:
+            logits = sample.guide(logits, cfg_scale)
+        logits = logits[: B * P]  # (BP, V)
         if not keep[i]:
-            noise = sample.gumbel_noise(noise_seeds, number[:, 0], logits.shape[-1])
-            codes[:, i] = sample.draw(logits, noise, temperature, top_k, top_p)
+            gumbel = sample.gumbel_noise(noise_seeds, i, logits.shape[-1])
+            filters = dict(temperature=temperature, top_k=top_k, top_p=top_p)
+            codes[:, i] = sample.draw(logits, gumbel, **filters)
         elif P > 1:
             log_weights += (logits / max(temperature, 1e-5)).log_softmax(-1)[:, given[i]].view(B, P)
             rows = resample(log_weights, seeds, T + i)
@@ -100,7 +103,7 @@ def complete(
 
 def particle_seeds(seeds, P):
     """Seeds (B,) -> (B, P): an image's own for its first particle, hashes of it for the others."""
-    others = sample.mix(sample.mix(seeds)[:, None] + torch.arange(1, P, device=seeds.device))
+    others = noise.mix(noise.mix(seeds)[:, None] + torch.arange(1, P, device=seeds.device))
     return torch.cat([seeds[:, None], others], 1)
 
 
@@ -117,8 +120,8 @@ def resample(log_weights, seeds, number):
     poor = 1 / weights.square().sum(1) < P / 2  # (B,)
     if not poor.any():
         return None
-    noise = sample.gumbel_noise(seeds, torch.full_like(seeds, number), 1).double()
-    uniform = (-(-noise).exp()).exp()  # (B, 1), back from Gumbel's
+    gumbel = sample.gumbel_noise(seeds, torch.full_like(seeds, number), 1).double()
+    uniform = (-(-gumbel).exp()).exp()  # (B, 1), back from Gumbel's
     places = (torch.arange(P, device=seeds.device) + uniform) / P
     taken = torch.searchsorted(weights.cumsum(1), places).clamp(max=P - 1)  # (B, P)
     taken = torch.where(poor[:, None], taken, torch.arange(P, device=seeds.device))

@@ -265,7 +265,7 @@ def test_given_codes_stand_and_the_others_are_drawn_after_them(llm, tiny):
             torch.tensor([codes[:-1]] * 2), torch.tensor([3, TINY.num_classes])
         )  # (T, V) each
     noise = sample.gumbel_noise(torch.tensor([8]), torch.arange(T), V)
-    right = sample.draw(uncond + (cond - uncond) * 4.0, noise, 1.0, 10, 1.0).tolist()
+    right = sample.draw(uncond + (cond - uncond) * 4.0, noise, top_k=10).tolist()
     assert codes == [new if old < 0 else old for old, new in zip(given, right)] and codes != right
     params.extra_args["given"] = [10**9] + [
         -1
