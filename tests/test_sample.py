@@ -13,11 +13,17 @@ import torch
 from conftest import ROOT, fill, golden
 from PIL import Image
 from test_gpt import TINY, random_model
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import gpt
 import sample
 import vq
-from nanollamagen import captions
+from nanollamagen import captions, fast, runs
+
+
+def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0):
+    """What draw samples from."""
+    return sample.filter_logits(logits / max(temperature, 1e-5), top_k, top_p).softmax(-1)
 
 
 @pytest.mark.parametrize("name", ["gpt_b_c2i", "gpt_3b_head"])
@@ -58,7 +64,7 @@ def test_filters_keep_what_the_reference_keeps():
             kept.numpy(), np.unpackbits(expected[f"tied_keep_k{k}"].numpy(), axis=-1)
         ), k
     for run in meta["temps"]:
-        p = sample.probabilities(expected["logits"], run["temperature"], run["top_k"], run["top_p"])
+        p = probabilities(expected["logits"], run["temperature"], run["top_k"], run["top_p"])
         assert torch.allclose(p, expected[run["key"]], atol=1e-6), run
         best = expected[run["key"].replace("probs", "best")]
         assert torch.equal(p.argmax(-1, keepdim=True).int(), best)
@@ -107,7 +113,7 @@ def test_draws_follow_the_distribution():
     freedom."""
     model = random_model()
     with torch.no_grad():
-        p = sample.probabilities(
+        p = probabilities(
             model(torch.zeros(1, 0, dtype=torch.long), torch.tensor([1]))[:, 0], 0.8, 20
         )[0]
     codes = sample.generate(
@@ -125,17 +131,19 @@ def test_draws_follow_the_distribution():
 def test_guidance_is_computed_in_float32(monkeypatch):
     """In bfloat16 the difference of the halves is rounded to a grid on which many codes tie, and
     top-k keeps more."""
-    model, seen, draw = random_model().bfloat16(), [], sample.draw
-    monkeypatch.setattr(
-        sample,
-        "draw",
-        lambda logits, *rest, **how: seen.append(logits) or draw(logits, *rest, **how),
-    )
+    model, drawn_from, draw = random_model().bfloat16(), [], sample.draw
+
+    def spy(logits, *more, **how):
+        drawn_from.append(logits)
+        return draw(logits, *more, **how)
+
+    monkeypatch.setattr(sample, "draw", spy)
     sample.generate(model, torch.tensor([1, 2]), cfg_scale=1.7, seeds=[0, 1])
-    logits = model.extend(model.cls_embedding(torch.tensor([1, 2, 5, 5])), 0, model.new_cache(4))
-    given, without = logits.float().chunk(2)
-    assert torch.equal(seen[0], without + (given - without) * 1.7)
-    assert not torch.equal(seen[0], seen[0].bfloat16().float())
+    labels = torch.tensor([1, 2, 5, 5])
+    logits = model.extend(model.cls_embedding(labels), 0, model.new_cache(4))[:, 0]
+    cond, uncond = logits.float().chunk(2)
+    assert torch.equal(drawn_from[0], uncond + (cond - uncond) * 1.7)
+    assert not torch.equal(drawn_from[0], drawn_from[0].bfloat16().float())
 
 
 def test_an_image_follows_from_its_seed_whatever_its_batch():
@@ -153,11 +161,11 @@ def test_guidance_scale_one_is_no_guidance():
     assert not torch.equal(plain, sample.generate(model, labels, cfg_scale=3.0, seeds=[0, 1]))
 
 
-# ---- decoding: whatever is computed at once, the codes are those of one full forward pass a code
+# ---- decoding: the codes are those of one full forward pass per code
 SETTINGS = [
-    dict(),
-    dict(cfg_scale=3.0),
-    dict(cfg_scale=3.0, cfg_interval=30),
+    dict(top_k=20),
+    dict(cfg_scale=3.0, top_k=20),
+    dict(cfg_scale=3.0, cfg_interval=30, top_p=0.9),
     dict(cfg_scale=2.0, temperature=0.0),
 ]
 
@@ -172,9 +180,7 @@ def plainly(model, cond, mask=None, *, seeds, cfg_scale=1.0, cfg_interval=-1, **
             without = model(codes, none, mask)[:, -1]
             logits = without + (logits - without) * cfg_scale
         noise = sample.gumbel_noise(torch.tensor(seeds), torch.tensor(i), logits.shape[-1])
-        codes = torch.cat(
-            [codes, sample.draw(logits, noise, **{"top_k": 20, **filters})[:, None]], 1
-        )
+        codes = torch.cat([codes, sample.draw(logits, noise, **filters)[:, None]], 1)
     return codes
 
 
@@ -188,83 +194,95 @@ def captions_for(model, lengths):
     return features * mask[..., None], mask
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        replace(TINY, grid=9, dim=128, n_head=2),
-        replace(TINY, grid=9, dim=200, n_head=2),
-        replace(TINY, grid=8, num_classes=0, cond_tokens=20, caption_dim=7),
-    ],
-    ids=["heads of 64", "heads of 100", "captions"],
-)
-def test_steps_and_windows_give_the_codes_of_full_forward_passes(config):
-    """With a cache that grows once, guidance that ends half-way, rows that are not equally far, and
-    windows that are longer than what is left."""
+CONFIGS = {
+    "heads of 64": replace(TINY, grid=9, dim=128, n_head=2),
+    "heads of 100": replace(TINY, grid=9, dim=200, n_head=2),
+    "captions": replace(TINY, grid=8, num_classes=0, cond_tokens=20, caption_dim=7),
+}
+
+
+def three_conditions(model):
+    """Conditions of three images, as generate takes them."""
+    if model.config.caption_dim:
+        return captions_for(model, [3, 20, 11])
+    return [torch.tensor([0, 3, 3])]
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_steps_give_the_codes_of_full_forward_passes(config):
+    """With a cache that grows once, and guidance that ends half-way."""
     model = random_model(config)
-    given = captions_for(model, [3, 20, 11]) if config.caption_dim else [torch.tensor([0, 3, 3])]
+    cond = three_conditions(model)
     for settings in SETTINGS:
-        right = plainly(model, *given, seeds=[7, 8, 9], **settings)
-        for window in (1, 5, 100):
-            trace, how = [], {"top_k": 20, **settings}
-            codes = sample.generate(
-                model, *given, seeds=[7, 8, 9], window=window, trace=trace, **how
-            )
-            assert torch.equal(codes, right), (settings, window)
-            assert (
-                len(trace) == config.grid**2 - 1 if window == 1 else len(trace) < config.grid**2 - 1
-            )
-            assert torch.equal(trace[-1][0], torch.full((3,), config.grid**2))
+        right = plainly(model, *cond, seeds=[7, 8, 9], **settings)
+        assert torch.equal(sample.generate(model, *cond, seeds=[7, 8, 9], **settings), right)
     assert model.new_cache(1)[0].shape[-1] % 8 == 0
 
 
-def test_a_window_follows_from_the_seed_whatever_the_batch():
-    model, settings = random_model(replace(TINY, grid=8)), dict(cfg_scale=3.0, top_k=20, window=6)
-    together = sample.generate(model, torch.tensor([0, 1, 2]), seeds=[7, 8, 9], **settings)
-    assert torch.equal(
-        together[1:2], sample.generate(model, torch.tensor([1]), seeds=[8], **settings)
-    )
+@pytest.fixture
+def recorded(monkeypatch):
+    """Steps are recorded, though there is no GPU; the list of what was recorded. A traced step is
+    like a CUDA graph: it repeats operations on the same tensors, whatever Python does meanwhile.
+    Unlike a CUDA graph it runs once while it is traced; that is undone."""
+    graphs = []
+
+    def record(run, device):
+        touched = [run.__self__.state, *run.__self__.cache]
+        before = [tensor.clone() for tensor in touched]
+        graph = make_fx(lambda _: run())(torch.zeros(()))
+        for tensor, old in zip(touched, before):
+            tensor.copy_(old)
+        graphs.append(graph)
+        return lambda: graph(torch.zeros(()))
+
+    monkeypatch.setattr(fast, "record", record)
+    return graphs
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_a_recorded_step_gives_the_same_codes(config, recorded, monkeypatch):
+    """It is recorded at the start, when the cache grows and when guidance ends."""
+    model = random_model(config)
+    cond = three_conditions(model)
+    settings = dict(cfg_scale=3.0, cfg_interval=30, top_k=20, seeds=[7, 8, 9])
+    codes = sample.generate(model, *cond, **settings)
+    assert len(recorded) == 3
+    monkeypatch.undo()
+    assert torch.equal(codes, sample.generate(model, *cond, **settings))
 
 
 @pytest.mark.slow
 def test_a_compiled_step_draws_the_same():
-    """As one graph without breaks, while the cache grows and guidance ends; the window is that of
-    rows on their own."""
-    if not sample.can_compile(torch.device("cpu")):
+    """As one graph without breaks, while the cache grows and guidance ends."""
+    if not runs.can_compile(True, torch.device("cpu")):
         pytest.skip("torch.compile finds no compiler")
-    model, settings = (
-        random_model(replace(TINY, grid=9)),
-        dict(cfg_scale=3.0, cfg_interval=70, top_k=20, seeds=[1, 2]),
-    )
+    model = random_model(replace(TINY, grid=9))
+    settings = dict(cfg_scale=3.0, cfg_interval=70, top_k=20, seeds=[1, 2])
     right = sample.generate(model, torch.tensor([0, 3]), **settings)
-    assert torch.equal(
-        right, sample.generate(model, torch.tensor([0, 3]), compiled=True, window=3, **settings)
-    )
+    compiled = sample.generate(model, torch.tensor([0, 3]), compiled=True, **settings)
+    assert torch.equal(right, compiled)
 
 
 def test_packed_layers_draw_the_same_and_replace_the_plain_ones():
     model, plain = random_model(), random_model()
-    sample.pack(model)
+    fast.pack(model)
     assert not any(isinstance(module, torch.nn.Linear) for module in model.modules())
-    assert vq.weights_hash(model) == vq.weights_hash(
-        plain
-    )  # so that interrupted samples still know their model
-    labels = torch.arange(5)
-    for window in (1, 3):
-        settings = dict(cfg_scale=3.0, top_k=20, seeds=range(5), window=window)
-        assert torch.equal(
-            sample.generate(model, labels, **settings), sample.generate(plain, labels, **settings)
-        )
+    # so that interrupted samples still know their model
+    assert vq.weights_hash(model) == vq.weights_hash(plain)
+    labels, settings = torch.arange(5), dict(cfg_scale=3.0, top_k=20, seeds=range(5))
+    packed = sample.generate(model, labels, **settings)
+    assert torch.equal(packed, sample.generate(plain, labels, **settings))
 
 
 def test_what_cannot_be_packed_or_recorded_is_run_as_it_is(monkeypatch, capsys):
     def missing(*_, **__):
         raise NotImplementedError("no such operator")
 
-    monkeypatch.setattr(sample, "PackedLinear", missing)
-    assert isinstance(sample.pack(random_model()).output, torch.nn.Linear)
+    monkeypatch.setattr(fast, "PackedLinear", missing)
+    assert isinstance(fast.pack(random_model()).output, torch.nn.Linear)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
     monkeypatch.setattr(torch.cuda, "graph", missing)
-    assert sample.record(missing) is missing
+    assert fast.record(missing, torch.device("cuda")) is missing
     assert "not recorded as a CUDA graph (no such operator)" in capsys.readouterr().err
 
 
@@ -349,7 +367,7 @@ def test_a_grid_of_classes_is_drawn(pair, tmp_path):
         pair / "gpt.pt",
         "--classes",
         "1,catfish",
-        "--per-class",
+        "--count",
         3,
         "--out",
         tmp_path / "a.png",
@@ -360,6 +378,39 @@ def test_a_grid_of_classes_is_drawn(pair, tmp_path):
             3 * 100 + 4,
             2 * (96 + 16 + 4) + 4,
         )  # 16 pixels drawn six times as large, and titles
+
+
+def test_settings_come_from_one_table(monkeypatch, capsys):
+    """Defaults for classes and captions, the paper's; a new filter is one row and one function."""
+
+    def settings(words, captioned=False):
+        monkeypatch.setattr(sys, "argv", ["sample.py", *words.split()])
+        args = sample.parse()[1]
+        return args, sample.choose_settings(args, captioned, args.paper)
+
+    args, chosen = settings("--top-k 7 --per-class 3")  # the old name of --count
+    assert args.count == 3
+    assert chosen["top_k"] == 7 and chosen["cfg_scale"] == 4.0
+    assert settings("--temperature 0", captioned=True)[1]["cfg_scale"] == 7.5
+    paper = settings("--paper --pretrained L-256 --top-p 0.5")[1]
+    assert (paper["cfg_scale"], paper["top_k"], paper["top_p"]) == (1.75, 0, 0.5)
+    assert settings("--paper --cfg-scale 3")[1]["cfg_scale"] == 3
+
+    filter_logits = sample.filter_logits
+
+    def with_min_p(logits, min_p=0.0, **filters):
+        unlikely = logits.softmax(-1) < min_p * logits.softmax(-1).amax(-1, keepdim=True)
+        return filter_logits(logits.masked_fill(unlikely, -torch.inf), **filters)
+
+    monkeypatch.setitem(sample.SETTINGS, "min_p", (0.0, 0.0, 0, 1, "least share of the likeliest"))
+    monkeypatch.setattr(sample, "filter_logits", with_min_p)
+    model, labels = random_model(), torch.tensor([1, 2])
+    codes = sample.generate(model, labels, seeds=[0, 1], **settings("--min-p 1")[1])
+    greedy = sample.generate(model, labels, **settings("--temperature 0")[1])
+    assert torch.equal(codes, greedy)
+    with pytest.raises(SystemExit):
+        settings("--min-p 2")
+    assert "--min-p: 2 is not a number from 0 to 1" in capsys.readouterr().err
 
 
 def test_a_caption_of_two_lines_is_drawn_as_one(pair, tmp_path, monkeypatch):
@@ -405,8 +456,7 @@ def test_a_caption_of_two_lines_is_drawn_as_one(pair, tmp_path, monkeypatch):
         (["--pretrained", "B-256"], "give --vq and --gpt, or --pretrained"),
         (["--image-size", "256"], "draws 16 pixels a side"),
         (["--num-samples", "5", "--classes", "1", "--out", "a.npz"], "leave out --classes"),
-        (["--window", "0"], "--window 0 is not between 1 and"),
-        (["--seed", str(2**63)], "--seed 9223372036854775808 is not between 0 and"),
+        (["--seed", str(2**63)], "--seed: 9223372036854775808 is not a whole number from 0 to"),
     ],
 )
 def test_a_mistake_gets_one_sentence(pair, flags, sentence):
