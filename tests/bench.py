@@ -28,15 +28,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import evaluate  # noqa: E402
-import gpt  # noqa: E402
-import sample  # noqa: E402
-import train_gpt  # noqa: E402
-import vq  # noqa: E402
-from nanollamagen import (
-    data,  # noqa: E402
-    inception,  # noqa: E402
-)
+import evaluate
+import gpt
+import sample
+import train_gpt
+import vq
+from extras import window
+from nanollamagen import data, fast, inception
 
 CASES = [
     "encode",
@@ -245,7 +243,7 @@ def bench_decode(name, device, dtype, roof, images):
         2 * T * weights / next(model.parameters()).element_size()
         + 4 * config.n_layer * config.dim * T * (T + 1) / 2
     )
-    sample.pack(model)
+    fast.pack(model)
 
     def run():
         sample.generate(model, labels, cfg_scale=4.0, top_k=2000)
@@ -266,48 +264,29 @@ def bench_decode(name, device, dtype, roof, images):
 
 
 def bench_window(path, device, dtype):
-    """Guided sampling from a trained model, one image and eight, with windows of codes that are
-    computed at once: the codes are the same, the steps fewer."""
+    """Guided sampling of one image from a trained model, one code at a time as sample.py and with
+    the windows of extras/window.py: the codes are the same, the steps fewer."""
     if not path:
         return print(json.dumps({"case": "window", "skipped": "give --gpt CKPT, a trained model"}))
-    model = sample.pack(gpt.load_gpt(path, device).to(dtype))
-    for images in (1, 8):
-        labels = torch.arange(images, device=device) % model.config.num_classes
-        for window in (1, 4, 8, 16, 32):
-            traces = []
+    model = fast.pack(gpt.load_gpt(path, device).to(dtype))
+    label = torch.zeros(1, dtype=torch.int64, device=device)
+    settings = dict(cfg_scale=2.0, temperature=0.8)
 
-            def run():
-                traces.append([])
-                return sample.generate(
-                    model,
-                    labels,
-                    seeds=range(images),
-                    cfg_scale=2.0,
-                    temperature=0.8,
-                    window=window,
-                    trace=traces[-1],
-                )
+    def plain():
+        return sample.generate(model, label, seeds=[0], **settings)
 
-            time_s = seconds(run, device, 3)
-            codes = traces[-1][-1][1]
-            if window == 1:
-                plain_s, plain = time_s, codes
-            same = (codes == plain).float().mean().item()
-            print(
-                json.dumps(
-                    {
-                        "case": "window",
-                        "images": images,
-                        "window": window,
-                        "codes": model.config.grid**2,
-                        "steps": 1 + len(traces[-1]),
-                        "s": round(time_s, 3),
-                        "same_codes": round(same, 4),
-                        "faster": round(plain_s / time_s, 2),
-                    }
-                ),
-                flush=True,
-            )
+    plain_s, plain_codes, T = seconds(plain, device, 3), plain(), model.config.grid**2
+    for size in (1, 4, 8, 16, 32):
+
+        def run(size=size, trace=None):
+            return window.generate(model, label, seed=0, window=size, trace=trace, **settings)
+
+        trace = []
+        same = (run(trace=trace) == plain_codes).float().mean().item()
+        time_s = seconds(run, device, 3)
+        result = {"case": "window", "window": size, "codes": T, "steps": 1 + len(trace)}
+        result |= {"s": round(time_s, 3), "same_codes": round(same, 4)}
+        print(json.dumps(result | {"faster": round(plain_s / time_s, 2)}), flush=True)
 
 
 def bench_serve(name, device, dtype, images, requests=64):
@@ -341,7 +320,7 @@ def bench_serve(name, device, dtype, images, requests=64):
             )
         )
         info = serve_vllm.read_export(out)
-        model = sample.pack(model.to(device, dtype).eval())
+        model = fast.pack(model.to(device, dtype).eval())
 
         def plain(n):
             return sample.generate(
