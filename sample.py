@@ -14,23 +14,20 @@ $ torchrun --nproc_per_node=8 sample.py --pretrained L-256 --paper --num-samples
 # Shapes:  B images   T codes per image   V codebook entries   H, W pixels   N images in a file
 import argparse
 import hashlib
-import json
 import os
 import shutil
 import sys
 import time
 import zipfile
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 import gpt
 import vq
-from nanollamagen import captions, data
+from nanollamagen import captions, data, files, parts
 
 PAPER_CFG = {
     "B-256": 2.0,
@@ -350,9 +347,9 @@ def to_pixels(vq_model, codes, size=None):
 CHUNK = 256  # images in one part file, whatever the batch size and the number of processes
 
 
-def draw_pixels(model, vq_model, given, seeds, size=None, **settings):
-    """Images uint8 (B, H, W, 3) of given = [labels] or [features, mask], image i from seeds[i]."""
-    return to_pixels(vq_model, generate(model, *given, seeds=seeds, **settings), size)
+def draw_pixels(model, vq_model, cond, seeds, size=None, **settings):
+    """Images uint8 (B, H, W, 3) of cond = [labels] or [features, mask], image i from seeds[i]."""
+    return to_pixels(vq_model, generate(model, *cond, seeds=seeds, **settings), size)
 
 
 def write_npz(
@@ -361,98 +358,73 @@ def write_npz(
     vq_model,
     num_samples,
     *,
-    given=None,
+    cond=None,
     seed=0,
     batch_size=32,
     size=None,
     draw=draw_pixels,
     **settings,
 ):
-    """Write ADM's NPZ: arr_0 uint8 (N, H, W, 3) and labels int64 (N,), image i of class i %
-    num_classes from seed + i.
+    """Write ADM's NPZ: arr_0 uint8 (N, H, W, 3) and labels int64 (N,). Image i is sampled from seed
+    + i and condition i % n.
 
-    given: [features, mask] of n captions (captions.encode_captions); the label is then a caption's
-    number, i % n. Under torchrun the processes share the work and the file is the same whatever
-    their number. Parts stand in PATH.parts until all are done, so that a second start goes on where
-    the first ended. `settings` go to `draw`. Raises ValueError when PATH.parts was begun with other
-    settings, and where a caption model has no captions."""
-    if not given and model.config.caption_dim:
-        raise ValueError(
-            "the model draws captions, not classes; sample.py takes them from --prompts FILE"
-        )
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    cond      [features, mask] of n captions (captions.encode_captions), or [labels] of n classes;
+              default: all classes. The label of an image is the number of its condition.
+    settings  go to `draw`
+
+    Under torchrun the processes share the work; the file is the same whatever their number. A
+    second start makes the parts that are missing in PATH.parts. Raises ValueError if these were
+    begun with other settings."""
+    if cond is None:
+        if model.config.caption_dim:
+            raise ValueError(
+                "the model draws from captions, not classes; sample.py takes them from --prompts FILE"
+            )
+        cond = [torch.arange(model.config.num_classes)]
+    path, folder = Path(path), Path(f"{path}.parts")
+    if path.exists() and parts.processes()[0] == 0:
+        raise ValueError(f"{path} exists; delete it or choose another name")
     device = next(model.parameters()).device
-    path, parts = Path(path), Path(f"{path}.parts")
-    words = given and hashlib.sha256(given[0].float().numpy().tobytes()).hexdigest()
-    given = given or [torch.arange(model.config.num_classes)]
-    matters = {
-        name: value for name, value in settings.items() if name not in ("window", "compiled")
+    used = {name: value for name, value in settings.items() if name not in ("window", "compiled")}
+    decides = {
+        "gpt": vq.weights_hash(model),
+        "vq": vq.weights_hash(vq_model),
+        "cond": hashlib.sha256(cond[0].float().numpy().tobytes()).hexdigest(),
+        "seed": seed,
+        "n": num_samples,
+        "size": size,
+        "batch_size": batch_size,
+        **used,
     }
-    made_with = json.dumps(
-        {
-            "gpt": vq.weights_hash(model),
-            "vq": vq.weights_hash(vq_model),
-            "captions": words,
-            "seed": seed,
-            "n": num_samples,
-            "size": size,
-            "batch_size": batch_size,
-            **matters,
-        }
-    )
-    parts.mkdir(parents=True, exist_ok=True)
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group(
-            "gloo", timeout=timedelta(days=30)
-        )  # until the slowest is done, however long it takes
-    if rank == 0 and not (parts / "settings.json").exists():
-        (parts / "settings.json").write_text(made_with)
-    if world > 1:
-        dist.barrier()
-    if (parts / "settings.json").read_text() != made_with:
-        raise ValueError(
-            f"{parts} was begun with other settings or weights; delete it or choose another --out"
-        )
 
-    starts = range(rank * CHUNK, num_samples, world * CHUNK)
-    todo = [s for s in starts if not (parts / f"{s:07d}.npy").exists()]
-    total = sum(min(CHUNK, num_samples - s) for s in todo)
-    began = time.time()
-    with data.progress(total, "sample" + f" (process 1 of {world})" * (world > 1), rank) as bar:
-        for s in todo:
+    def sample_chunks(chunks, bar):
+        for chunk in chunks:
             pixels = []
-            for first in range(s, min(s + CHUNK, num_samples), batch_size):
-                ids = range(first, min(first + batch_size, s + CHUNK, num_samples))
-                batch = [x[[i % len(x) for i in ids]].to(device) for x in given]
-                pixels.append(
-                    draw(model, vq_model, batch, [seed + i for i in ids], size, **settings)
-                )
+            for first in range(0, len(chunk), batch_size):
+                ids = chunk[first : first + batch_size]
+                batch = [x[[i % len(x) for i in ids]].to(device) for x in cond]
+                seeds = [seed + i for i in ids]
+                pixels.append(draw(model, vq_model, batch, seeds, size, **settings))
                 bar.update(len(ids))
-            np.save(parts / f"{s:07d}.tmp.npy", np.concatenate(pixels))
-            os.replace(parts / f"{s:07d}.tmp.npy", parts / f"{s:07d}.npy")
-    if world > 1:
-        dist.barrier()
-    if rank == 0:
-        join(path, parts, np.arange(num_samples) % len(given[0]))
-        rate = f", {world * total / (time.time() - began):.1f} images/s" if total else ""
-        print(f"{path}: {num_samples:,} images{rate}")
-    if world > 1:
-        dist.barrier()
+            yield {"pixels": np.concatenate(pixels)}
+
+    part_files = parts.make("sample", folder, path, decides, num_samples, CHUNK, sample_chunks)
+    if part_files:
+        join(path, part_files, np.arange(num_samples) % len(cond[0]))
+        shutil.rmtree(folder, ignore_errors=True)
+        print(f"{path}: {num_samples:,} images")
+    parts.wait([path])
 
 
-def join(path, parts, labels):
-    """Stream the part files into one NPZ."""
-    files = sorted(parts.glob("[0-9]*.npy"))
-    shape = (len(labels), *np.load(files[0], mmap_mode="r", allow_pickle=False).shape[1:])
+def join(path, part_files, labels):
+    """Write the parts and the labels as one NPZ, with one part in memory at a time."""
+    shape = (len(labels), *next(parts.each(part_files, "pixels")).shape[1:])
     with zipfile.ZipFile(f"{path}.tmp", "w") as z:
         with z.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as f:
-            data.write_npy(
-                f, np.uint8, shape, (np.load(file, allow_pickle=False) for file in files)
-            )
+            files.write_npy(f, np.uint8, shape, parts.each(part_files, "pixels"))
         with z.open(zipfile.ZipInfo("labels.npy"), "w") as f:
-            data.write_npy(f, np.int64, labels.shape, [labels])
+            files.write_npy(f, np.int64, labels.shape, [labels])
     os.replace(f"{path}.tmp", path)
-    shutil.rmtree(parts)
 
 
 # ---- the command line --------------------------------------------------------------------------
@@ -607,7 +579,7 @@ def main():
                 model,
                 vq_model,
                 args.num_samples,
-                given=given if captioned else None,
+                cond=given if captioned else None,
                 seed=args.seed,
                 batch_size=args.batch_size,
                 size=args.resize,

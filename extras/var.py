@@ -420,7 +420,7 @@ def draw(args):
             model,
             tokenizer,
             args.num_samples,
-            given=[torch.arange(len(names))],
+            cond=[torch.arange(len(names))],
             seed=args.seed,
             batch_size=args.batch_size,
             size=args.resize,
@@ -509,7 +509,7 @@ def encode(args):
     """`encode`: a data set as codes, in vq.py's way and format; vq.encode reads args.data,
     args.out, args.image_size, args.ten_crop, args.crop_range, args.batch_size, args.workers and
     args.device."""
-    args.ckpt = args.vq or data.pretrained("vae_ch160v4096z32.pth", "FoundationVision/var")
+    args.vq = args.vq or data.pretrained("vae_ch160v4096z32.pth", "FoundationVision/var")
     vq.encode(args, ScaleVQ512 if args.image_size == 512 else ScaleVQ)
 
 

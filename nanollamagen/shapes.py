@@ -72,9 +72,10 @@ def plan_shape(place):
     """What drawing (seed, i) shows: (shape, ink, paper, radius in pixels of 64, random.Random for
     the rest). Drawing i is of class i % 10; the rest is random, but always the same for the same
     (seed, i)."""
-    rng = random.Random("%d/%d" % place)
+    seed, i = place
+    rng = random.Random(f"{seed}/{i}")
     ink, paper = rng.choice(list(INKS)), rng.choice(list(PAPERS))
-    return list(SHAPES)[place[1] % len(SHAPES)], ink, paper, rng.uniform(21, 27), rng
+    return list(SHAPES)[i % len(SHAPES)], ink, paper, rng.uniform(21, 27), rng
 
 
 def draw_shape(place):

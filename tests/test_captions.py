@@ -4,6 +4,7 @@ from text to pictures.
 FLAN-T5 and CLIP are tiny here and randomly initialised, but saved to disk and loaded by the package
 transformers as the real ones are; where it is missing, the tests that need it skip."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -490,8 +491,7 @@ def test_an_interrupted_run_goes_on_and_two_processes_write_what_one_writes(
         caption_folder(tmp_path / name, count=2500, long=[1500]) for name in ("one", "cut", "two")
     ]
     args = [
-        captions.argparse.Namespace(codes=str(f), t5="words", batch_size=64, device="cpu")
-        for f in folders
+        argparse.Namespace(codes=str(f), t5="words", batch_size=64, device="cpu") for f in folders
     ]
     captions.encode(args[0])
     calls, encode = [], captions.CaptionEncoder.__call__
@@ -556,7 +556,8 @@ def test_features_of_another_encoder_are_not_mixed(codes, t5):
     result = run("-m", "nanollamagen.captions", "encode", "--codes", codes, "--t5", t5)
     assert (
         result.returncode == 2
-        and "tells of another encoder or other captions (words, 64 features" in result.stderr
+        and "tells of another encoder or other captions (words, 64 features per token)"
+        in result.stderr
     )
 
 
@@ -827,7 +828,7 @@ def test_npz_of_prompts_is_balanced_and_the_same_on_two_processes(models, tokeni
         (
             "text",
             ["--prompt", "a cat", "--t5", "T5"],
-            "(40 features a token) is not the encoder that the GPT was trained with (words, 64)",
+            "(40 features per token) is not the encoder that the GPT was trained with (words, 64)",
         ),
     ],
 )
