@@ -147,12 +147,11 @@ def kept_codes(box, scales, outside=False):
     side = scales[-1]
     rows = slice(round(top * side), round(bottom * side))
     columns = slice(round(left * side), round(right * side))
-    inside = torch.zeros(side, side, dtype=torch.bool)
-    inside[rows, columns] = True
+    inside = torch.zeros(1, 1, side, side)
+    inside[..., rows, columns] = 1
     if not inside.any():
         raise ValueError(f"--box {box} is empty on the grid of {side} x {side} codes; enlarge it")
-    kept = inside if outside else ~inside
-    kept = kept.float()[None, None]
+    kept = inside if outside else 1 - inside
     grids = [F.interpolate(kept, (p, p), mode="bilinear").flatten() > 0.5 for p in scales]
     grids[0][:] = True
     return torch.cat(grids)
