@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nanollamagen import data
+from nanollamagen.data import shuffled as shuffled
 
 
 # ---- model -------------------------------------------------------------------------------------
@@ -389,18 +390,6 @@ def to_uint8(images):
         .cpu()
         .numpy()
     )
-
-
-def shuffled(n, seed, start=0):
-    """Endless (epoch, index) pairs over n items: every epoch is a fresh permutation fixed by (seed,
-    epoch), and `start` pairs are skipped. A step's place in the data is thus known from its number
-    alone."""
-    epoch, position = divmod(start, n)
-    while True:
-        order = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 100_003 + epoch))
-        for index in order[position:].tolist():
-            yield epoch, index
-        epoch, position = epoch + 1, 0
 
 
 # ---- codes on disk -----------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from nanollamagen.files import cache_dir as cache_dir
@@ -313,6 +314,18 @@ def save_grid(images, path, columns, titles=None):
         raise OSError(f"{path} is a folder, and was to be a picture")
     sheet.save(f"{path}.tmp", "PNG")
     os.replace(f"{path}.tmp", path)
+
+
+def shuffled(n, seed, start=0):
+    """Endless (epoch, index) pairs over n items: every epoch is a fresh permutation fixed by (seed,
+    epoch), and `start` pairs are skipped. A step's place in the data is thus known from its number
+    alone."""
+    epoch, position = divmod(start, n)
+    while True:
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 100_003 + epoch))
+        for index in order[position:].tolist():
+            yield epoch, index
+        epoch, position = epoch + 1, 0
 
 
 # ---- folders of codes --------------------------------------------------------------------------

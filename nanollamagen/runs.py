@@ -1,12 +1,11 @@
-"""What a training run keeps in its folder, and how it is asked to stop: the log, checkpoints in one
-file or in shards.
+"""A training run: its processes, the signals that stop it, its log, and its checkpoints.
 
-Both training scripts lean on it. A checkpoint is ckpt.pt: one dict of tensors and plain values.
-Under FSDP, where each process holds a shard of every tensor, it is a folder ckpt_STEP/ too, which
-all write at once. Any number of processes can resume from either, since each takes from a whole
-tensor just the part that it holds.
+The training scripts lean on it. A checkpoint is ckpt.pt: one dict of tensors and plain values.
+Under FSDP each process holds a shard of every tensor; then a checkpoint is a folder ckpt_STEP/,
+which all processes write at once, and ckpt.pt follows at the end of the run. Any number of
+processes can resume from either.
 
-The file in order: before the first step, the log, shards and whole tensors, checkpoints.
+The file in order: processes, the log, shards, checkpoints.
 """
 
 import json
@@ -16,6 +15,7 @@ import signal
 import sys
 import sysconfig
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -23,31 +23,75 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from nanollamagen import data
+from nanollamagen import files
 
 
-# ---- before the first step, and between steps --------------------------------------------------
+# ---- processes and signals -----------------------------------------------------------------------
+def this_process(device=None):
+    """(rank, world, device) of this process. torchrun starts a script once for each GPU, and tells
+    each process its number in environment variables; without torchrun there is one process.
+
+    device: what --device says; None is a GPU where there is one."""
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda":
+        if device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    return rank, world, device
+
+
+TIMEOUT = timedelta(minutes=10)  # after which a process that waits for a dead one ends too
+
+
+def connect(device):
+    """Connect the processes that torchrun started."""
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+
+
+def disconnect(device):
+    """End what `connect` began, as the last thing that a script does."""
+    if not dist.is_initialized():
+        return
+    if device.type == "cuda":
+        dist.destroy_process_group()
+    else:
+        sys.stdout.flush()
+        os._exit(0)  # destroying gloo's group hangs in one of 30 runs (torch 2.13)
+
+
+def give_up(message, rank):
+    """End this process with exit code 2; process 0 says why."""
+    if rank == 0:
+        print(message, file=sys.stderr)
+    sys.exit(2)
+
+
 def can_compile(asked, device):
-    """Whether to compile: if asked to (None: on a GPU), and if there is what it takes, a compiler
-    for C (on a CPU: C++) and the header files of Python. Slim images have neither, and get a
-    warning."""
-    names = ["gcc", "clang", os.environ.get("CC", "cc")]
+    """Whether to use torch.compile. asked: what --compile says; None is yes on a GPU.
+
+    It needs a C compiler (on a CPU: C++) and Python's header files. Slim images have neither; then
+    this prints a warning and says no."""
+    compilers = ["gcc", "clang", os.environ.get("CC", "cc")]
     if device.type == "cpu":
-        names = ["g++", "clang++", os.environ.get("CXX", "c++")]
+        compilers = ["g++", "clang++", os.environ.get("CXX", "c++")]
     header = Path(sysconfig.get_path("include")) / "Python.h"
-    ready = any(map(shutil.which, names)) and header.exists()
-    asked = device.type == "cuda" if asked is None else asked
+    ready = any(map(shutil.which, compilers)) and header.exists()
+    if asked is None:
+        asked = device.type == "cuda"
     if asked and not ready:
-        print(
-            f"warning: not compiled: that needs {header} and one of {', '.join(names)}",
-            file=sys.stderr,
-        )
+        needs = f"{header} and one of {', '.join(compilers)}"
+        print(f"warning: not compiled: torch.compile needs {needs}", file=sys.stderr)
     return asked and ready
 
 
 def catch_signals():
-    """A list that fills when a queue asks to stop, as it does before it kills. Asked again more
-    than 5 s later, the process ends at once; sooner it is the same wish, sent on by torchrun."""
+    """Catch SIGTERM and SIGUSR1, which a cluster's queue sends before it kills. Returns a list; it
+    is no longer empty once a signal came, and the training loop then saves and ends.
+
+    torchrun passes a signal on, so it can arrive twice. A signal that comes 5 seconds after the
+    first or later ends the process at once."""
     caught = []
 
     def note(number, _):
@@ -60,119 +104,196 @@ def catch_signals():
     return caught
 
 
-def status(norm, asked, world):
-    """Whether the gradient's norm is finite, and whether any process was asked to stop; the same
-    answer for all."""
-    answer = torch.stack([norm.isfinite().logical_not().float(), torch.full_like(norm, asked)])
+NOT_FINITE = (
+    "the loss is not finite (a lower --lr or --dtype float32 may help; the last checkpoint is "
+    "from before)"
+)
+
+
+def status(norms, asked_to_stop, world):
+    """(all gradient norms are finite, some process was asked to stop): the same on all processes.
+
+    norms: tensors (). asked_to_stop: bool, of this process."""
+    failed = ~torch.stack([norm.isfinite() for norm in norms]).all()
+    answer = torch.stack([failed.float(), torch.full_like(failed, asked_to_stop).float()])
     if world > 1:
         dist.all_reduce(answer, dist.ReduceOp.MAX)
     failed, stop = answer.tolist()
     return not failed, bool(stop)
 
 
-# ---- the log -----------------------------------------------------------------------------------
-def open_log(out, first, tensorboard):
-    """Make a run folder; of its log.jsonl keep the steps up to `first`, since those after the
-    checkpoint come again. Returns TensorBoard's writer, or None. Raises OSError or ValueError with
-    one sentence."""
-    if tensorboard:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ValueError(
-                f"--tensorboard: {error}; install it with: pip install tensorboard"
-            ) from None
-    data.make_folder(out)
-    if (out / "log.jsonl").exists():
-        lines = [
-            line
-            for line in (out / "log.jsonl").read_text().splitlines(keepends=True)
-            if line.endswith("}\n")
-        ]
-        (out / "log.tmp").write_text(
-            "".join(line for line in lines if json.loads(line)["step"] <= first)
-        )
-        os.replace(out / "log.tmp", out / "log.jsonl")
-    return SummaryWriter(out, purge_step=first + 1) if tensorboard else None
+# ---- the log -------------------------------------------------------------------------------------
+# fmt: off
+PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
+              "L4": 121e12, "A10": 125e12, "4090": 165e12, "3090": 71e12, "V100": 125e12}
+FORMATS = {"lr": ".1e", "norm": ".2f", "usage": ".1%", "mfu": ".1%", "img_per_s": ",.1f"}
+# fmt: on
 
 
-def log(record, out, board):
-    """Add a step's record to log.jsonl and to TensorBoard."""
-    with open(out / "log.jsonl", "a") as file:
-        file.write(json.dumps(record) + "\n")
-    for name in record.keys() - {"step"} if board else ():
-        board.add_scalar(name, record[name], record["step"])
-        board.flush()
+class Log:
+    """Losses summed over steps, then printed and added to log.jsonl as one line.
+
+    out, step         run folder, and the step to start from: lines of later steps are removed,
+                      because these steps come again
+    batch_size        images per step, summed over processes
+    flops_per_image   of a forward and backward pass; the log then has "mfu", the share of the GPU's
+                      peak rate (dense bfloat16, by data sheet), where that peak is known"""
+
+    def __init__(self, out, step, max_steps, batch_size, rank, world, device, flops_per_image=0):
+        self.path, self.max_steps, self.batch_size = Path(out) / "log.jsonl", max_steps, batch_size
+        self.rank, self.world = rank, world
+        self.sums, self.counts = {}, {}
+        self.clock, self.step = time.time(), step
+        gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        peak = next((flops for name, flops in PEAK_FLOPS.items() if name in gpu), 0)
+        self.mfu_per_rate = flops_per_image / peak / world if peak else 0
+        if rank == 0 and self.path.exists():
+            lines = self.path.read_text().splitlines(keepends=True)
+            kept = [
+                line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step
+            ]
+            temporary = self.path.with_suffix(".tmp")
+            temporary.write_text("".join(kept))
+            os.replace(temporary, self.path)
+
+    def add(self, **losses):
+        """Add the losses of one step: tensors (). Does not wait for a GPU."""
+        for name, loss in losses.items():
+            self.sums[name] = self.sums.get(name, 0) + loss.detach().float()
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def write(self, step, **more):
+        """Print and write a line for this step: the losses, averaged over the steps since the last
+        line and over the processes, then `more`, floats or None. All processes call it."""
+        sums = torch.stack(list(self.sums.values()))
+        if self.world > 1:
+            dist.all_reduce(sums)
+        counts = [count * self.world for count in self.counts.values()]
+        means = [total / count for total, count in zip(sums.tolist(), counts)]
+        seconds = (time.time() - self.clock) / (step - self.step)
+        rate = self.batch_size / seconds
+        more |= {"img_per_s": rate, "mfu": rate * self.mfu_per_rate or None}
+        line = dict(zip(self.sums, means)) | {k: v for k, v in more.items() if v is not None}
+        self.sums, self.counts = {}, {}
+        self.clock, self.step = time.time(), step
+        if self.rank > 0:
+            return
+        with open(self.path, "a") as file:
+            file.write(json.dumps({"step": step, **line}) + "\n")
+        parts = [f"{name} {value:{FORMATS.get(name, '.4f')}}" for name, value in line.items()]
+        left = (self.max_steps - step) * seconds / 60
+        print(f"step {step:06d}/{self.max_steps} | " + " | ".join(parts), end="")
+        print(f" | {seconds * 1e3:.0f} ms | {left:.1f} min left", flush=True)
 
 
-# ---- shards and whole tensors ------------------------------------------------------------------
-def part(value, like):
-    """What `like` holds of a whole tensor: all of it, or under FSDP this process's shard. No
-    process sends anything."""
+# ---- shards --------------------------------------------------------------------------------------
+def to_shard(value, like):
+    """The part of a whole tensor that `like` holds: all of it, or under FSDP this process's shard.
+    Every process has the whole tensor, so nothing is sent."""
     if isinstance(like, DTensor):
-        return distribute_tensor(
-            value.to(like.device), like.device_mesh, like.placements, src_data_rank=None
-        )
+        value = value.to(like.device)
+        return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
     return value
 
 
 def fill(target, source):
-    """Copy whole tensors into those of a nested dict, which may be shards; what only source has is
+    """Copy whole tensors into the tensors or shards of a nested dict. What only `source` has is
     left out."""
     for key, value in target.items():
         if isinstance(value, dict):
             fill(value, source[key])
         else:
-            value.copy_(part(source[key], value))
+            value.copy_(to_shard(source[key], value))
 
 
-def whole(tree):
-    """A nested dict with every shard replaced by its whole tensor: on the CPU of process 0, None
-    elsewhere. All processes must call it. Tensors are gathered one at a time, so that no GPU holds
-    more than one of them."""
+def gather(tree):
+    """A nested dict with whole tensors instead of shards, on the CPU of process 0; None elsewhere.
+
+    All processes call it. Tensors are gathered one at a time, so that no GPU holds two of them."""
     if isinstance(tree, dict):
-        return {key: whole(value) for key, value in tree.items()}
+        return {key: gather(value) for key, value in tree.items()}
     if isinstance(tree, DTensor):
         value = tree.full_tensor()
         return value.cpu() if dist.get_rank() == 0 else None
     return tree
 
 
-# ---- checkpoints -------------------------------------------------------------------------------
+def copy_weights(model, weights):
+    """Copy whole tensors, pairs of name and tensor, into a model that may be sharded."""
+    state = model.state_dict()
+    for name, value in weights:
+        state[name].copy_(to_shard(value, state[name]))
+
+
+@torch.no_grad()
+def average_weights(ema, weights, decay, step):
+    """Move averaged weights towards the weights of this step, in place; both are dicts by name.
+
+    The average follows quickly at first. With a decay of 0.9999 from the start, the random first
+    weights would be part of it for ten thousand steps."""
+    decay = min(decay, (1 + step) / (10 + step))
+    averages = [ema[name] for name in weights]
+    torch._foreach_lerp_(averages, list(weights.values()), 1 - decay)  # few launches for all
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------
 def find_checkpoint(out):
-    """The newest checkpoint of a run folder: its path, and a dict of step, config and so on, to
-    which a file adds its tensors (not yet read from disk). (None, None) if there is none. Raises
-    ValueError with one sentence for a damaged one."""
+    """The newest checkpoint of a run folder: its path, and a dict of step, config and so on. If
+    there is none, (None, None).
+
+    The dict of a ckpt.pt also has its tensors, which are read from disk when they are used.
+    Raises ValueError with one sentence for a damaged checkpoint."""
     found = []
     if (out / "ckpt.pt").exists():
-        found.append((out / "ckpt.pt", data.read_checkpoint(out / "ckpt.pt", mmap=True)))
-        saved = found[0][1]
-        if not (
-            isinstance(saved, dict)
-            and {"step", "optimizer", "config"} <= saved.keys()
-            and "n_layer" in saved["config"]
-        ):
-            raise ValueError(f"{out}/ckpt.pt is not one of train_gpt.py's; choose another --out")
-    for folder in sorted(out.glob("ckpt_[0-9]*/"))[-1:]:
-        try:
-            files = {
-                item.relative_path
-                for item in dcp.FileSystemReader(folder).read_metadata().storage_data.values()
-            }
-            lost = sorted(name for name in files if not (folder / name).exists())
-            if lost:
-                raise OSError(f"{', '.join(lost)} not found")
-            found.append((folder, json.loads((folder / "plain.json").read_text())))
-        except (OSError, ValueError) as error:
+        saved = files.read_checkpoint(out / "ckpt.pt", mmap=True)
+        if not isinstance(saved, dict) or not {"step", "optimizer", "config"} <= saved.keys():
             raise ValueError(
-                f"{folder} is damaged ({error}); remove it to resume from an earlier one"
-            ) from None
+                f"{out}/ckpt.pt was not written by a training script; choose another --out"
+            )
+        found.append((out / "ckpt.pt", saved))
+    folders = sorted(out.glob("ckpt_[0-9]*/"))
+    if folders:
+        found.append((folders[-1], read_plain(folders[-1])))
     return max(found, key=lambda pair: pair[1]["step"], default=(None, None))
 
 
+def read_plain(folder):
+    """The plain values of a folder of shards. Raises ValueError if the folder is damaged."""
+    try:
+        stored = dcp.FileSystemReader(folder).read_metadata().storage_data.values()
+        names = {item.relative_path for item in stored}
+        lost = sorted(name for name in names if not (folder / name).exists())
+        if lost:
+            raise OSError(f"{', '.join(lost)} not found")
+        return json.loads((folder / "plain.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{folder} is damaged ({error}); remove it to resume from an earlier one"
+        ) from None
+
+
+def check_same_run(path, saved, config, origin):
+    """Raise ValueError unless a checkpoint is of the same model and of the same data.
+
+    config, origin: plain values, as the run that asks would save them."""
+    if not config.keys() <= saved["config"].keys():
+        raise ValueError(f"{path} was written by another script; choose another --out")
+    then = {**saved["config"], **saved}
+    changed = [
+        f"{name} was {str(then[name])[:40]}, is {str(value)[:40]}"
+        for name, value in {**config, **origin}.items()
+        if name in then and then[name] != value
+    ]
+    if changed:
+        raise ValueError(
+            f"{path} is of another model or other data ({'; '.join(changed)}); use the flags of "
+            "that run, or choose another --out"
+        )
+
+
 def restore(state, path, saved):
-    """Fill a nested dict of tensors, or shards, from what find_checkpoint found, of any number of
-    processes."""
+    """Fill a nested dict of tensors or shards from a checkpoint that find_checkpoint found. Any
+    number of processes may have written it."""
     if path.is_dir():
         dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
     else:
@@ -180,68 +301,67 @@ def restore(state, path, saved):
 
 
 def restore_run(model, optimizer, ema, path, saved):
-    """Put a checkpoint's values into model, optimizer and averaged weights; returns its step and
-    the images seen."""
+    """Put a checkpoint's values into model, optimizer and averaged weights (None: there are none).
+    Returns (step, images seen so far)."""
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    moments = {
-        i: {
-            "step": torch.zeros(()),
-            "exp_avg": torch.zeros_like(weight),
-            "exp_avg_sq": torch.zeros_like(weight),
-        }
-        for i, weight in enumerate(weights)
-    }
+    moments = {}
+    for i, weight in enumerate(weights):
+        average = torch.zeros_like(weight)
+        moments[i] = {"step": torch.zeros(()), "exp_avg": average, "exp_avg_sq": average.clone()}
     state = {"model": model.state_dict(), "optimizer": moments}
-    restore(state | ({"ema": ema} if ema and saved["ema"] else {}), path, saved)
-    optimizer.load_state_dict(
-        {"state": moments, "param_groups": optimizer.state_dict()["param_groups"]}
-    )
-    if ema and not saved["ema"]:  # the run had no averages until now
+    if ema and saved["ema"]:
+        state["ema"] = ema
+    restore(state, path, saved)
+    groups = optimizer.state_dict()["param_groups"]  # rates and decay are those of today's flags
+    optimizer.load_state_dict({"state": moments, "param_groups": groups})
+    if ema and not saved["ema"]:  # until now the run had no averages: they start here
         fill(ema, model.state_dict())
     return saved["step"], saved["images_seen"]
 
 
-def save(state, plain, out, rank, sharded, consolidated, keep):
-    """Write tensors and plain values as ckpt.pt, or as ckpt_STEP/ under FSDP (and as ckpt.pt too if
-    consolidated), and delete older ones but for `keep`. All processes call it. Raises OSError with
-    one sentence."""
-    if (
-        sharded and not (out / f"ckpt_{plain['step']:08d}").exists()
-    ):  # it does where shards are left to be joined
-        save_shards(state, {**plain, "ema": "ema" in state}, out)
-    if not sharded or consolidated:
-        state = whole(state)
+def save(state, plain, out, rank, keep=0, sharded=False, joined=True):
+    """Write tensors and plain values as ckpt.pt, or under FSDP as ckpt_STEP/ (joined: as ckpt.pt
+    too), and delete older checkpoints except `keep` of them. All processes call it.
+
+    Raises OSError with one sentence; earlier checkpoints are then untouched."""
+    name = f"ckpt_{plain['step']:08d}"
+    if sharded and not (out / name).exists():
+        save_shards(state, {**plain, "ema": "ema" in state}, out / name)
+    if not sharded or joined:
+        state = gather(state)
         if rank == 0:
-            data.save_checkpoint({"ema": None, **state, **plain}, out / "ckpt.pt")
+            files.save_checkpoint({"ema": None, **state, **plain}, out / "ckpt.pt")
     if rank > 0:
         return
-    if keep and not sharded:  # the new ckpt.pt gets a second name, under which it stays
-        (out / f"ckpt_{plain['step']:08d}.pt").unlink(missing_ok=True)
-        os.link(out / "ckpt.pt", out / f"ckpt_{plain['step']:08d}.pt")
-    newest = 1 if keep or sharded else 0
-    for old in sorted(out.glob("ckpt_[0-9]*" if keep else "ckpt_[0-9]*/"), reverse=True)[
-        newest + keep :
-    ]:  # files stay
-        shutil.rmtree(old) if old.is_dir() else old.unlink()
+    if keep and not sharded:  # a second name for ckpt.pt, which the next ckpt.pt does not replace
+        (out / f"{name}.pt").unlink(missing_ok=True)
+        os.link(out / "ckpt.pt", out / f"{name}.pt")
+    older = sorted(path for path in out.glob("ckpt_[0-9]*") if path.stem != name)
+    if not keep:  # files are here because an earlier start had --keep: they stay
+        older = [path for path in older if path.is_dir()]
+    while len(older) > keep:
+        path = older.pop(0)
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def save_shards(state, plain, out):
-    """Write the checkpoint folder out/ckpt_STEP: shards by every process, plain values as
-    plain.json. The folder gets its name when it is complete, so that a kill at any moment leaves
-    the one before. Raises OSError with one sentence, on every process."""
-    tmp, folder = out / "ckpt.tmp", out / f"ckpt_{plain['step']:08d}"
+def save_shards(state, plain, folder):
+    """Write a checkpoint folder: shards by every process, plain values as plain.json. It gets its
+    name when it is complete, so that a kill at any moment leaves the one before.
+
+    Raises OSError with one sentence, on every process."""
+    temporary = folder.parent / "ckpt.tmp"
     if dist.get_rank() == 0:
-        shutil.rmtree(tmp, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     dist.barrier()
     try:
-        dcp.save({**state, "optimizer": state["optimizer"]["state"]}, checkpoint_id=tmp)
+        dcp.save({**state, "optimizer": state["optimizer"]["state"]}, checkpoint_id=temporary)
     except dcp.api.CheckpointException as error:
         reason = str(next(iter(error.failures.values()))[0]).splitlines()[0]
         raise OSError(
             f"could not save {folder} ({reason}); earlier checkpoints are untouched"
         ) from None
     if dist.get_rank() == 0:
-        (tmp / "plain.json").write_text(json.dumps(plain))
+        (temporary / "plain.json").write_text(json.dumps(plain))
         shutil.rmtree(folder, ignore_errors=True)
-        os.replace(tmp, folder)
+        os.replace(temporary, folder)
     dist.barrier()

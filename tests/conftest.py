@@ -99,3 +99,35 @@ def photos():
             "imagenet_sample/"
         )
     return PHOTOS
+
+
+def words(text):
+    """A command line's words, as text is shorter than a list of them."""
+    return text.split()
+
+
+@pytest.fixture(scope="module")
+def codes(tmp_path_factory):
+    """Sixty images of 4 x 4 codes out of 20; the class tells which eight occur. Two crops each."""
+    folder, rng = tmp_path_factory.mktemp("data") / "codes", np.random.RandomState(0)
+    folder.mkdir()
+    labels = np.arange(60, dtype=np.int32) % 3
+    np.save(folder / "labels.npy", labels)
+    np.save(
+        folder / "codes.npy",
+        ((labels[:, None, None] * 5 + rng.randint(0, 8, (60, 2, 16))) % 20).astype(np.uint16),
+    )
+    (folder / "meta.json").write_text(
+        json.dumps(
+            {
+                "classes": ["a", "b", "c"],
+                "h": 4,
+                "w": 4,
+                "codebook_size": 20,
+                "image_size": 16,
+                "tokenizer": "0",
+                "skipped": [],
+            }
+        )
+    )
+    return folder

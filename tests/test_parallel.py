@@ -12,45 +12,27 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT
-from test_train_gpt import codes, flags_for, log, losses, torchrun, train  # noqa: F401 (codes is a fixture)
+from conftest import ROOT, words
+from test_train_gpt import flags_for, log, losses, torchrun, train
 
 import gpt
 from nanollamagen import data, runs
 
 STILL = [
-    "--dropout",
-    0,
-    "--class-dropout",
-    0,
-    "--max-steps",
-    50,
-    "--ema-decay",
-    0.9,
-    "--val-images",
-    7,
-    "--val-every",
-    25,
+    *words("--dropout 0 --class-dropout 0 --max-steps 50 --ema-decay 0.9"),
+    *words("--val-images 7 --val-every 25"),
 ]
 SHARDED = [
-    "--parallel",
-    "fsdp",
-    "--save-every",
-    20,
-    "--keep",
-    1,
-    "--micro-batch",
-    2,
+    *words("--parallel fsdp --save-every 20 --keep 1 --micro-batch 2"),
     "--checkpoint-activations",
 ]
 pytestmark = pytest.mark.slow
-os.environ.setdefault(
-    "GLOO_SOCKET_IFNAME", "lo"
-)  # gloo would look up the host's name otherwise: it can take minutes
+# otherwise gloo looks up the host's name, which can take minutes
+os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 
 @pytest.fixture(scope="module")
-def trained(codes, tmp_path_factory):  # noqa: F811
+def trained(codes, tmp_path_factory):
     """A folder with 50 steps each on one process, two DDP and two FSDP processes: one, ddp,
     fsdp."""
     out = tmp_path_factory.mktemp("runs")
@@ -62,14 +44,21 @@ def trained(codes, tmp_path_factory):  # noqa: F811
     return out
 
 
-def workers(n, *args):
-    """The n processes of one run, as a cluster's scheduler starts them, without torchrun."""
+def workers(n, *args, script=""):
+    """The n processes of one run, as a cluster's scheduler starts them, without torchrun. script:
+    what each of them does first."""
+    command = ["train_gpt.py"]
+    if script:
+        command = [
+            "-c",
+            f"import train_gpt; from nanollamagen import runs; {script}; train_gpt.main()",
+        ]
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     return [
         subprocess.Popen(
-            [sys.executable, "train_gpt.py", *flags_for(*args)],
+            [sys.executable, *command, *flags_for(*args)],
             cwd=ROOT,
             stderr=subprocess.PIPE,
             text=True,
@@ -126,7 +115,7 @@ def test_old_checkpoints_are_kept_as_asked(trained):
     assert names["fsdp"] == ["ckpt.pt", "ckpt_00000040", "ckpt_00000050"]
 
 
-def test_a_sharded_run_killed_goes_on_in_one_process(trained, codes, tmp_path, monkeypatch):  # noqa: F811
+def test_a_sharded_run_killed_goes_on_in_one_process(trained, codes, tmp_path, monkeypatch):
     out, flags = tmp_path / "run", [*STILL, "--save-every", 10]
     processes = workers(2, codes, out, *flags, "--parallel", "fsdp")
     wait_for_step(out, 23, processes)
@@ -143,7 +132,7 @@ def test_a_sharded_run_killed_goes_on_in_one_process(trained, codes, tmp_path, m
     assert max(float((v - expected[k]).abs().max()) for k, v in ema.items()) < 1e-3
 
 
-def test_shards_that_were_not_joined_at_the_end_are_joined_by_resuming(trained, codes, tmp_path):  # noqa: F811
+def test_shards_that_were_not_joined_at_the_end_are_joined_by_resuming(trained, codes, tmp_path):
     """Killed between its last shards and ckpt.pt, it has no step left to take."""
     shutil.copytree(trained / "fsdp", tmp_path / "run")
     (tmp_path / "run" / "ckpt.pt").unlink()
@@ -165,7 +154,7 @@ def test_shards_that_were_not_joined_at_the_end_are_joined_by_resuming(trained, 
     assert log(tmp_path / "run") == log(trained / "fsdp")
 
 
-def killed_often(kills, n, codes, out, *flags):  # noqa: F811
+def killed_often(kills, n, codes, out, *flags):
     """Start a run of n processes `kills` times and kill them all, at a random moment of the start
     or of one of the next five steps; then let it end. It saves after every step, so that many of
     the kills fall into a save."""
@@ -189,7 +178,7 @@ def killed_often(kills, n, codes, out, *flags):  # noqa: F811
         assert p.wait() == 0, p.communicate()
 
 
-def test_a_run_killed_at_twenty_random_moments_equals_one_never_killed(codes, tmp_path):  # noqa: F811
+def test_a_run_killed_at_twenty_random_moments_equals_one_never_killed(codes, tmp_path):
     """With dropout and averaged weights, to the last bit."""
     flags = ["--ema-decay", 0.9, "--keep", 2, "--max-steps", 60]
     for p in workers(1, codes, tmp_path / "whole", *flags):
@@ -211,7 +200,7 @@ def test_a_run_killed_at_twenty_random_moments_equals_one_never_killed(codes, tm
 
 def test_a_sharded_run_killed_at_five_random_moments_equals_one_never_killed(
     trained, codes, tmp_path
-):  # noqa: F811
+):
     killed_often(5, 2, codes, tmp_path / "run", *STILL, "--parallel", "fsdp")
     assert losses(tmp_path / "run") == pytest.approx(losses(trained / "one"), abs=1e-4)
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
@@ -221,56 +210,69 @@ def test_a_sharded_run_killed_at_five_random_moments_equals_one_never_killed(
     ]
 
 
-def test_one_process_goes_on_as_shards_and_two_copies_as_two_shards(trained, codes, tmp_path):  # noqa: F811
-    """From ckpt.pt to FSDP with --shard-size 1 (a whole copy in each of two processes), then from
-    its shards to two."""
-    (tmp_path / "run").mkdir()
-    shutil.copy(trained / "one" / "ckpt_00000020.pt", tmp_path / "run" / "ckpt.pt")
-    for steps, size in ((35, 1), (50, 2)):
-        result = torchrun(
-            2,
-            codes,
-            tmp_path / "run",
-            *STILL,
-            "--resume",
-            "--parallel",
-            "fsdp",
-            "--shard-size",
-            size,
-            "--max-steps",
-            steps,
-            "--micro-batch",
-            2,
+def nodes(*args):
+    """One run on two nodes of one process each, which are started one by one as on a cluster."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    launch = words(f"-m torch.distributed.run --nnodes=2 --nproc_per_node=1 --master_port={port}")
+    processes = [
+        subprocess.Popen(
+            [sys.executable, *launch, f"--node_rank={i}", "train_gpt.py", *flags_for(*args)],
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
         )
-        assert result.returncode == 0, result.stderr
-    assert losses(tmp_path / "run") == pytest.approx(losses(trained / "one")[20:], abs=1e-4)
+        for i in range(2)
+    ]
+    for p in processes:
+        _, err = p.communicate(timeout=300)
+        assert p.returncode == 0, err
+
+
+def test_one_process_resumes_as_a_copy_on_each_node_and_these_as_shards(trained, codes, tmp_path):
+    """From ckpt.pt to --parallel hsdp (a whole copy on each of two nodes), then from its shards to
+    two shards of one copy."""
+    out = tmp_path / "run"
+    out.mkdir()
+    shutil.copy(trained / "one" / "ckpt_00000020.pt", out / "ckpt.pt")
+    flags = [*STILL, "--resume", "--micro-batch", 2]
+    nodes(codes, out, *flags, *words("--parallel hsdp --max-steps 35"))
+    result = torchrun(2, codes, out, *flags, *words("--parallel fsdp --max-steps 50"))
+    assert result.returncode == 0, result.stderr
+    assert losses(out) == pytest.approx(losses(trained / "one")[20:], abs=1e-4)
     norms = [r["norm"] for r in log(trained / "one")][20:]
-    assert [r["norm"] for r in log(tmp_path / "run")] == pytest.approx(norms, rel=1e-3)
+    assert [r["norm"] for r in log(out)] == pytest.approx(norms, rel=1e-3)
+
+
+def test_a_finished_sharded_run_that_lost_its_file_gets_it_from_one_process(
+    trained, codes, tmp_path, monkeypatch
+):
+    out = tmp_path / "run"
+    shutil.copytree(trained / "fsdp", out)
+    (out / "ckpt.pt").unlink()
+    train(monkeypatch, codes, out, *STILL, "--resume")
+    one, two = (data.read_checkpoint(folder / "ckpt.pt") for folder in (trained / "fsdp", out))
+    assert all(torch.equal(value, two["model"][name]) for name, value in one["model"].items())
 
 
 @pytest.mark.parametrize("parallel, number", [("fsdp", signal.SIGTERM), ("ddp", signal.SIGUSR1)])
-def test_a_signal_to_any_process_saves_and_exits_0(codes, tmp_path, parallel, number):  # noqa: F811
-    consolidate = ["--consolidate"] if parallel == "fsdp" else []
-    processes = workers(
-        2, codes, tmp_path / "run", "--max-steps", 100000, "--parallel", parallel, *consolidate
-    )
+def test_a_signal_to_any_process_saves_and_exits_0(codes, tmp_path, parallel, number):
+    flags = ["--max-steps", 100000, "--parallel", parallel]
+    processes = workers(2, codes, tmp_path / "run", *flags)
     wait_for_step(tmp_path / "run", 3, processes)
     processes[1].send_signal(number)
     for p in processes:
         _, err = p.communicate(timeout=60)
         assert p.returncode == 0, err
-    file = data.read_checkpoint(tmp_path / "run" / "ckpt.pt")
-    assert file["step"] == log(tmp_path / "run")[-1]["step"]
-    if parallel == "fsdp":  # --consolidate: the file holds what the shards hold
-        (shards,) = (tmp_path / "run").glob("ckpt_[0-9]*")
-        state = {k: torch.empty_like(v) for k, v in file["model"].items()}
-        runs.restore({"model": state}, shards, None)
-        assert shards.name == f"ckpt_{file['step']:08d}"
-        assert all(torch.equal(state[k], v) for k, v in file["model"].items())
+    path, saved = runs.find_checkpoint(tmp_path / "run")
+    assert path.is_dir() == (parallel == "fsdp")
+    assert saved["step"] == log(tmp_path / "run")[-1]["step"]
 
 
-def test_a_process_that_dies_ends_the_others(codes, tmp_path):  # noqa: F811
-    processes = workers(2, codes, tmp_path / "run", "--max-steps", 100000, "--timeout", 0.2)
+def test_a_process_that_dies_ends_the_others(codes, tmp_path):
+    soon = "from datetime import timedelta; runs.TIMEOUT = timedelta(seconds=12)"
+    processes = workers(2, codes, tmp_path / "run", "--max-steps", 100000, script=soon)
     wait_for_step(tmp_path / "run", 3, processes)
     processes[1].kill()
     processes[1].communicate()
@@ -281,15 +283,13 @@ def test_a_process_that_dies_ends_the_others(codes, tmp_path):  # noqa: F811
 @pytest.mark.parametrize(
     "flags, sentence",
     [
-        (["--shard-size", 4], "--shard-size 4 does not divide the 2 processes"),
-        (["--parallel", "ddp", "--shard-size", 2], "--shard-size is for --parallel fsdp"),
-        (["--resume", "--model", "B"], "is of another model or other codes (dim was 128, is 768; "),
+        (["--resume", "--model", "B"], "is of another model or other data (dim was 128, is 768; "),
         (["--resume"], "__1_0.distcp not found); remove it to resume from an earlier one"),
     ],
 )
 def test_a_mistake_gets_one_sentence(
     trained, codes, tmp_path, monkeypatch, capsys, flags, sentence
-):  # noqa: F811
+):
     if "--resume" in flags:
         shutil.copytree(trained / "fsdp" / "ckpt_00000040", tmp_path / "run" / "ckpt_00000040")
         if "--model" not in flags:
@@ -301,7 +301,7 @@ def test_a_mistake_gets_one_sentence(
     assert stop.value.code == 2 and sentence in capsys.readouterr().err
 
 
-def test_fsdp_without_torchrun_says_so(codes, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_fsdp_without_torchrun_says_so(codes, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         train(monkeypatch, codes, tmp_path / "run", "--parallel", "fsdp")
     assert stop.value.code == 2 and "start it with torchrun" in capsys.readouterr().err
@@ -311,7 +311,7 @@ def test_fsdp_without_torchrun_says_so(codes, tmp_path, monkeypatch, capsys):  #
     not (shutil.which("g++") or shutil.which("clang++")),
     reason="torch.compile needs a C++ compiler",
 )
-def test_compiled_equals_eager(codes, tmp_path, monkeypatch):  # noqa: F811
+def test_compiled_equals_eager(codes, tmp_path, monkeypatch):
     """On a model of one block, to compile in seconds; without dropout, whose random numbers differ
     when compiled."""
     monkeypatch.setitem(gpt.GPT_CONFIGS, "demo", gpt.GPTConfig(dim=32, n_layer=1, n_head=2))
@@ -328,16 +328,16 @@ gpt.GPT_CONFIGS["demo"] = gpt.GPTConfig(dim=32, n_layer=1, n_head=2)
 """
 SPY = """
 import gc
-loss, found = train_gpt.cross_entropy_, []
+loss, found = train_gpt.cross_entropy, []
 
-def spy(logits, tokens, scale):
+def spy(logits, targets):
     model = next(thing for thing in gc.get_objects() if isinstance(thing, gpt.GPT))
     found.append(all(weight.grad is not None for weight in model.layers.parameters()))
     if len(found) == 2:
         print(f"gradients: {found}", flush=True)
-    return loss(logits, tokens, scale)
+    return loss(logits, targets)
 
-train_gpt.cross_entropy_ = spy
+train_gpt.cross_entropy = spy
 """
 
 
@@ -346,7 +346,7 @@ train_gpt.cross_entropy_ = spy
     reason="torch.compile needs a C++ compiler",
 )
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_compiled_blocks_are_checkpointed_on_two_processes(codes, tmp_path, monkeypatch, parallel):  # noqa: F811
+def test_compiled_blocks_are_checkpointed_on_two_processes(codes, tmp_path, monkeypatch, parallel):
     """As on a GPU by default, with micro-batches; the losses are those of one process, eager."""
     monkeypatch.setitem(gpt.GPT_CONFIGS, "demo", gpt.GPTConfig(dim=32, n_layer=1, n_head=2))
     flags = ["--dropout", 0, "--class-dropout", 0, "--max-steps", 5]
@@ -358,10 +358,7 @@ def test_compiled_blocks_are_checkpointed_on_two_processes(codes, tmp_path, monk
         *flags,
         "--parallel",
         parallel,
-        "--micro-batch",
-        2,
-        "--compile",
-        "--checkpoint-activations",
+        *words("--micro-batch 2 --compile --checkpoint-activations"),
         script=ONE_BLOCK,
     )
     assert result.returncode == 0, result.stderr
@@ -370,18 +367,13 @@ def test_compiled_blocks_are_checkpointed_on_two_processes(codes, tmp_path, monk
     assert two == pytest.approx(one, rel=1e-3)
 
 
-def test_shards_of_gradients_are_all_that_a_process_keeps_between_micro_batches(codes, tmp_path):  # noqa: F811
+def test_shards_of_gradients_are_all_that_a_process_keeps_between_micro_batches(codes, tmp_path):
     """FSDP would keep whole gradients to the last micro-batch, and until then no shard of them."""
     result = torchrun(
         2,
         codes,
         tmp_path / "run",
-        "--parallel",
-        "fsdp",
-        "--micro-batch",
-        2,
-        "--max-steps",
-        1,
+        *words("--parallel fsdp --micro-batch 2 --max-steps 1"),
         script=ONE_BLOCK + SPY,
     )
     assert result.returncode == 0, result.stderr
@@ -392,7 +384,7 @@ def test_shards_of_gradients_are_all_that_a_process_keeps_between_micro_batches(
     not (shutil.which("g++") or shutil.which("clang++")),
     reason="torch.compile needs a C++ compiler",
 )
-def test_compiled_equals_eager_in_the_mean_with_dropout(codes, tmp_path, monkeypatch):  # noqa: F811
+def test_compiled_equals_eager_in_the_mean_with_dropout(codes, tmp_path, monkeypatch):
     """Eight seeds each way, strong dropout: the mean loss of the last steps agrees within 3
     standard errors, which are small enough to see that dropout is there at all."""
     monkeypatch.setitem(gpt.GPT_CONFIGS, "demo", gpt.GPTConfig(dim=32, n_layer=1, n_head=2))
@@ -404,11 +396,7 @@ def test_compiled_equals_eager_in_the_mean_with_dropout(codes, tmp_path, monkeyp
                 monkeypatch,
                 codes,
                 tmp_path / f"{name}{seed}",
-                "--dropout",
-                0.3,
-                "--max-steps",
-                40,
-                "--seed",
+                *words("--dropout 0.3 --max-steps 40 --seed"),
                 seed,
                 *flags,
             )
