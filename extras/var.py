@@ -58,16 +58,14 @@ def sample_scales(
     kept=None,
     bf16=False,
 ):
-    """Sample one scale after the other. Yields the codes of each (B, p * p), and the sum of all
-    scales so far (B, D, h, w).
+    """Sample scale after scale. Yields the codes (B, p * p) and the sum so far (B, D, h, w).
 
     labels       (B,) int64 in [0, num_classes]; num_classes is "no class"
     seeds        (B,) int64; image i follows from seeds[i], whatever the batch (sample.gumbel_noise)
     var_cfg      guidance t, which grows from 0 at the first scale to var_cfg at the last:
                  logits = (1 + t) with the class - t without
-    more_smooth  mix codebook entries instead of sampling one: nicer pictures, worse FID. The sums
-                 are then not those of the codes.
-    photo_codes  (B, L) and kept (L,) bool, for edits: where kept is True, the sums use the photo's
+    more_smooth  mix codebook entries instead of taking the code's: nicer pictures, worse FID
+    photo_codes  (B, L) and kept (L,) bool, for edits: where kept is True, the sums take the photo's
                  codes, whatever was sampled there
     """
     config, scales = model.config, model.config.scales
@@ -75,6 +73,7 @@ def sample_scales(
     rows = labels
     if guided:  # rows 0 .. B - 1 have the class, rows B .. 2B - 1 have none
         rows = torch.cat([labels, torch.full_like(labels, config.num_classes)])
+    copies = len(rows) // len(labels)
     cond = model.class_emb(rows)  # (B or 2B, C)
     cache = model.new_cache(len(rows), torch.bfloat16 if bf16 else None)
     x = cond[:, None] + model.pos_start  # what the first scale reads
@@ -113,9 +112,7 @@ def sample_scales(
         yield codes, f_hat
         if s + 1 < len(scales):
             shrunk = quantizer.shrink(f_hat, s + 1).flatten(2).transpose(1, 2)
-            x = model.word_embed(shrunk)
-            if guided:
-                x = torch.cat([x, x])
+            x = model.word_embed(shrunk).repeat(copies, 1, 1)
         start = end
 
 
