@@ -5,7 +5,7 @@
 # make test   all tests
 # make lint   the formatter and the linter, as CI runs them first
 # All set up .venv first, with the pinned versions of requirements.txt and requirements-vllm.txt. Finished stages of the
-# demos are not repeated; `rm -r runs/demo runs/demo-text runs/demo-var` starts them afresh.
+# demos are not repeated; `rm -r runs/demo runs/demo-text runs/demo-var` starts them over.
 PYTHON = .venv/bin/python
 PIP = $(PYTHON) -m pip install --quiet --disable-pip-version-check
 RUN = runs/demo
@@ -42,16 +42,16 @@ $(RUN)/vq/ckpt.pt: | .venv/installed
 
 $(RUN)/codes/meta.json: $(RUN)/vq/ckpt.pt
 	@echo "2/4  the pictures as codes"
-	$(PYTHON) vq.py encode --ckpt $(RUN)/vq/ckpt.pt --data shapes:12000 --out $(RUN)/codes --workers 0
+	$(PYTHON) vq.py encode --vq $(RUN)/vq/ckpt.pt --data shapes:12000 --out $(RUN)/codes --workers 0
 
 $(RUN)/gpt/ckpt.pt: $(RUN)/codes/meta.json
 	@echo "3/4  the GPT over codes"
-	$(PYTHON) train_gpt.py --codes $(RUN)/codes --model demo --batch-size 128 --lr 4e-3 --max-steps 900 \
+	$(PYTHON) train_gpt.py --codes $(RUN)/codes --model demo --batch-size 128 --lr 2e-3 --max-steps 900 \
 	    --warmup-steps 50 --schedule cosine --dropout 0 --val-images 500 --val-every 100 --log-every 50 --out $(RUN)/gpt
 
 $(RUN)/samples.npz: $(RUN)/gpt/ckpt.pt
 	@echo "4/4  samples"
-	$(PYTHON) sample.py --vq $(RUN)/vq/ckpt.pt --gpt $(RUN)/gpt/ckpt.pt --per-class 10 --batch-size 100 \
+	$(PYTHON) sample.py --vq $(RUN)/vq/ckpt.pt --gpt $(RUN)/gpt/ckpt.pt --count 10 --batch-size 100 \
 	    --cfg-scale 2 --temperature 0.8 --top-k 0 --out $(RUN)/samples.png
 	$(PYTHON) sample.py --vq $(RUN)/vq/ckpt.pt --gpt $(RUN)/gpt/ckpt.pt --num-samples 500 --batch-size 250 --seed 1000 \
 	    --cfg-scale 2 --temperature 0.8 --top-k 0 --out $@
@@ -62,12 +62,12 @@ demo: $(RUN)/samples.npz
 
 $(TEXT)/codes/text.json: $(RUN)/vq/ckpt.pt
 	@echo "1/3  captioned pictures as codes, and the features of their words"
-	$(PYTHON) vq.py encode --ckpt $(RUN)/vq/ckpt.pt --data shapes-captions:12000 --out $(TEXT)/codes --workers 0
+	$(PYTHON) vq.py encode --vq $(RUN)/vq/ckpt.pt --data shapes-captions:12000 --out $(TEXT)/codes --workers 0
 	$(PYTHON) -m nanollamagen.captions encode --codes $(TEXT)/codes --t5 words
 
 $(TEXT)/gpt/ckpt.pt: $(TEXT)/codes/text.json
 	@echo "2/3  the GPT over codes, from captions"
-	$(PYTHON) train_gpt.py --cond text --codes $(TEXT)/codes --model demo --batch-size 128 --lr 4e-3 --max-steps 2000 \
+	$(PYTHON) train_gpt.py --codes $(TEXT)/codes --model demo --batch-size 128 --lr 2e-3 --max-steps 2000 \
 	    --warmup-steps 50 --schedule cosine --dropout 0 --val-images 500 --val-every 200 --log-every 50 --out $(TEXT)/gpt
 
 $(TEXT)/prompts.txt: $(TEXT)/gpt/ckpt.pt
@@ -77,7 +77,7 @@ $(TEXT)/samples.npz: $(TEXT)/prompts.txt
 	@echo "3/3  samples"
 	$(PYTHON) sample.py --vq $(RUN)/vq/ckpt.pt --gpt $(TEXT)/gpt/ckpt.pt --prompt "a small red star on white" \
 	    --prompt "a large green heart on navy" --prompt "a yellow ring on black" --prompt "a pink arrow on grey" \
-	    --prompt "a small cyan bowtie on white" --per-class 5 --resize 168 --cfg-scale 1.5 --temperature 0.8 --top-k 0 \
+	    --prompt "a small cyan bowtie on white" --count 5 --resize 168 --cfg-scale 1.5 --temperature 0.8 --top-k 0 \
 	    --out $(TEXT)/samples.png
 	$(PYTHON) sample.py --vq $(RUN)/vq/ckpt.pt --gpt $(TEXT)/gpt/ckpt.pt --prompts $(TEXT)/prompts.txt --num-samples 400 \
 	    --batch-size 100 --seed 1000 --cfg-scale 1.5 --temperature 0.8 --top-k 0 --out $@
@@ -101,7 +101,7 @@ $(VAR)/var/ckpt.pt: $(VAR)/codes/meta.json
 	    --out $(VAR)/var
 
 $(VAR)/samples.npz: $(VAR)/var/ckpt.pt
-	@echo "4/4  samples, and drawings that the model has not seen: half of them, or all around them, drawn anew"
+	@echo "4/4  samples, and drawings that the model has not seen: half of them, or all around them, regenerated"
 	$(PYTHON) extras/var.py sample --vq $(VAR)/vq/ckpt.pt --var $(VAR)/var/ckpt.pt --count 10 --batch-size 100 \
 	    --cfg-scale 2 --out $(VAR)/samples.png
 	$(PYTHON) -c "from nanollamagen import data; [data.center_crop(data.draw_shape((3, i)), 24).save(f'$(VAR)/given{i}.png') for i in range(10)]"
@@ -132,13 +132,13 @@ $(SIDE)/var-vq/ckpt.pt: | .venv/installed
 	$(PYTHON) extras/train_var.py tokenizer $(SIDE_VQ) --model VAR-32 --out $(SIDE)/var-vq
 
 $(SIDE)/codes/meta.json: $(SIDE)/vq/ckpt.pt
-	$(PYTHON) vq.py encode --ckpt $(SIDE)/vq/ckpt.pt --data $(CIFAR) --out $(SIDE)/codes --workers 0
+	$(PYTHON) vq.py encode --vq $(SIDE)/vq/ckpt.pt --data $(CIFAR) --out $(SIDE)/codes --workers 0
 
 $(SIDE)/var-codes/meta.json: $(SIDE)/var-vq/ckpt.pt
 	$(PYTHON) extras/var.py encode --vq $(SIDE)/var-vq/ckpt.pt --data $(CIFAR) --out $(SIDE)/var-codes --workers 0
 
 $(SIDE)/gpt/ckpt.pt: $(SIDE)/codes/meta.json
-	$(PYTHON) train_gpt.py --codes $(SIDE)/codes --model demo --batch-size 64 --lr 6e-3 --schedule cosine --warmup-steps 50 \
+	$(PYTHON) train_gpt.py --codes $(SIDE)/codes --model demo --batch-size 64 --lr 1.5e-3 --schedule cosine --warmup-steps 50 \
 	    --dropout 0 --max-steps $(GPT_STEPS) --out $(SIDE)/gpt
 
 $(SIDE)/var/ckpt.pt: $(SIDE)/var-codes/meta.json
@@ -152,6 +152,6 @@ side-by-side: $(SIDE)/gpt/ckpt.pt $(SIDE)/var/ckpt.pt
 	$(PYTHON) $(SIDE_GPT) --num-samples 1000 --batch-size 250 --out $(SIDE)/gpt.npz
 	$(PYTHON) $(SIDE_VAR) --num-samples 1000 --batch-size 250 --out $(SIDE)/var.npz
 	for name in gpt var; do $(PYTHON) ablations/judge.py samples $(SIDE)/$$name.npz --data $(CIFAR) --net $(SIDE)/judge.pt; done
-	$(PYTHON) $(SIDE_GPT) --per-class 5 --out $(SIDE)/gpt.png
+	$(PYTHON) $(SIDE_GPT) --count 5 --out $(SIDE)/gpt.png
 	$(PYTHON) $(SIDE_VAR) --count 5 --out $(SIDE)/var.png
 	@tail -n 1 $(SIDE)/*/log.jsonl

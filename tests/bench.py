@@ -28,15 +28,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import evaluate  # noqa: E402
-import gpt  # noqa: E402
-import sample  # noqa: E402
-import train_gpt  # noqa: E402
-import vq  # noqa: E402
-from nanollamagen import (
-    data,  # noqa: E402
-    inception,  # noqa: E402
-)
+import evaluate
+import gpt
+import sample
+import vq
+from nanollamagen import data, inception
+from nanollamagen.loss import cross_entropy
 
 CASES = [
     "encode",
@@ -142,8 +139,7 @@ def bench_train(name, device, dtype, roof, batch, compiled):
     def step():
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             logits = model(codes[:, :-1], labels)
-        train_gpt.cross_entropy_(logits, codes, scale=1 / codes.numel())
-        logits.backward(logits.detach())
+        cross_entropy(logits.flatten(0, 1), codes.flatten()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
