@@ -103,7 +103,7 @@ $(VAR)/var/ckpt.pt: $(VAR)/codes/meta.json
 $(VAR)/samples.npz: $(VAR)/var/ckpt.pt
 	@echo "4/4  samples, and drawings that the model has not seen: half of them, or all around them, regenerated"
 	$(PYTHON) extras/var.py sample --vq $(VAR)/vq/ckpt.pt --var $(VAR)/var/ckpt.pt --count 10 --batch-size 100 \
-	    --cfg-scale 2 --out $(VAR)/samples.png
+	    --var-cfg 2 --out $(VAR)/samples.png
 	$(PYTHON) -c "from nanollamagen import data; [data.center_crop(data.draw_shape((3, i)), 24).save(f'$(VAR)/given{i}.png') for i in range(10)]"
 	$(PYTHON) extras/var.py edit --vq $(VAR)/vq/ckpt.pt --var $(VAR)/var/ckpt.pt --box 0,0.5,1,1 \
 	    --classes 0,1,2,3,4,5,6,7,8,9 --out $(VAR)/inpainted.png $(VAR)/given*.png
@@ -111,7 +111,7 @@ $(VAR)/samples.npz: $(VAR)/var/ckpt.pt
 	    --out $(VAR)/outpainted.png $(VAR)/given*.png
 	$(PYTHON) extras/var.py reconstruct --vq $(VAR)/vq/ckpt.pt --out $(VAR)/scales.png $(VAR)/given[0-4].png
 	$(PYTHON) extras/var.py sample --vq $(VAR)/vq/ckpt.pt --var $(VAR)/var/ckpt.pt --num-samples 500 --batch-size 250 \
-	    --seed 1000 --cfg-scale 2 --out $@
+	    --seed 1000 --var-cfg 2 --out $@
 
 demo-var: $(VAR)/samples.npz
 	$(PYTHON) tests/demo_agreement.py $(VAR)/samples.npz --at-least 0.8
@@ -123,7 +123,7 @@ demo-var: $(VAR)/samples.npz
 SIDE_VQ = --data $(CIFAR) --image-size 32 --codebook-size 512 --batch-size 32 --lpips-weight 0 --disc-weight 0 \
     --max-steps $(VQ_STEPS) --lr 1.5e-3 --warmup-steps 30 --schedule cosine
 SIDE_GPT = sample.py --vq $(SIDE)/vq/ckpt.pt --gpt $(SIDE)/gpt/ckpt.pt --cfg-scale 2 --top-k 0
-SIDE_VAR = extras/var.py sample --vq $(SIDE)/var-vq/ckpt.pt --var $(SIDE)/var/ckpt.pt --cfg-scale 1.5 --top-k 0 --top-p 1
+SIDE_VAR = extras/var.py sample --vq $(SIDE)/var-vq/ckpt.pt --var $(SIDE)/var/ckpt.pt --var-cfg 1.5 --top-k 0 --top-p 1
 
 $(SIDE)/vq/ckpt.pt: | .venv/installed
 	$(PYTHON) train_vq.py $(SIDE_VQ) --model VQ-demo --out $(SIDE)/vq
@@ -142,7 +142,7 @@ $(SIDE)/gpt/ckpt.pt: $(SIDE)/codes/meta.json
 	    --dropout 0 --max-steps $(GPT_STEPS) --out $(SIDE)/gpt
 
 $(SIDE)/var/ckpt.pt: $(SIDE)/var-codes/meta.json
-	$(PYTHON) extras/train_var.py --vq $(SIDE)/var-vq/ckpt.pt --codes $(SIDE)/var-codes --model demo --batch-size 64 --lr 6e-3 \
+	$(PYTHON) extras/train_var.py --vq $(SIDE)/var-vq/ckpt.pt --codes $(SIDE)/var-codes --model demo --batch-size 64 --lr 1.5e-3 \
 	    --max-steps $(VAR_STEPS) --out $(SIDE)/var
 
 side-by-side: $(SIDE)/gpt/ckpt.pt $(SIDE)/var/ckpt.pt
