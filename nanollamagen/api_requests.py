@@ -1,0 +1,280 @@
+"""Requests to the server: their fields, uploaded pictures, and what is refused.
+
+A mistake raises Refused (400, with the field's name) or HTTPException (another status). In the end
+there is a Job: a request that api_sampling.py can sample.
+
+The file in order: fields, a JSON body, a form with pictures, edits, jobs.
+"""
+
+import asyncio
+import functools
+import io
+import secrets
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import numpy as np
+import pydantic
+import torch
+from fastapi import HTTPException, Request
+from PIL import Image, ImageOps
+from pydantic import Field
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.requests import ClientDisconnect
+from vllm.exceptions import VLLMValidationError
+
+import sample
+import serve_vllm
+import vq
+from nanollamagen import captions, data
+
+MAX_JSON = 2**18  # bytes of a request; most of them are a prompt of up to 32,000 characters
+MAX_FORM = 2**24  # bytes of a request with an image and a mask
+MAX_PIXELS = 25_000_000  # of such an image
+
+
+class Refused(VLLMValidationError):
+    """A mistake in a field, or for None in the body. vLLM answers 400 with this message and the
+    field's name as `param`."""
+
+    def __init__(self, field, message):
+        super().__init__(f"{field or 'the body'}: {message}", parameter=field)
+
+    def __str__(self):
+        return self.args[0]  # without what VLLMValidationError appends
+
+
+# ---- fields ------------------------------------------------------------------------------------
+class Fields(pydantic.BaseModel):
+    """The fields that all models have. Fields of other models (quality, style, user ...) are
+    ignored."""
+
+    model_config = pydantic.ConfigDict(strict=True, allow_inf_nan=False)
+    model: str | None = None
+    n: Annotated[int, Field(ge=1, le=10)] = 1
+    stream: bool = False
+    partial_images: Annotated[int, Field(ge=0, le=64)] = 0  # OpenAI allows 3; more: row by row
+    response_format: Literal["b64_json", "file"] = "b64_json"
+    output_format: Literal["png", "jpeg", "webp"] = "png"
+    output_compression: Annotated[int, Field(ge=0, le=100)] = 100  # quality of jpeg and webp
+    background: Literal["auto", "opaque"] = "auto"
+    seed: Annotated[int | None, Field(ge=0, lt=2**53)] = None  # of image 0; image i has seed + i
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def tidy(cls, fields):
+        """null counts as missing. guidance_scale, the name of other servers, is cfg_scale."""
+        if not isinstance(fields, dict):
+            return fields
+        fields = {name: value for name, value in fields.items() if value is not None}
+        if {"guidance_scale", "cfg_scale"} <= fields.keys():
+            raise ValueError("guidance_scale is another name of cfg_scale; give one")
+        if "guidance_scale" in fields:
+            fields["cfg_scale"] = fields["guidance_scale"]
+        return fields
+
+
+def request_model(info):
+    """Fields, with those that depend on the exported model: its size, and the settings of
+    sample.SETTINGS with their defaults and ranges."""
+    settings = {}
+    for name, (for_classes, for_captions, least, most, _) in sample.SETTINGS.items():
+        kind = Annotated[type(for_classes), Field(ge=least, le=most)]
+        settings[name] = (kind, for_captions if info["captions"] else for_classes)
+    size = f"{info['image_size']}x{info['image_size']}"
+    longest = 32000 if info["captions"] else 1000
+    return pydantic.create_model(
+        "ImageRequest",
+        __base__=Fields,
+        size=(Literal["auto", size], "auto"),
+        prompt=(Annotated[str, Field(min_length=1, max_length=longest)], ...),
+        **settings,
+    )
+
+
+def checked(request, validate, fields):
+    """The validated fields. Raises Refused for the first that is wrong, and 404 for the name of
+    another model."""
+    try:
+        body = validate(fields)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"])) or None
+        raise Refused(field, first["msg"]) from None
+    name = request.app.state.images.name
+    if body.model not in (None, name):
+        raise HTTPException(404, f"there is no model {body.model!r} here, only {name!r}")
+    if body.response_format == "file" and (body.stream or body.n > 1):
+        raise Refused("response_format", "'file' is one image, not streamed")
+    return body
+
+
+def check_tokens(tokens, *, parameter="prompt"):
+    """Raise Refused for numbers of tokens that would end the engine, which counts in 32 bits."""
+    if max(tokens, default=0) >= 2**31:
+        raise Refused(parameter, f"{max(tokens)} is not a class")
+
+
+# ---- a JSON body -------------------------------------------------------------------------------
+async def read_json(request: Request):
+    """The fields of a JSON body. Only the content type of JSON counts: before a browser posts JSON
+    for a web page of another site it asks us, and for text it does not."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise HTTPException(415, "send JSON, with the header Content-Type: application/json")
+    check_length(request, MAX_JSON)
+    validate = request.app.state.images.Request.model_validate_json
+    return checked(request, validate, await request.body())
+
+
+def check_length(request, most):
+    """Raise 413 unless the header tells the number of bytes, and it is not too large."""
+    length = request.headers.get("content-length", "")
+    if not length.isdigit() or int(length) > most:
+        raise HTTPException(413, f"a request needs a Content-Length, of up to {most:,} bytes")
+
+
+# ---- a form with pictures ----------------------------------------------------------------------
+async def read_form(request: Request):
+    """The fields of a multipart body, the bytes of the image, and those of the mask or None."""
+    if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+        raise HTTPException(415, "send a form, with the header Content-Type: multipart/form-data")
+    # A web page of any site can post a form through the browser of somebody who can reach us. But
+    # then the browser says so.
+    foreign = request.headers.get("sec-fetch-site", "none") not in ("none", "same-origin")
+    if foreign and not request.app.state.args.allowed_origins:
+        raise HTTPException(403, "a web page of another site may not use this (--allowed-origins)")
+    check_length(request, MAX_FORM)
+    fields, uploads = {}, {}
+    try:
+        async with request.form(max_files=2, max_fields=50) as form:
+            for name, value in form.multi_items():
+                if isinstance(value, str):
+                    fields[name] = value
+                    continue
+                name = name.removesuffix("[]")  # as some clients write lists
+                if name in uploads:
+                    raise Refused("image", "send one picture, and one mask")
+                uploads[name] = await value.read()
+    except (ClientDisconnect, StarletteHTTPException):
+        wanted = "send a whole multipart form, with one image and at most one mask"
+        raise Refused(None, wanted) from None
+    if not uploads.get("image"):
+        raise Refused("image", "a file is required")
+    validate = request.app.state.images.Request.model_validate
+    validate = functools.partial(validate, strict=False)  # in a form, "2" is a number
+    return checked(request, validate, fields), uploads["image"], uploads.get("mask")
+
+
+def open_upload(name, file):
+    """The picture in an uploaded file, RGBA. Raises Refused for a file that is broken, or made to
+    cost memory or time."""
+    try:
+        with Image.open(io.BytesIO(file), formats=["PNG", "JPEG", "WEBP"]) as image:
+            check_cost(name, file, image)
+            upright = ImageOps.exif_transpose(image)  # as cameras want it shown
+            if upright.mode.startswith("I"):  # 16 bits
+                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+            return upright.convert("RGBA")
+    except Refused:
+        raise
+    except Image.DecompressionBombError:
+        raise Refused(name, f"more than {MAX_PIXELS:,} pixels") from None
+    except Exception:  # Pillow raises half a dozen kinds for damaged files
+        raise Refused(name, "not a PNG, JPEG or WebP file, or a damaged one") from None
+
+
+def check_cost(name, file, image):
+    """Raise Refused for a picture whose pixels would take too much memory or time to decode."""
+    pixels = image.width * image.height
+    if pixels > MAX_PIXELS:
+        raise Refused(name, f"more than {MAX_PIXELS:,} pixels")
+    # MPO is a photo with its previews, and not an animation.
+    if getattr(image, "is_animated", False) and image.format != "MPO":
+        raise Refused(name, "an animation; send one picture")
+    if image.format in ("JPEG", "MPO"):
+        scans = file.count(b"\xff\xda")  # each of them passes over all pixels
+        if scans * pixels > 50 * MAX_PIXELS:
+            raise Refused(name, "too many scans")
+
+
+# ---- edits -------------------------------------------------------------------------------------
+@dataclass
+class Edit:
+    """What an edit keeps of its picture."""
+
+    codes: list  # (T,), -1 for those to regenerate
+    picture: np.ndarray  # uint8 (H, W, 3)
+    kept: np.ndarray  # bool (H, W), False for pixels to regenerate
+
+
+@torch.no_grad()
+def edit_of(images, image, mask):
+    """The Edit of two uploaded files. Without a mask, the image's own transparency counts. A code
+    is kept where all pixels of its cell are opaque. Raises Refused."""
+    size, grid = images.info["image_size"], images.info["grid"]
+    picture, which = open_upload("image", image), "mask" if mask else "image"
+    shape = open_upload("mask", mask) if mask else picture
+    if shape.size != picture.size:
+        sizes = [f"{width} x {height}" for width, height in (shape.size, picture.size)]
+        raise Refused("mask", f"{sizes[0]} pixels, but the image has {sizes[1]}")
+    opaque = middle(shape.getchannel("A"), size) > 127  # (H, W)
+    kept = data.kept_cells(opaque, grid)  # (grid, grid)
+    if kept.all():
+        raise Refused(which, "nothing is transparent; transparent pixels are regenerated")
+    pixels = middle(picture.convert("RGB"), size)
+    tensor = vq.to_tensor(pixels)[None].to(images.vq.quantize.embedding.weight.device)
+    codes = images.vq.encode(tensor)[0].cpu().numpy()  # (grid, grid)
+    cell = np.ones((size // grid, size // grid), bool)
+    return Edit(np.where(kept, codes, -1).flatten().tolist(), pixels, np.kron(kept, cell))
+
+
+def middle(image, size):
+    """The middle square, size x size pixels. It is cut out before it is scaled, because a scaled
+    strip would be huge."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return np.array(data.center_crop(image.crop((left, top, left + side, top + side)), size))
+
+
+# ---- jobs --------------------------------------------------------------------------------------
+@dataclass
+class Job:
+    """One request, ready to be sampled."""
+
+    body: Fields
+    prompt: dict  # as the engine takes it
+    revised: str  # the class's full name, or the caption
+    seed: int  # of image 0
+    warning: str | None = None
+    kind: str = "image_generation"  # what its events are called
+    edit: Edit | None = None
+
+
+async def job_of(images, body):
+    """The Job of a request. Raises Refused for a prompt that this model does not know."""
+    seed = secrets.randbelow(2**31) if body.seed is None else body.seed
+    if not images.info["captions"]:
+        classes = images.info["classes"]
+        try:
+            class_id = captions.find_class(body.prompt, classes)
+        except ValueError as error:
+            raise Refused("prompt", str(error)) from None
+        prompt = serve_vllm.class_prompt(class_id, images.info)
+        return Job(body, prompt, classes[class_id], seed)
+    loop, warning = asyncio.get_running_loop(), None
+    prompt, cut = await loop.run_in_executor(images.worker, images.encode, body.prompt)
+    if prompt is None:
+        raise Refused("prompt", f"the caption {body.prompt[:200]!r} has no words")
+    if cut:
+        warning = f"the caption was cut to its first {captions.CAPTION_TOKENS} tokens"
+    return Job(body, prompt, body.prompt, seed, warning)
+
+
+async def edit_job_of(images, body, image, mask):
+    """The Job of an edit, from the fields and the uploaded files. Raises Refused."""
+    job = await job_of(images, body)
+    job.kind = "image_edit"
+    loop = asyncio.get_running_loop()
+    job.edit = await loop.run_in_executor(images.worker, edit_of, images, image, mask)
+    return job
