@@ -291,7 +291,8 @@ def shuffled(n, seed, start=0):
     alone."""
     epoch, position = divmod(start, n)
     while True:
-        order = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 100_003 + epoch))
+        generator = torch.Generator().manual_seed((seed * 100_003 + epoch) % 2**63)
+        order = torch.randperm(n, generator=generator)
         for index in order[position:].tolist():
             yield epoch, index
         epoch, position = epoch + 1, 0

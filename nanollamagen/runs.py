@@ -157,7 +157,8 @@ class Log:
             os.replace(temporary, self.path)
 
     def add(self, **losses):
-        """Add the losses of one step: tensors (). Does not wait for a GPU."""
+        """Add the losses of one step, or of one of its equal parts: tensors (). Does not wait for a
+        GPU."""
         for name, loss in losses.items():
             self.sums[name] = self.sums.get(name, 0) + loss.detach().float()
             self.counts[name] = self.counts.get(name, 0) + 1
@@ -276,7 +277,7 @@ def check_same_run(path, saved, config, origin):
     """Raise ValueError unless a checkpoint is of the same model and of the same data.
 
     config, origin: plain values, as the run that asks would save them."""
-    if not config.keys() <= saved["config"].keys():
+    if config.keys() != saved["config"].keys():
         raise ValueError(f"{path} was written by another script; choose another --out")
     then = {**saved["config"], **saved}
     changed = [
