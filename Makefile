@@ -42,7 +42,7 @@ $(RUN)/vq/ckpt.pt: | .venv/installed
 
 $(RUN)/codes/meta.json: $(RUN)/vq/ckpt.pt
 	@echo "2/4  the pictures as codes"
-	$(PYTHON) vq.py encode --ckpt $(RUN)/vq/ckpt.pt --data shapes:12000 --out $(RUN)/codes --workers 0
+	$(PYTHON) vq.py encode --vq $(RUN)/vq/ckpt.pt --data shapes:12000 --out $(RUN)/codes --workers 0
 
 $(RUN)/gpt/ckpt.pt: $(RUN)/codes/meta.json
 	@echo "3/4  the GPT over codes"
@@ -62,7 +62,7 @@ demo: $(RUN)/samples.npz
 
 $(TEXT)/codes/text.json: $(RUN)/vq/ckpt.pt
 	@echo "1/3  captioned pictures as codes, and the features of their words"
-	$(PYTHON) vq.py encode --ckpt $(RUN)/vq/ckpt.pt --data shapes-captions:12000 --out $(TEXT)/codes --workers 0
+	$(PYTHON) vq.py encode --vq $(RUN)/vq/ckpt.pt --data shapes-captions:12000 --out $(TEXT)/codes --workers 0
 	$(PYTHON) -m nanollamagen.captions encode --codes $(TEXT)/codes --t5 words
 
 $(TEXT)/gpt/ckpt.pt: $(TEXT)/codes/text.json
@@ -132,7 +132,7 @@ $(SIDE)/var-vq/ckpt.pt: | .venv/installed
 	$(PYTHON) extras/train_var.py tokenizer $(SIDE_VQ) --model VAR-32 --out $(SIDE)/var-vq
 
 $(SIDE)/codes/meta.json: $(SIDE)/vq/ckpt.pt
-	$(PYTHON) vq.py encode --ckpt $(SIDE)/vq/ckpt.pt --data $(CIFAR) --out $(SIDE)/codes --workers 0
+	$(PYTHON) vq.py encode --vq $(SIDE)/vq/ckpt.pt --data $(CIFAR) --out $(SIDE)/codes --workers 0
 
 $(SIDE)/var-codes/meta.json: $(SIDE)/var-vq/ckpt.pt
 	$(PYTHON) extras/var.py encode --vq $(SIDE)/var-vq/ckpt.pt --data $(CIFAR) --out $(SIDE)/var-codes --workers 0
