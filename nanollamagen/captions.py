@@ -174,7 +174,7 @@ def pad_left(rows, c=CAPTION_TOKENS):
     """Tensors (n, D), n <= c -> (B, c, D) with zeros on the left, and the mask (B, c), False at
     these.
 
-    On the left, because codes follow on the right: a caption's last word then stands next to the
+    On the left, because codes follow on the right: a caption's last word is then next to the
     first code."""
     features = rows[0].new_zeros(len(rows), c, rows[0].shape[1])
     for i, row in enumerate(rows):

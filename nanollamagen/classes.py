@@ -45,7 +45,7 @@ def find_class(text, names):
     else:
         class_of = {word: i for i in reversed(range(len(names))) for word in synonyms[i]}
         words = difflib.get_close_matches(text.lower(), class_of, 6, 0.5)
-        close, what = [class_of[word] for word in words], "is not the name of a class"
+        close, what = [class_of[word] for word in words], "is no class's name"
     message = f"class {text!r} {what}"
     if close:
         message += "; close ones: " + "; ".join(f"{i} {names[i]}" for i in dict.fromkeys(close))

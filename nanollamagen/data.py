@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+# Only make_folder and the shapes are used here. The other names moved, and some scripts still take
+# them from here.
 from nanollamagen.files import cache_dir as cache_dir
 from nanollamagen.files import download as download
 from nanollamagen.files import file_hash as file_hash
@@ -99,8 +101,8 @@ def open_images(data):
     shapes, shapes:N                N drawings in ten classes
     shapes-captions                 the same drawings with captions
     ROOT/class name/image           class folders as of ImageNet, numbered by sorted name
-    FILE.jsonl                      lines {"image": path, "caption": text, "short_caption": text};
-                                    the last one may be missing
+    FILE.jsonl                      lines {"image": path, "caption": text}, each perhaps with a
+                                    "short_caption"
     ROOT/name.jpg + ROOT/name.txt   a caption for each image
     FILE.tar, ROOT/*.tar            such pairs in uncompressed tar files, as of WebDataset
     """

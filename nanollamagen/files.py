@@ -1,4 +1,4 @@
-"""Files: checkpoints, downloads, arrays on disk, progress.
+"""Files: checkpoints, arrays on disk, folders, progress, downloads.
 
 state = files.read_checkpoint("runs/gpt/ckpt.pt")            # nothing in the file is executed
 files.save_checkpoint(state, "runs/gpt/ckpt.pt")             # written under a temporary name first
@@ -86,10 +86,10 @@ def save_checkpoint(state, path):
         ) from None
 
 
-# ---- arrays and folders ------------------------------------------------------------------------
+# ---- arrays, folders, progress -----------------------------------------------------------------
 def write_npy(f, dtype, shape, blocks):
     """Write arrays, one after the other, to an open file as one .npy of this shape. Memory holds
-    one of them at a time. (A memory map would do as well, but there a full disk is a bus error.)"""
+    one of them at a time. In a memory map, which would also do, a full disk is a bus error."""
     header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(f, header)
     for block in blocks:
@@ -111,6 +111,20 @@ def make_folder(path, flag="--out"):
         raise OSError(f"{flag} {path}: no folder can be made there ({error.strerror})") from None
     if not os.access(path, os.W_OK | os.X_OK):
         raise OSError(f"{flag} {path}: nothing can be written there")
+
+
+def progress(total, what, rank=0, unit=" images"):
+    """A tqdm bar on process 0. It writes at most one line every 15 seconds where standard error is
+    not a terminal."""
+    return tqdm(
+        total=total,
+        desc=what,
+        unit=unit,
+        unit_scale=unit == "B",
+        disable=rank > 0,
+        smoothing=0.1,
+        mininterval=0.2 if sys.stderr.isatty() else 15,
+    )
 
 
 # ---- downloads ---------------------------------------------------------------------------------
@@ -159,17 +173,3 @@ def pretrained(name, repository="FoundationVision/LlamaGen"):
     Face; $HF_ENDPOINT names a mirror."""
     host = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     return download(f"{host}/{repository}/resolve/main/{name}", cache_dir() / name)
-
-
-def progress(total, what, rank=0, unit=" images"):
-    """A tqdm bar on process 0. It writes at most one line every 15 seconds where standard error is
-    not a terminal."""
-    return tqdm(
-        total=total,
-        desc=what,
-        unit=unit,
-        unit_scale=unit == "B",
-        disable=rank > 0,
-        smoothing=0.1,
-        mininterval=0.2 if sys.stderr.isatty() else 15,
-    )

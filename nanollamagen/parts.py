@@ -61,6 +61,8 @@ def make(name, folder, final, settings, count, size, work):
             os.replace(tmp, part_files[i])
     if rank > 0:
         return None
+    if world > 1:
+        print(f"{name}: waiting for the other processes", flush=True)
     wait(part_files)
     return part_files
 

@@ -1,4 +1,4 @@
-"""The embedded data set `shapes`: simple drawings in ten classes, made when they are asked for.
+"""The embedded data set `shapes`: simple drawings in ten classes, drawn when they are read.
 
 image = shapes.draw_shape((0, 3))             # seed 0, drawing 3: a star, 64 x 64 pixels
 shapes.caption_of((0, 3))                     # {"caption": "a small red star on white", ...}
@@ -35,6 +35,12 @@ def polygon(radii, turn=-math.pi / 2):
     return [cmath.rect(r, turn + 2 * math.pi * i / len(radii)) for i, r in enumerate(radii)]
 
 
+def heart(a):
+    """The corner x + iy of a heart at angle a."""
+    y = 13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) - math.cos(4 * a)
+    return complex(0.95 * math.sin(a) ** 3, -0.1 - y / 17)
+
+
 # class -> outlines within the unit circle: the first in the ink's colour, a second one in the
 # paper's. All look the same in a mirror, so that the mirrored crops of `encode` add no second look
 # to a class.
@@ -43,17 +49,7 @@ SHAPES = {
     "square": [polygon([1] * 4, turn=-math.pi / 4)],
     "triangle": [polygon([1] * 3)],
     "star": [polygon([1, 0.42] * 5)],
-    "heart": [
-        [
-            complex(
-                0.95 * math.sin(a) ** 3,
-                -0.1
-                - (13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) - math.cos(4 * a))
-                / 17,
-            )
-            for a in np.arange(60) * math.pi / 30
-        ]
-    ],
+    "heart": [[heart(a) for a in np.arange(60) * math.pi / 30]],
     "cross": [
         [
             arm * corner

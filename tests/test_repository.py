@@ -89,7 +89,7 @@ def test_every_flag_has_a_help_line_and_is_read():
         text = (ROOT / name).read_text()
         if "sample.conditions(args" in text:  # what to draw is read there
             text += (ROOT / "sample.py").read_text()
-        for flag in re.findall(r'add_argument\("--([a-z-]+)"', text):
+        for flag in re.findall(r'add_argument\("--([a-z-]+)"(?!, dest=)', text):
             read = rf"\b(args|a)\.{flag.replace('-', '_')}\b|getattr\(args.*\"{flag.replace('-', '_')}\""
             assert re.search(read, text), f"{name}: --{flag} is never read"
 
