@@ -305,7 +305,7 @@ def test_teacher_forced_logits_losses_and_gradients_are_the_official_ones(pair):
     assert difference(total, g["grad_total_norm"]) < 5e-4
 
 
-def sampled(model, tok, g, run):
+def sampled(model, quantizer, g, run):
     """The codes (B, L) of one of meta's runs, and the sums after each scale (S, B, D, h, w)."""
     labels, edit = torch.tensor(run["labels"]), {}
     if "box_y0x0y1x1" in run:
@@ -314,7 +314,7 @@ def sampled(model, tok, g, run):
         edit = {"photo_codes": g["image_codes"].long(), "kept": kept}
     steps = var.sample_scales(
         model,
-        tok.quantize,
+        quantizer,
         labels,
         torch.zeros_like(labels),
         var_cfg=run["cfg"],
@@ -330,7 +330,9 @@ def sampled(model, tok, g, run):
 @torch.no_grad()
 def test_sampled_codes_sums_and_pictures_are_the_official_ones(pair, monkeypatch):
     model, tok, g, meta = pair
-    exact, exact_tok = copy.deepcopy(model).double(), copy.deepcopy(tok).double()
+    exact, quantizer = copy.deepcopy(model).double(), copy.deepcopy(tok.quantize).double()
+    small = meta["ch"] < 160
+    decoder = copy.deepcopy(tok).double() if small else tok  # the released size would take a minute
     monkeypatch.setattr(
         sample,
         "gumbel_noise",
@@ -338,7 +340,7 @@ def test_sampled_codes_sums_and_pictures_are_the_official_ones(pair, monkeypatch
     )
     for run in meta["runs"]:
         key = run["key"]
-        codes, _ = sampled(model, tok, g, run)
+        codes, _ = sampled(model, tok.quantize, g, run)
         if f"{key}_codes" in g:
             assert torch.equal(codes.int(), g[f"{key}_codes"]), key
 
@@ -347,13 +349,13 @@ def test_sampled_codes_sums_and_pictures_are_the_official_ones(pair, monkeypatch
         bound = 1e-4 if run["more_smooth"] else 1e-5
         with monkeypatch.context() as patch:
             patch.setattr(torch.Tensor, "float", lambda x: x)
-            _, sums = sampled(exact, exact_tok, g, run)
+            _, sums = sampled(exact, quantizer, g, run)
         last, part = g[f"{key}_f_hat_last"], g[f"{key}_image_part"]
         assert difference(sums[-1][:, :: sums.shape[2] // last.shape[1]], last) < bound, key
         rms = sums.square().mean((1, 2, 3, 4)).sqrt()
         assert difference(rms, g[f"{key}_f_hat_rms"]) < bound, key
-        pictures = (thin(exact_tok.to_images(sums[-1]), part) + 1) / 2
-        assert difference(pictures, part) < bound, key
+        images = decoder.to_images(sums[-1].to(decoder.quantize.embedding.weight))
+        assert difference((thin(images, part) + 1) / 2, part) < (bound if small else 1e-4), key
 
 
 def test_evaluation_drops_no_classes_and_training_does():
