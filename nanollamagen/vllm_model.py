@@ -287,7 +287,6 @@ def check_setting(name, value):
 
 def check_known(codes):
     """Raise ValueError unless these are codes, with -1 where one is to be sampled."""
-    if not isinstance(codes, (list, tuple)) or any(
-        type(code) is not int or not -1 <= code < 2**31 for code in codes
-    ):
+    numbers = isinstance(codes, (list, tuple)) and all(type(code) is int for code in codes)
+    if not numbers or not all(-1 <= code < 2**31 for code in codes):
         raise ValueError("given is a list of codes, with -1 for those to be sampled")
