@@ -376,7 +376,7 @@ def command_line():
     flag("folder", help="what export wrote")
     flag("--t5", help="folder or name of the encoder of captions (default: what the GPT was "
          "trained with)")
-    flag("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU, else float32")
+    flag("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on GPU, else float32")
     flag("--tensor-parallel-size", type=flags.at_least_one, default=1,
          help="GPUs that share the model (default: 1)")
     flag("--gpu-memory-utilization", type=flags.bounded(float, 0.01, 1),

@@ -108,8 +108,7 @@ async def event_of(images, job, i, kind, codes):
 
 
 def usage(images, job, n):
-    """What n images cost, in OpenAI's words. A code is a token, and so is a position of the
-    prompt."""
+    """What n images cost, in OpenAI's words. Codes and positions of the prompt are tokens."""
     length, T = len(*job.prompt.values()), images.info["grid"] ** 2
     return {
         "input_tokens": n * length,

@@ -141,8 +141,7 @@ class TwoStreamGPT(nn.Module):
         return self.norm(x).view(-1, 2 * self.config.dim)
 
     def compute_logits(self, hidden_states):
-        """(R, 2C) -> (R, 2V), the stream with the condition on the left; None on the ranks that do
-        not gather logits."""
+        """(R, 2C) -> (R, 2V), with the condition on the left; None on ranks that gather none."""
         logits = self.gather_logits(self.output, hidden_states.view(-1, self.config.dim))
         return None if logits is None else logits.reshape(len(hidden_states), -1)
 
@@ -219,8 +218,7 @@ class Draw(LogitsProcessor):
 
 
 class Request:
-    """One image of the batch, made from its SamplingParams. `codes` are its codes so far, a list
-    that vLLM extends."""
+    """One image of the batch. Its codes so far are a list that vLLM extends."""
 
     def __init__(self, params, prompt, codes):
         extra = params.extra_args or {}
