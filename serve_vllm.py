@@ -175,6 +175,21 @@ def read_model(folder, info):
     return model.cpu().eval()  # .cpu() for the rotary table
 
 
+def caption_encoding(folder, info, t5, device):
+    """A function from a caption to its prompt (None if it has no words) and whether it was cut to
+    120 tokens. The encoder stays in memory."""
+    model = read_model(folder, info)
+    encoder, embedding = captions.caption_encoder(t5, device, model), model.cls_embedding
+
+    def encode(text):
+        before = encoder.cut
+        (features,) = encoder([text])
+        prompt = caption_prompt(features, embedding) if len(features) else None
+        return prompt, encoder.cut > before
+
+    return encode
+
+
 # ---- the engine --------------------------------------------------------------------------------
 def memory_share(info):
     """What vLLM may take of a GPU's memory, 0 to 1. The rest is for torch, for the tokenizer that
@@ -342,72 +357,43 @@ def command_line():
     p.usage = "python serve_vllm.py export|generate|serve ... (--help lists the flags)"
     commands = p.add_subparsers(dest="command", required=True)
     e = commands.add_parser("export", help="write a trained model as a folder that vLLM reads")
-    e.usage = (
-        "python serve_vllm.py export --gpt CKPT --vq CKPT --out FOLDER (--help lists the flags)"
-    )
+    e.usage = "python serve_vllm.py export --gpt CKPT --vq CKPT --out FOLDER (--help lists all)"
     g = commands.add_parser("generate", help="sample images in one batch, save them as a picture")
     g.usage = "python serve_vllm.py generate FOLDER ... (--help lists the flags)"
-    commands.add_parser(
-        "serve",
-        help="answer OpenAI's Images API over HTTP, with a page for the browser",
-        usage="%(prog)s FOLDER [flags]",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=SERVE_HELP,
-    )
-    # export
-    names = [*sample.PAPER_CFG, *sample.TEXT_FILES]
-    e.add_argument("--gpt", help="GPT checkpoint: train_gpt.py's or a released file")
-    e.add_argument("--vq", help="tokenizer checkpoint")
-    e.add_argument("--pretrained", choices=names, help="released weights instead")
-    e.add_argument(
-        "--image-size",
-        type=flags.pixels,
-        help="side of the images, in pixels, that a released --gpt file is for (default: 256)",
-    )
-    e.add_argument("--out", required=True, help="folder to write")
-    # generate: the model
-    g.add_argument("folder", help="what export wrote")
-    g.add_argument(
-        "--t5",
-        help="folder or name of the encoder of captions (default: what the GPT was trained with)",
-    )
-    g.add_argument(
-        "--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on GPU, float32 on CPU"
-    )
-    g.add_argument(
-        "--tensor-parallel-size",
-        type=flags.at_least_one,
-        default=1,
-        help="GPUs that share the model (default: 1)",
-    )
-    g.add_argument(
-        "--gpu-memory-utilization",
-        type=flags.bounded(float, 0.01, 1),
-        help="vLLM's share of a GPU (default: what the rest leaves)",
-    )
-    # generate: the images
-    g.add_argument(
-        "--classes",
-        help="ids or names, separated by commas (default: eight of ImageNet, or the first ten)",
-    )
-    g.add_argument(
-        "--prompt", action="append", default=[], help="a caption; may be given several times"
-    )
-    g.add_argument("--prompts", metavar="FILE", help="captions, one per line")
-    images = flags.bounded(int, 1, 1000)
-    g.add_argument(
-        "--count", type=images, default=1, help="images per class or caption (default: 1)"
-    )
-    g.add_argument("--n", dest="count", type=images, help=argparse.SUPPRESS)  # its old name
-    g.add_argument("--out", default="grid.png", help="PNG to write (default: grid.png)")
-    g.add_argument("--seed", type=flags.seed, default=0, help="seed of image 0 (default: 0)")
-    for name, (default, for_captions, least, most, what) in sample.SETTINGS.items():
-        other = f"; captions: {for_captions}" if for_captions != default else ""
-        g.add_argument(
-            "--" + name.replace("_", "-"),
-            type=flags.bounded(type(default), least, most),
-            help=f"{what} (default: {default}{other})",
-        )
+    s = commands.add_parser("serve", help="answer OpenAI's Images API over HTTP, with a page")
+    s.usage, s.description = "%(prog)s FOLDER [flags]", SERVE_HELP
+    s.formatter_class = argparse.RawDescriptionHelpFormatter
+    released, images = [*sample.PAPER_CFG, *sample.TEXT_FILES], flags.bounded(int, 1, 1000)
+    # fmt: off
+    flag = e.add_argument
+    flag("--gpt", help="GPT checkpoint: train_gpt.py's or a released file")
+    flag("--vq", help="tokenizer checkpoint")
+    flag("--pretrained", choices=released, help="released weights instead")
+    flag("--image-size", type=flags.pixels, help="of a released --gpt file (default: 256)")
+    flag("--out", required=True, help="folder to write")
+
+    flag = g.add_argument
+    flag("folder", help="what export wrote")
+    flag("--t5", help="folder or name of the encoder of captions (default: what the GPT was "
+         "trained with)")
+    flag("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on GPU, else float32")
+    flag("--tensor-parallel-size", type=flags.at_least_one, default=1,
+         help="GPUs that share the model (default: 1)")
+    flag("--gpu-memory-utilization", type=flags.bounded(float, 0.01, 1),
+         help="vLLM's share of a GPU (default: what the rest leaves)")
+    flag("--classes", help="ids or names, separated by commas (default: the first ten, or eight of "
+         "ImageNet)")
+    flag("--prompt", action="append", default=[], help="a caption; may be repeated")
+    flag("--prompts", metavar="FILE", help="captions, one per line")
+    flag("--count", type=images, default=1, help="images per class or caption (default: 1)")
+    flag("--n", dest="count", type=images, help=argparse.SUPPRESS)  # the old name of --count
+    flag("--out", default="grid.png", help="PNG to write (default: grid.png)")
+    flag("--seed", type=flags.seed, default=0, help="seed of image 0 (default: 0)")
+    # fmt: on
+    for name, (default, for_captions, smallest, largest, what) in sample.SETTINGS.items():
+        kind = flags.bounded(type(default), smallest, largest)
+        words = f"{what} (default: {default}; captions: {for_captions})"
+        flag("--" + name.replace("_", "-"), type=kind, help=words)
     return p
 
 

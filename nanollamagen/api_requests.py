@@ -10,7 +10,7 @@ import asyncio
 import functools
 import io
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 import numpy as np
@@ -99,8 +99,8 @@ def checked(request, validate, fields):
         body = validate(fields)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        field = ".".join(map(str, first["loc"])) or None
-        raise Refused(field, first["msg"]) from None
+        name = ".".join(map(str, first["loc"]))
+        raise Refused(name or None, first["msg"]) from None
     name = request.app.state.images.name
     if body.model not in (None, name):
         raise HTTPException(404, f"there is no model {body.model!r} here, only {name!r}")
@@ -246,7 +246,7 @@ class Job:
     prompt: dict  # as the engine takes it
     revised: str  # the class's full name, or the caption
     seed: int  # of image 0
-    warning: str | None = None
+    warning: dict = field(default_factory=dict)  # a field of the answer, or none
     kind: str = "image_generation"  # what its events are called
     edit: Edit | None = None
 
@@ -262,19 +262,21 @@ async def job_of(images, body):
             raise Refused("prompt", str(error)) from None
         prompt = serve_vllm.class_prompt(class_id, images.info)
         return Job(body, prompt, classes[class_id], seed)
-    loop, warning = asyncio.get_running_loop(), None
-    prompt, cut = await loop.run_in_executor(images.worker, images.encode, body.prompt)
+    prompt, cut = await in_worker(images, images.encode, body.prompt)
     if prompt is None:
         raise Refused("prompt", f"the caption {body.prompt[:200]!r} has no words")
-    if cut:
-        warning = f"the caption was cut to its first {captions.CAPTION_TOKENS} tokens"
-    return Job(body, prompt, body.prompt, seed, warning)
+    warning = f"the caption was cut to its first {captions.CAPTION_TOKENS} tokens"
+    return Job(body, prompt, body.prompt, seed, {"warning": warning} if cut else {})
 
 
 async def edit_job_of(images, body, image, mask):
     """The Job of an edit, from the fields and the uploaded files. Raises Refused."""
     job = await job_of(images, body)
     job.kind = "image_edit"
-    loop = asyncio.get_running_loop()
-    job.edit = await loop.run_in_executor(images.worker, edit_of, images, image, mask)
+    job.edit = await in_worker(images, edit_of, images, image, mask)
     return job
+
+
+def in_worker(images, function, *arguments):
+    """A function's result, to be awaited. In the worker's thread, one runs after the other."""
+    return asyncio.get_running_loop().run_in_executor(images.worker, function, *arguments)

@@ -13,9 +13,8 @@ import uuid
 
 import numpy as np
 import torch
-from fastapi import HTTPException
 from PIL import Image
-from vllm.exceptions import VLLMError
+from vllm.exceptions import VLLMError, VLLMServerError
 from vllm.v1.engine.exceptions import EngineDeadError
 
 import sample
@@ -54,12 +53,12 @@ async def put_all(events, queue):
             async for event in events:
                 await queue.put(event)
     except EngineDeadError:
-        await queue.put(HTTPException(500, "the engine has stopped; the server must be restarted"))
+        await queue.put(VLLMServerError("the engine has stopped; the server must be restarted"))
     except VLLMError as error:  # overload: vLLM has a status and a message for it
         await queue.put(error)
     except Exception as error:
         traceback.print_exception(error)
-        await queue.put(HTTPException(500, "sampling failed; the server's log tells why"))
+        await queue.put(VLLMServerError("sampling failed; the server's log tells why"))
 
 
 async def image_events(images, job, i):
@@ -88,7 +87,7 @@ async def image_events(images, job, i):
     if len(codes) < grid * grid:
         raise RuntimeError("the engine left an image unfinished")
     event = await event_of(images, job, i, "completed", codes)
-    yield event | {"usage": usage(images, job, 1)} | warning_of(job)
+    yield event | {"usage": usage(images, job, 1)} | job.warning
 
 
 async def event_of(images, job, i, kind, codes):
@@ -109,8 +108,7 @@ async def event_of(images, job, i, kind, codes):
 
 
 def usage(images, job, n):
-    """What n images cost, in OpenAI's words. A code is a token, and so is a position of the
-    prompt."""
+    """What n images cost, in OpenAI's words. Codes and positions of the prompt are tokens."""
     length, T = len(*job.prompt.values()), images.info["grid"] ** 2
     return {
         "input_tokens": n * length,
@@ -118,11 +116,6 @@ def usage(images, job, n):
         "output_tokens": n * T,
         "total_tokens": n * (T + length),
     }
-
-
-def warning_of(job):
-    """The field that warns the client, if there is something to warn of."""
-    return {"warning": job.warning} if job.warning else {}
 
 
 # ---- pixels ------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from types import SimpleNamespace
 from typing import Annotated, Any
 
 import torch
-from fastapi import APIRouter, Depends, HTTPException, Request
+from fastapi import APIRouter, Depends, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.datastructures import Headers
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
@@ -31,7 +31,7 @@ from vllm.exceptions import VLLMError
 
 import serve_vllm
 import vq
-from nanollamagen import api_requests, api_sampling, captions
+from nanollamagen import api_requests, api_sampling
 
 router = APIRouter()
 
@@ -55,7 +55,8 @@ class Plugin:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         vq_model, encode = vq.load_vq(Path(args.model) / "vq.pt", device), None
         if info["captions"]:
-            encode = caption_encoding(args.model, info, getattr(args, "t5", None), device)
+            t5 = getattr(args, "t5", None)
+            encode = serve_vllm.caption_encoding(args.model, info, t5, device)
         name = (args.served_model_name or [args.model])[0]
         prepare(state, engine, info, vq_model, name, encode)
         # vLLM's own check needs a tokenizer.
@@ -65,21 +66,11 @@ class Plugin:
 
 def prepare(state, engine, info, vq_model, name, encode=None):
     """Put `images`, which the routes share, into the application's state, and start the task that
-    decodes.
-
-    engine    vLLM's AsyncLLM, or another object with its `generate`
-    info      of read_export
-    name      the model's name for clients
-    encode    a function as caption_encoding gives it"""
+    decodes. engine: vLLM's AsyncLLM, or another object with its `generate`. name: the model's name
+    for clients. encode: a function as serve_vllm.caption_encoding gives it."""
     size = f"{info['image_size']}x{info['image_size']}"
-    about = {
-        "id": name,
-        "size": size,
-        "rows": info["grid"],
-        "classes": info["classes"],
-        "captions": info["captions"],
-        "key": bool(keys_of(state)),
-    }
+    about = {"id": name, "size": size, "rows": info["grid"], "key": bool(keys_of(state))}
+    about |= {"classes": info["classes"], "captions": info["captions"]}
     about = json.dumps(about).replace("<", "\\u003c")  # no class's name may end the page's script
     page = (Path(__file__).parent.parent / "assets" / "page.html").read_text()
     decoder = asyncio.Queue()
@@ -96,21 +87,6 @@ def prepare(state, engine, info, vq_model, name, encode=None):
         decoder=decoder,
         tasks=[asyncio.create_task(api_sampling.decode_forever(decoder, vq_model, info["grid"]))],
     )
-
-
-def caption_encoding(folder, info, t5, device):
-    """A function from a caption to its prompt (None if it has no words) and whether it was cut to
-    120 tokens. The encoder stays in memory."""
-    model = serve_vllm.read_model(folder, info)
-    encoder, embedding = captions.caption_encoder(t5, device, model), model.cls_embedding
-
-    def encode(text):
-        before = encoder.cut
-        (features,) = encoder([text])
-        prompt = serve_vllm.caption_prompt(features, embedding) if len(features) else None
-        return prompt, encoder.cut > before
-
-    return encode
 
 
 async def watch(engine, state):
@@ -132,16 +108,12 @@ async def watch(engine, state):
 
 
 # ---- which paths and keys are let through ------------------------------------------------------
+# fmt: off
 ROUTES = (
-    "/",
-    "/health",
-    "/metrics",
-    "/version",
-    "/v1/models",
-    "/v1/completions",
-    "/v1/images/generations",
-    "/v1/images/edits",
+    "/", "/health", "/metrics", "/version", "/v1/models", "/v1/completions",
+    "/v1/images/generations", "/v1/images/edits",
 )
+# fmt: on
 OPEN = ("/", "/health")  # answer without a key
 
 
@@ -226,7 +198,7 @@ async def answer(images, job):
         "size": images.size,
         "usage": api_sampling.usage(images, job, job.body.n),
     }
-    return answered | api_sampling.warning_of(job)
+    return answered | job.warning
 
 
 async def server_sent(events):
@@ -234,9 +206,5 @@ async def server_sent(events):
     try:
         async for event in events:
             yield f"event: {event['type']}\ndata: {json.dumps(event)}\n\n"
-    except (HTTPException, VLLMError) as error:
-        if isinstance(error, HTTPException):
-            response = create_error_response(error.detail, "InternalServerError")
-        else:
-            response = create_error_response(error)
-        yield f"event: error\ndata: {response.model_dump_json()}\n\n"
+    except VLLMError as error:
+        yield f"event: error\ndata: {create_error_response(error).model_dump_json()}\n\n"

@@ -141,8 +141,7 @@ class TwoStreamGPT(nn.Module):
         return self.norm(x).view(-1, 2 * self.config.dim)
 
     def compute_logits(self, hidden_states):
-        """(R, 2C) -> (R, 2V), the stream with the condition on the left; None on the ranks that do
-        not gather logits."""
+        """(R, 2C) -> (R, 2V), with the condition on the left; None on ranks that gather none."""
         logits = self.gather_logits(self.output, hidden_states.view(-1, self.config.dim))
         return None if logits is None else logits.reshape(len(hidden_states), -1)
 
@@ -219,8 +218,7 @@ class Draw(LogitsProcessor):
 
 
 class Request:
-    """One image of the batch, made from its SamplingParams. `codes` are its codes so far, a list
-    that vLLM extends."""
+    """One image of the batch. Its codes so far are a list that vLLM extends."""
 
     def __init__(self, params, prompt, codes):
         extra = params.extra_args or {}
@@ -287,7 +285,6 @@ def check_setting(name, value):
 
 def check_known(codes):
     """Raise ValueError unless these are codes, with -1 where one is to be sampled."""
-    if not isinstance(codes, (list, tuple)) or any(
-        type(code) is not int or not -1 <= code < 2**31 for code in codes
-    ):
+    numbers = isinstance(codes, (list, tuple)) and all(type(code) is int for code in codes)
+    if not numbers or not all(-1 <= code < 2**31 for code in codes):
         raise ValueError("given is a list of codes, with -1 for those to be sampled")

@@ -702,11 +702,11 @@ def test_uploads_that_are_no_edit_have_their_own_status(server):
     both = [("image", ("a.png", HOLE)), ("image[]", ("b.png", HOLE))]
     error = error_of(httpx.post(url, data={"prompt": "star"}, files=both), 400)
     assert error["param"] == "image" and error["message"] == "image: send one picture, and one mask"
-    with socket.create_connection(
-        server.url.removeprefix("http://").split(":")
-    ) as sock:  # cut off half-way
+    address = server.url.removeprefix("http://").split(":")
+    with socket.create_connection(address) as sock:  # cut off half-way
         sock.sendall(
-            b"POST /v1/images/edits HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=x\r\n"
+            b"POST /v1/images/edits HTTP/1.1\r\nHost: x\r\n"
+            b"Content-Type: multipart/form-data; boundary=x\r\n"
             b'Content-Length: 10000\r\n\r\n--x\r\nContent-Disposition: form-data; name="image"; '
             b'filename="a.png"\r\n\r\n' + HOLE[:200]
         )
@@ -885,14 +885,16 @@ def test_a_client_that_goes_takes_its_images_along(engine, server, stream):
     answers = []
     thread.start()
     until(lambda: len(engine.live) == 1)
-    with contextlib.suppress(httpx.TimeoutException):
-        with httpx.stream(
+    with (
+        contextlib.suppress(httpx.TimeoutException),
+        httpx.stream(
             "POST",
             f"{server.url}/v1/images/generations",
             json={"prompt": "star", **body},
             timeout=httpx.Timeout(10, read=0.2 if not stream else 10),
-        ) as response:
-            next(response.iter_bytes())  # the first rows; without streaming, nothing comes
+        ) as response,
+    ):
+        next(response.iter_bytes())  # the first rows; without streaming, nothing comes
     until(lambda: engine.aborted == 4 and len(engine.live) == 1)
     engine.step.set()
     thread.join(10)
@@ -1099,9 +1101,9 @@ def test_the_page_draws_what_is_typed_row_by_row(engine, server, browser):
     engine.step.clear()
     browser.open(server.url)
     browser.type("fo", into="query")
-    assert browser.run(
-        "[...document.querySelectorAll('[role=option]')].map(o => o.innerText.replace(/\\s+/g, ' '))"
-    ) == ["red fox, Vulpes vulpes 2"]
+    options = "[...document.querySelectorAll('[role=option]')]"
+    names = browser.run(options + ".map(o => o.innerText.replace(/\\s+/g, ' '))")
+    assert names == ["red fox, Vulpes vulpes 2"]
     browser.press(*ENTER)
     browser.press(*DOWN)  # opens the list of the others, then goes to the second
     browser.press(*DOWN)
@@ -1156,7 +1158,7 @@ def test_the_page_tells_kindly_what_is_wrong(engine, browser):
         ):
             action()
             browser.run("$('go').click()")
-            until(lambda: sentence in browser.text("error"))
+            until(lambda sentence=sentence: sentence in browser.text("error"))
         browser.run("$('key').value = ''")
         browser.type("secret", into="key")
         browser.press(*ENTER)
@@ -1193,14 +1195,15 @@ def test_the_page_draws_a_part_of_a_picture_anew(engine, server, browser, width,
         browser.run(f"""const bytes = Uint8Array.from(atob("{picture}"), c => c.charCodeAt(0))
             const files = new DataTransfer()
             files.items.add(new File([bytes], "a.png", {{type: "image/png"}}))
-            document.dispatchEvent(new DragEvent("drop", {{dataTransfer: files, cancelable: true}}))""")
+            const drop = {{dataTransfer: files, cancelable: true}}
+            document.dispatchEvent(new DragEvent("drop", drop))""")
     else:
         (tmp_path / "a.png").write_bytes(file_of(image))
         chooser = browser("Runtime.evaluate", expression="$('photo')")["result"]["objectId"]
         browser("DOM.setFileInputFiles", files=[str(tmp_path / "a.png")], objectId=chooser)
     until(lambda: browser.run("!$('editor').hidden && photo.width") == 3 * SIDE)
     browser.run("$('go').click()")
-    until(lambda: "Paint over what is to be drawn anew." in browser.text("error"))
+    until(lambda: "Paint over the part to regenerate." in browser.text("error"))
     browser.run("$('brush').value = 1")
     browser.stroke([(1.5, 1.5), (2.5, 1.5), (2.5, 2.5), (1.6, 2.5)], touch)
     assert sorted(browser.run("[...hole]")) == [5, 6, 9, 10]

@@ -415,7 +415,7 @@ def test_senseless_prompts_do_not_stop_the_engine(llm, tiny):
     assert torch.equal(codes_of(outputs[:1]), expected(model, [(TINY.num_classes, 1.0, -1)]))
 
 
-# ---- other engines: vLLM has one in a process at a time, so these come after the tests that share one
+# ---- other engines: vLLM has one in a process at a time, so these come after those that share one
 @pytest.mark.parametrize("overrides", [{}, {"enable_prefix_caching": True}])
 def test_prefix_caching_and_preemption_change_nothing(tiny, overrides):
     """Room for two images and a half: the fourth is thrown out half-way and computed again."""
@@ -748,7 +748,7 @@ def test_vllm_leaves_room_for_what_stands_beside_it(monkeypatch):
     shares = []
     for total in (24e9, 80e9):
         monkeypatch.setattr(
-            torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=total)
+            torch.cuda, "get_device_properties", lambda _, n=total: SimpleNamespace(total_memory=n)
         )
         shares += [
             serve_vllm.memory_share({"image_size": size, "captions": size == 512})
