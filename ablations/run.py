@@ -38,7 +38,7 @@ COMMON = {
     "gpt": "--model demo --batch-size 32 --lr 1.2e-2 --schedule cosine --warmup-steps 50 --dropout 0 "
     "--val-images 1000 --log-every 25 --sample-every 0",
     "vq": "--model VQ-demo --codebook-size 1024 --image-size 32 --batch-size 32 --lr 1e-3 --schedule cosine "
-    "--warmup-steps 50 --lpips-weight 0 --disc-weight 0 --log-every 25 --sample-every 0 --workers 0",
+    "--warmup-steps 50 --lpips-weight 0 --disc-weight 0 --log-every 25 --workers 0",
     "sample": "--top-k 0 --cfg-scale 2 --num-samples 1000 --batch-size 250",
 }
 # What is measured where the text of an ablation does not say. A stage is what is trained: a GPT, a
