@@ -312,14 +312,6 @@ def attend_to_cache(q, k, v, visible, cache, positions):
 
 
 # ---- work --------------------------------------------------------------------------------------
-# fmt: off
-PEAK_FLOPS = {  # dense bf16 by data sheet
-    "B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
-    "L4":    121e12, "A10":  125e12, "4090": 165e12, "3090":  71e12, "V100": 125e12,
-}
-# fmt: on
-
-
 def flops_per_image(config):
     """Operations of a forward and backward pass (arXiv:2204.02311, appendix B): 6 per weight and
     position, and the causal half of 12 per layer, channel and pair of positions for attention."""
@@ -327,13 +319,6 @@ def flops_per_image(config):
     L = config.cond_tokens + T - 1  # positions; T of them predict a code
     layers = config.n_layer * (4 * C**2 + 3 * C * config.hidden)
     return 6 * (layers * L + C * config.vocab_size * T + config.n_layer * C * L**2)
-
-
-def utilisation(config, images_per_s, device):
-    """MFU: the share of a GPU's peak rate that training takes; None where that is not known."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    peak = next((PEAK_FLOPS[gpu] for gpu in PEAK_FLOPS if gpu in name), None)
-    return peak and flops_per_image(config) * images_per_s / peak
 
 
 # ---- checkpoints -------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 weights, compiled models.
 
 fast.pack(model)                              # a CPU's weights, laid out for products with few rows
-fast.grow(cache, 65, most=256)                # room for 65 positions, 256 is what will ever be needed
+fast.grow(cache, 65, most=256)                # room for 65 of at most 256 positions
 step = fast.Recorded(next_code, cache)        # a GPU starts each step with one launch
 code = step(code, i)                          # code i - 1 -> code i
 """

@@ -1,0 +1,35 @@
+"""Random numbers without a state: each follows from a seed, a position and its own number.
+
+uniform = noise.uniform(seeds, 7, 16384)      # (B, 16384), for seeds (B,)
+
+A generator gives its numbers one after the other. A hash gives those of any positions, in any
+order, the same on a CPU and on a GPU.
+"""
+
+import torch
+
+GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # 2^64 / golden ratio, as int64
+
+
+def mix(x):
+    """One number of splitmix64 for every state in x, int64; a bijection that turns one changed bit
+    into 32 on average (Steele, Lea and Flood, "Fast splittable pseudorandom number generators").
+
+    Integer products wrap in torch as they do in C. `>>` copies the sign in int64: the masks undo
+    that."""
+    x = x + GOLDEN
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x ^= (x >> shift).bitwise_and_((1 << 64 - shift) - 1)  # in place, because x can be large
+        x *= factor - (1 << 64)
+    return x.bitwise_xor_((x >> 31).bitwise_and_((1 << 33) - 1))
+
+
+def uniform(seeds, positions, n):
+    """Numbers between 0 and 1, both excluded: float32 (..., n).
+
+    seeds, positions   int64 of shapes that broadcast to (...)"""
+    state = mix(mix(seeds) + positions)[..., None]
+    hashed = mix(state + GOLDEN * torch.arange(n, device=state.device))
+    forty_bits = (hashed >> 24).bitwise_and_((1 << 40) - 1)
+    # float32 is finest near 0, and rounds the largest of these to 1
+    return forty_bits.float().add_(0.5).mul_(2.0**-40).clamp_(max=1 - 2.0**-24)
