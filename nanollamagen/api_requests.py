@@ -2,15 +2,13 @@
 
 A mistake raises Refused (400, with the field's name) or HTTPException (another status). In the end
 there is a Job: a request that api_sampling.py can sample.
-
-The file in order: fields, a JSON body, a form with pictures, edits, jobs.
 """
 
 import asyncio
-import functools
 import io
 import secrets
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated, Literal
 
 import numpy as np
@@ -34,8 +32,7 @@ MAX_PIXELS = 25_000_000  # of such an image
 
 
 class Refused(VLLMValidationError):
-    """A mistake in a field, or for None in the body. vLLM answers 400 with this message and the
-    field's name as `param`."""
+    """A mistake in a field, or for None in the body: vLLM answers 400 with it."""
 
     def __init__(self, field, message):
         super().__init__(f"{field or 'the body'}: {message}", parameter=field)
@@ -46,8 +43,7 @@ class Refused(VLLMValidationError):
 
 # ---- fields ------------------------------------------------------------------------------------
 class Fields(pydantic.BaseModel):
-    """The fields that all models have. Fields of other models (quality, style, user ...) are
-    ignored."""
+    """The fields that all models have. Others (quality, style, user ...) are ignored."""
 
     model_config = pydantic.ConfigDict(strict=True, allow_inf_nan=False)
     model: str | None = None
@@ -75,8 +71,7 @@ class Fields(pydantic.BaseModel):
 
 
 def request_model(info):
-    """Fields, with those that depend on the exported model: its size, and the settings of
-    sample.SETTINGS with their defaults and ranges."""
+    """Fields, with those that depend on the exported model: its size, and sample.SETTINGS."""
     settings = {}
     for name, (for_classes, for_captions, least, most, _) in sample.SETTINGS.items():
         kind = Annotated[type(for_classes), Field(ge=least, le=most)]
@@ -93,8 +88,7 @@ def request_model(info):
 
 
 def checked(request, validate, fields):
-    """The validated fields. Raises Refused for the first that is wrong, and 404 for the name of
-    another model."""
+    """The validated fields. Raises Refused for the first wrong one, 404 for another model."""
     try:
         body = validate(fields)
     except pydantic.ValidationError as error:
@@ -139,8 +133,7 @@ async def read_form(request: Request):
     """The fields of a multipart body, the bytes of the image, and those of the mask or None."""
     if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
         raise HTTPException(415, "send a form, with the header Content-Type: multipart/form-data")
-    # A web page of any site can post a form through the browser of somebody who can reach us. But
-    # then the browser says so.
+    # A web page of any site can post a form through a visitor's browser, which then says so.
     foreign = request.headers.get("sec-fetch-site", "none") not in ("none", "same-origin")
     if foreign and not request.app.state.args.allowed_origins:
         raise HTTPException(403, "a web page of another site may not use this (--allowed-origins)")
@@ -157,18 +150,15 @@ async def read_form(request: Request):
                     raise Refused("image", "send one picture, and one mask")
                 uploads[name] = await value.read()
     except (ClientDisconnect, StarletteHTTPException):
-        wanted = "send a whole multipart form, with one image and at most one mask"
-        raise Refused(None, wanted) from None
+        raise Refused(None, "send a whole form, with one image and at most one mask") from None
     if not uploads.get("image"):
         raise Refused("image", "a file is required")
-    validate = request.app.state.images.Request.model_validate
-    validate = functools.partial(validate, strict=False)  # in a form, "2" is a number
+    validate = partial(request.app.state.images.Request.model_validate, strict=False)  # "2" is 2
     return checked(request, validate, fields), uploads["image"], uploads.get("mask")
 
 
 def open_upload(name, file):
-    """The picture in an uploaded file, RGBA. Raises Refused for a file that is broken, or made to
-    cost memory or time."""
+    """The picture in an uploaded file, RGBA. Raises Refused for a broken or too costly file."""
     try:
         with Image.open(io.BytesIO(file), formats=["PNG", "JPEG", "WEBP"]) as image:
             check_cost(name, file, image)
@@ -176,10 +166,10 @@ def open_upload(name, file):
             if upright.mode.startswith("I"):  # 16 bits
                 upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
             return upright.convert("RGBA")
-    except Refused:
-        raise
     except Image.DecompressionBombError:
         raise Refused(name, f"more than {MAX_PIXELS:,} pixels") from None
+    except Refused:
+        raise
     except Exception:  # Pillow raises half a dozen kinds for damaged files
         raise Refused(name, "not a PNG, JPEG or WebP file, or a damaged one") from None
 
@@ -188,14 +178,13 @@ def check_cost(name, file, image):
     """Raise Refused for a picture whose pixels would take too much memory or time to decode."""
     pixels = image.width * image.height
     if pixels > MAX_PIXELS:
-        raise Refused(name, f"more than {MAX_PIXELS:,} pixels")
+        raise Image.DecompressionBombError
     # MPO is a photo with its previews, and not an animation.
     if getattr(image, "is_animated", False) and image.format != "MPO":
         raise Refused(name, "an animation; send one picture")
-    if image.format in ("JPEG", "MPO"):
-        scans = file.count(b"\xff\xda")  # each of them passes over all pixels
-        if scans * pixels > 50 * MAX_PIXELS:
-            raise Refused(name, "too many scans")
+    scans = file.count(b"\xff\xda")  # each of a JPEG's passes over all pixels
+    if image.format in ("JPEG", "MPO") and scans * pixels > 50 * MAX_PIXELS:
+        raise Refused(name, "too many scans")
 
 
 # ---- edits -------------------------------------------------------------------------------------
@@ -210,14 +199,14 @@ class Edit:
 
 @torch.no_grad()
 def edit_of(images, image, mask):
-    """The Edit of two uploaded files. Without a mask, the image's own transparency counts. A code
-    is kept where all pixels of its cell are opaque. Raises Refused."""
+    """The Edit of two uploaded files; without a mask, the image's own transparency counts. Raises
+    Refused."""
     size, grid = images.info["image_size"], images.info["grid"]
     picture, which = open_upload("image", image), "mask" if mask else "image"
     shape = open_upload("mask", mask) if mask else picture
     if shape.size != picture.size:
-        sizes = [f"{width} x {height}" for width, height in (shape.size, picture.size)]
-        raise Refused("mask", f"{sizes[0]} pixels, but the image has {sizes[1]}")
+        (w, h), (width, height) = shape.size, picture.size
+        raise Refused("mask", f"{w} x {h} pixels, but the image has {width} x {height}")
     opaque = middle(shape.getchannel("A"), size) > 127  # (H, W)
     kept = data.kept_cells(opaque, grid)  # (grid, grid)
     if kept.all():
@@ -230,8 +219,7 @@ def edit_of(images, image, mask):
 
 
 def middle(image, size):
-    """The middle square, size x size pixels. It is cut out before it is scaled, because a scaled
-    strip would be huge."""
+    """The middle square, size x size pixels; cut out first, as a scaled strip would be huge."""
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return np.array(data.center_crop(image.crop((left, top, left + side, top + side)), size))
@@ -267,14 +255,6 @@ async def job_of(images, body):
         raise Refused("prompt", f"the caption {body.prompt[:200]!r} has no words")
     warning = f"the caption was cut to its first {captions.CAPTION_TOKENS} tokens"
     return Job(body, prompt, body.prompt, seed, {"warning": warning} if cut else {})
-
-
-async def edit_job_of(images, body, image, mask):
-    """The Job of an edit, from the fields and the uploaded files. Raises Refused."""
-    job = await job_of(images, body)
-    job.kind = "image_edit"
-    job.edit = await in_worker(images, edit_of, images, image, mask)
-    return job
 
 
 def in_worker(images, function, *arguments):

@@ -26,13 +26,11 @@ BATCH = 8  # images that the tokenizer decodes together at most, which bounds it
 # ---- codes -------------------------------------------------------------------------------------
 async def events_of(images, job):
     """Yield the events about all images of a job as they come. Raises what ended them before the
-    last image. When this ends, also because the client has left, all sampling for the job ends:
-    cancelled tasks leave the engine."""
+    last image. When this ends, also because the client has left, all sampling for the job ends."""
     queue = asyncio.Queue(1)  # one place: a client that reads slowly holds up only itself
-    tasks = [
-        asyncio.create_task(put_all(image_events(images, job, i), queue)) for i in range(job.body.n)
-    ]
     left = job.body.n
+    streams = [image_events(images, job, i) for i in range(left)]
+    tasks = [asyncio.create_task(put_all(events, queue)) for events in streams]
     try:
         while left:
             event = await queue.get()
@@ -120,8 +118,7 @@ def usage(images, job, n):
 
 # ---- pixels ------------------------------------------------------------------------------------
 async def decode_forever(waiting, vq_model, grid):
-    """Serve a queue of (codes, job, future of the file). All that wait are decoded together, in a
-    thread."""
+    """Serve a queue of (codes, job, future of the file): all that wait together, in a thread."""
 
     def decode(batch):
         pictures = decode_rows(vq_model, [codes for codes, _, _ in batch], grid)
@@ -145,10 +142,8 @@ async def decode_forever(waiting, vq_model, grid):
 
 
 def decode_rows(vq_model, codes, grid):
-    """Whole rows of codes, at least one for each image -> whole images, uint8 (B, H, W, 3).
-
-    Pixels depend on the codes around them. So missing rows are filled with the last row before
-    decoding, and painted grey after it."""
+    """Whole rows of codes, at least one for each image -> images, uint8 (B, H, W, 3). Missing rows
+    are filled with the last one before decoding, and painted grey after it."""
     filled = [c + c[-grid:] * (grid - len(c) // grid) for c in codes]
     filled = torch.tensor(filled, device=vq_model.quantize.embedding.weight.device)  # (B, T)
     pixels = sample.to_pixels(vq_model, filled)
@@ -158,8 +153,7 @@ def decode_rows(vq_model, codes, grid):
 
 
 def to_file(pixels, job):
-    """Pixels (H, W, 3) as an image file (bytes) of the format that the request asks for. The pixels
-    that an edit keeps are the picture's own, because codes do not hold every detail."""
+    """Pixels (H, W, 3) as bytes of the wanted format. Those that an edit keeps are the picture's."""
     if job.edit:
         pixels = np.where(job.edit.kept[..., None], job.edit.picture, pixels)
     file, kind = io.BytesIO(), job.body.output_format

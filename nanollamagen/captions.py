@@ -5,9 +5,6 @@ $ python -m nanollamagen.captions encode --codes codes --t5 google/flan-t5-xl
 $ torchrun --nproc_per_node=8 -m nanollamagen.captions encode --codes codes
 
     features, mask = captions.encode_captions(["a red fox"])      # (1, 120, 2048), (1, 120)
-
-The file in order: captions in files, the encoder, features for sampling, features on disk, the
-command.
 """
 
 # Shapes:  B captions   c = 120 condition tokens   n tokens of one caption   D features of a token
@@ -53,21 +50,11 @@ def read_prompts(path):
 def read_captions(path, count=0):
     """Yield (caption, short caption or "") of every line. Raises ValueError for a line that has no
     caption, and at the end for a file of fewer than `count` lines."""
-    number = 0
-    with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-                pair = row["caption"], row.get("short_caption") or ""
-                if not all(isinstance(text, str) for text in pair):
-                    raise TypeError
-            except (ValueError, LookupError, TypeError, AttributeError):
-                raise ValueError(
-                    f'{path}, line {number}: expected {{"caption": "..."}}, perhaps with a '
-                    f'"short_caption"; it is {line.strip()[:80]}'
-                ) from None
-            yield pair
-    if number < count:
+    lines = 0
+    for pair in data.read_lines(path, "caption"):
+        yield pair
+        lines += 1
+    if lines < count:
         raise ValueError(f"{path} has fewer lines than codes.npy has images, {count:,}")
 
 
@@ -80,9 +67,7 @@ def load_pretrained(flag, name, *kinds):
 
         return [getattr(transformers, kind).from_pretrained(name) for kind in kinds]
     except ImportError:
-        raise ValueError(
-            f"{flag} {name} needs the package transformers: pip install transformers"
-        ) from None
+        raise ValueError(f"{flag} {name} needs transformers: pip install transformers") from None
     except Exception as error:  # transformers raises a dozen kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise OSError(
@@ -91,9 +76,8 @@ def load_pretrained(flag, name, *kinds):
 
 
 class CaptionEncoder:
-    """Features of captions by FLAN-T5's encoder, or by the stand-in "words". The stand-in is no
-    language model: a token is a word, and its features are random numbers that follow from its
-    letters.
+    """Features of captions by FLAN-T5's encoder, or by the stand-in "words", which is no language
+    model: a token is a word, and its features are random numbers that follow from its letters.
 
     name    folder or Hugging Face name of a T5, which the package transformers loads, or "words"
     about   {"encoder": name, "dim": D, "hash": tells encoders apart}
@@ -172,10 +156,7 @@ def short_hash(model):
 # ---- features for sampling ---------------------------------------------------------------------
 def pad_left(rows, c=CAPTION_TOKENS):
     """Tensors (n, D), n <= c -> (B, c, D) with zeros on the left, and the mask (B, c), False at
-    these.
-
-    On the left, because codes follow on the right: a caption's last word is then next to the
-    first code."""
+    these. On the left, so that a caption's last word is next to the first code."""
     features = rows[0].new_zeros(len(rows), c, rows[0].shape[1])
     for i, row in enumerate(rows):
         features[i, c - len(row) :] = row
@@ -183,11 +164,8 @@ def pad_left(rows, c=CAPTION_TOKENS):
 
 
 def caption_encoder(t5=None, device="cpu", model=None):
-    """The CaptionEncoder `t5`, a folder or name. None means the one that `model` was trained with,
-    or google/flan-t5-xl.
-
-    model: the GPT that its features are for, if known. Raises ValueError if it was trained on the
-    features of another encoder."""
+    """The CaptionEncoder `t5`, a folder or name. None means the one that `model`, a GPT, was trained
+    with, or google/flan-t5-xl. Raises ValueError if it was another one."""
     trained = getattr(model, "text", None) or {}  # released models do not say
     encoder = CaptionEncoder(t5 or trained.get("encoder", "google/flan-t5-xl"), device)
     about = encoder.about
@@ -219,9 +197,8 @@ def encode_captions(texts, t5=None, device="cpu", model=None, batch_size=16):
 
 
 # ---- features on disk --------------------------------------------------------------------------
-# A T5 of 1.2B parameters in every training step would cost more than the GPT itself, so its
-# features are computed once. They are not padded: 50 million captions of 20 tokens are 4 TB in
-# float16; padded to 120 they would be 25 TB.
+# T5 in every training step would cost more than the GPT itself, so its features are computed once.
+# They are not padded: 50 million captions of 20 tokens are 4 TB in float16, padded 25 TB.
 PART = 1024  # images in one part file
 
 
@@ -231,9 +208,7 @@ def encode(args):
     folder, path = Path(args.codes), Path(args.codes, "captions.jsonl")
     count = len(data.load_codes(folder)[0])
     if not path.is_file():
-        raise ValueError(
-            f"--codes {folder} has no captions.jsonl: its images have classes, not captions"
-        )
+        raise ValueError(f"--codes {folder} has no captions.jsonl: its images have classes")
     files.make_folder(folder, "--codes")
     encoder = CaptionEncoder(args.t5, args.device)
     about = {**encoder.about, "images": count, "bytes": path.stat().st_size}
@@ -242,22 +217,17 @@ def encode(args):
         if parts.processes()[0] == 0:
             print(f"{folder}/text.npy is complete. Nothing to do.")
         return
+    settings = {name: about[name] for name in ("hash", "images", "bytes")}
+    work = partial(encode_blocks, encoder, read_captions(path, count), args.batch_size)
     part_files = parts.make(
-        name="captions",
-        folder=folder / "text.parts",
-        final=folder / "text.json",
-        settings={name: about[name] for name in ("hash", "images", "bytes")},
-        count=count,
-        size=PART,
-        work=partial(encode_blocks, encoder, read_captions(path, count), args.batch_size),
+        "captions", folder / "text.parts", folder / "text.json", settings, count, PART, work
     )
     if part_files:
         join(folder, about, part_files)
 
 
 def encode_blocks(encoder, captions, batch_size, blocks, bar):
-    """Yield for each block of images its part: text and spans as in load_text, and how many
-    captions were cut. parts.make calls this."""
+    """Yield the part of each block of images: text and spans as in load_text, captions cut."""
     line = 0
     for block in blocks:
         # Lines have no fixed length, so every process reads all lines up to those of its block.
@@ -317,15 +287,14 @@ def load_text(folder):
     try:
         text = np.load(folder / "text.npy", mmap_mode="r", allow_pickle=False)
         spans = np.load(folder / "text_spans.npy", mmap_mode="r", allow_pickle=False)
-        fits = text.shape == (about["tokens"], about["dim"])
-        fits = fits and spans.shape == (about["images"], 2, 2)
+        shapes = (about["tokens"], about["dim"]), (about["images"], 2, 2)
+        if (text.shape, spans.shape) != shapes:
+            raise ValueError
     except (OSError, ValueError, EOFError, LookupError):  # one is missing, or was cut short
-        fits = False
-    if not fits:
         raise ValueError(
             f"{folder}: text.npy, text_spans.npy and text.json do not belong together; delete "
             "text.json and run nanollamagen.captions encode again"
-        )
+        ) from None
     return text, spans, {key: about[key] for key in ("encoder", "dim", "hash")}
 
 
@@ -337,22 +306,17 @@ def read_about(folder, expected=None):
         encoder = f"{about['encoder']}, {about['dim']} features per token"
         this = [about[key] for key in ("hash", "images", "bytes")]
     except (ValueError, LookupError, TypeError):
-        raise ValueError(
-            f"{folder}/text.json is damaged; delete it and run nanollamagen.captions encode again"
-        ) from None
+        raise ValueError(f"{folder}/text.json is damaged; delete it and encode again") from None
     if expected and this != [expected[key] for key in ("hash", "images", "bytes")]:
-        raise ValueError(
-            f"{folder}/text.json tells of another encoder or other captions ({encoder}); delete it "
-            "to replace them"
-        )
+        what = f"tells of another encoder or other captions ({encoder})"
+        raise ValueError(f"{folder}/text.json {what}; delete it to replace them")
     return about
 
 
 def caption_features(text, spans, ids, short):
     """Features (tokens, D) of a caption of each image: of the short one where `short` asks for it
     and there is one."""
-    has_short = spans[ids, 1, 1] > spans[ids, 1, 0]
-    which = (short & has_short).astype(int)  # (B,)
+    which = (short & (spans[ids, 1, 1] > spans[ids, 1, 0])).astype(int)  # (B,)
     return [torch.tensor(text[start:end]) for start, end in spans[ids, which]]
 
 
@@ -363,21 +327,16 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = p.add_subparsers(required=True)
-    enc = commands.add_parser("encode", help="write the features of captions next to their codes")
-    enc.add_argument("--codes", default="codes", help="folder of vq.py encode (default: codes)")
-    enc.add_argument(
-        "--t5",
-        default="google/flan-t5-xl",
-        help="folder or Hugging Face name of a T5, or words, a stand-in without weights "
-        "(default: google/flan-t5-xl)",
-    )
-    enc.add_argument(
-        "--batch-size", type=flags.batch, default=64, help="captions that go through T5 together"
-    )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    enc.add_argument(
-        "--device", type=flags.device, default=device, help="cuda or cpu (default: cuda if any)"
-    )
+    # fmt: off
+    enc = commands.add_parser("encode", help="write the features of captions next to their codes")
+    flag = enc.add_argument
+    flag("--codes", default="codes", help="folder of vq.py encode (default: codes)")
+    flag("--t5", default="google/flan-t5-xl", help="folder or Hugging Face name of a T5, or words, "
+         "a stand-in without weights (default: google/flan-t5-xl)")
+    flag("--batch-size", type=flags.batch, default=64, help="captions T5 takes together")
+    flag("--device", type=flags.device, default=device, help="cuda or cpu (default: cuda if any)")
+    # fmt: on
     args = p.parse_args()
     try:
         encode(args)

@@ -1,10 +1,8 @@
 """Images, their classes or captions, crops of them, and folders of codes.
 
-    images = data.open_images("imagenet/train")        # also "shapes", captions.jsonl, tar files
-    crop = data.center_crop(images.load(0), 256)       # also random_crop and ten_crop
-    images.classes[images.labels[0]]                   # or images.captions[0]
-
-The file in order: data sets, captioned ones, crops and grids, folders of codes, shapes.
+images = data.open_images("imagenet/train")        # also "shapes", captions.jsonl, tar files
+crop = data.center_crop(images.load(0), 256)       # also random_crop and ten_crop
+images.classes[images.labels[0]]                   # or images.captions[0]
 """
 
 # Shapes:  N images   A crops per image   T codes per image   H, W pixels
@@ -21,25 +19,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-# Only make_folder and the shapes are used here. The other names moved, and some scripts still take
-# them from here.
-from nanollamagen.files import cache_dir as cache_dir
-from nanollamagen.files import download as download
-from nanollamagen.files import file_hash as file_hash
-from nanollamagen.files import load_weights as load_weights
-from nanollamagen.files import make_folder as make_folder
-from nanollamagen.files import pretrained as pretrained
-from nanollamagen.files import progress as progress
-from nanollamagen.files import read_checkpoint as read_checkpoint
-from nanollamagen.files import save_checkpoint as save_checkpoint
-from nanollamagen.files import weights_of as weights_of
-from nanollamagen.files import write_npy as write_npy
-from nanollamagen.flags import device as device
-from nanollamagen.flags import within as within
-from nanollamagen.shapes import INKS as INKS
-from nanollamagen.shapes import PAPERS as PAPERS
+from nanollamagen import files
 from nanollamagen.shapes import SHAPES, caption_of, draw_shape
-from nanollamagen.shapes import plan_shape as plan_shape
 
 # ---- data sets ----------------------------------------------------------------------------------
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
@@ -64,8 +45,7 @@ class Images:
 
 
 def open_image(path, file=None):
-    """The image at a path, or in an open binary file, as RGB. Raises OSError, whatever way it is
-    broken."""
+    """The image at a path, or in an open binary file, as RGB. Raises OSError if it is broken."""
     try:
         with Image.open(file or path) as image:
             return image.convert("RGB")
@@ -139,17 +119,13 @@ def class_folders(root):
             classes.append(folder)
     if not classes:
         hint = f"expected class folders with {', '.join(IMAGE_ENDINGS)} files, as {root}/cat/1.jpg"
-        for folder in folders:
-            if list_images(os.path.join(root, folder)):
-                hint = f"its sub-folders hold more folders; did you mean {root}/{folder}?"
-                break
+        deeper = [name for name in folders if list_images(os.path.join(root, name))]
+        if deeper:
+            hint = f"its sub-folders hold more folders; did you mean {root}/{deeper[0]}?"
         raise ValueError(f"--data {root}: no images in its sub-folders; {hint}")
     if len(classes) <= 2:
-        print(
-            f"warning: {root} has only {len(classes)} class folder(s): {', '.join(classes)}. "
-            "Is it the folder above or below the one you meant?",
-            file=sys.stderr,
-        )
+        few = f"only {len(classes)} class folder(s): {', '.join(classes)}"
+        print(f"warning: {root} has {few}. Did you mean the one above or below?", file=sys.stderr)
     return Images(open_image, places, classes, labels)
 
 
@@ -163,30 +139,36 @@ def captioned_files(pictures, texts):
     return Images(open_image, [str(path) for path in pictures], captions=captions)
 
 
-def captioned_lines(path):
-    """Images and captions from a JSONL file; relative paths start at its folder."""
-    images = Images(open_image, [], captions=[])
+def read_lines(path, *names):
+    """Yield for each line of a JSONL file its texts of these names, and the short caption or "".
+    Raises ValueError for a line that lacks one."""
     with open(path, encoding="utf8", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
             try:
-                item = json.loads(line)
-                images.places.append(os.path.join(os.path.dirname(path), item["image"]))
-                caption, short_caption = item["caption"], item.get("short_caption")
-                if not isinstance(caption, str) or not isinstance(short_caption, str | None):
+                row = json.loads(line)
+                texts = [*(row[name] for name in names), row.get("short_caption") or ""]
+                if not all(isinstance(text, str) for text in texts):
                     raise TypeError
-                images.captions.append({"caption": caption, "short_caption": short_caption})
-            except (ValueError, KeyError, TypeError):
-                raise ValueError(
-                    f'--data {path}, line {number}: expected {{"image": path, "caption": text}}'
-                ) from None
+            except (ValueError, LookupError, TypeError, AttributeError):
+                wanted = ", ".join(f'"{name}": "..."' for name in names)
+                line = f"expected {{{wanted}}}; it is {line.strip()[:80]}"
+                raise ValueError(f"{path}, line {number}: {line}") from None
+            yield texts
+
+
+def captioned_lines(path):
+    """Images and captions from a JSONL file; relative paths start at its folder."""
+    images = Images(open_image, [], captions=[])
+    for place, caption, short in read_lines(path, "image", "caption"):
+        images.places.append(os.path.join(os.path.dirname(path), place))
+        images.captions.append({"caption": caption, "short_caption": short or None})
     if not images.places:
         raise ValueError(f"--data {path} is empty")
     return images
 
 
 def captioned_tars(paths):
-    """Images and captions from tar files: members NAME.jpg and NAME.txt belong together. Images
-    are read from there when they are needed."""
+    """Images and captions from tar files: members NAME.jpg and NAME.txt belong together."""
     images = Images(open_member, [], captions=[])
     for path in paths:
         places, texts = {}, {}
@@ -249,8 +231,7 @@ def ten_crop(image, size, crop_range):
 
 def kept_cells(mask, grid):
     """Which codes a mask keeps: bool (H, W) of kept pixels -> bool (grid, grid), True where all
-    pixels of a code's cell are kept. Raises ValueError when the pixels do not split into grid x
-    grid cells."""
+    pixels of a cell are kept. Raises ValueError if H or W is no multiple of grid."""
     H, W = mask.shape
     if H % grid or W % grid:
         raise ValueError(f"a mask of {W} x {H} pixels does not split into {grid} x {grid} cells")
@@ -262,11 +243,9 @@ def save_grid(images, path, columns, titles=None):
     below 96 pixels, or 192 if titles are long, are enlarged by a whole factor to be seen."""
     H, W = images.shape[1:3]
     gap = 4  # pixels between images
-    head, widest = 0, 96  # height of a title, width that images should have
-    if titles:
-        titles = [" ".join(title.split()) for title in titles]  # Pillow measures single lines only
-        head = 16
-        widest = max(widest, *map(ImageFont.load_default().getlength, titles))
+    titles = [" ".join(title.split()) for title in titles or ()]  # Pillow measures single lines
+    head = 16 if titles else 0  # height of a title
+    widest = max([96, *map(ImageFont.load_default().getlength, titles)])
     scale = max(1, math.ceil(min(widest, 192) / H))
     h, w = H * scale, W * scale
     rows = math.ceil(len(images) / columns)
@@ -280,7 +259,7 @@ def save_grid(images, path, columns, titles=None):
                 title = title[:-1]
             draw.text((x + w / 2, y + head / 2), title, fill="black", anchor="mm")
         sheet.paste(Image.fromarray(pixels).resize((w, h), Image.NEAREST), (x, y + head))
-    make_folder(Path(path).parent, "a picture in")
+    files.make_folder(Path(path).parent, "a picture in")
     if os.path.isdir(path):
         raise OSError(f"{path} is a folder; give the name of a picture")
     sheet.save(f"{path}.tmp", "PNG")
@@ -288,9 +267,8 @@ def save_grid(images, path, columns, titles=None):
 
 
 def shuffled(n, seed, start=0):
-    """Endless (epoch, index) pairs over n items: every epoch is a fresh permutation fixed by (seed,
-    epoch), and `start` pairs are skipped. A step's place in the data is thus known from its number
-    alone."""
+    """Endless (epoch, index) pairs over n items, without the first `start`. Every epoch is a fresh
+    permutation fixed by (seed, epoch)."""
     epoch, position = divmod(start, n)
     while True:
         generator = torch.Generator().manual_seed((seed * 100_003 + epoch) % 2**63)
@@ -303,8 +281,7 @@ def shuffled(n, seed, start=0):
 # ---- folders of codes --------------------------------------------------------------------------
 def load_codes(folder):
     """A finished folder of codes: codes (memory map, uint16 (N, A, T)), labels (int32 (N,), or None
-    for images with captions), meta (dict). Raises ValueError if it is missing or does not fit
-    together."""
+    for images with captions), meta (dict). Raises ValueError if it is missing or damaged."""
     folder = Path(folder)
     if not (folder / "meta.json").exists():
         what = "is not finished" if (folder / "parts").exists() else "does not exist"
@@ -320,15 +297,12 @@ def load_codes(folder):
         if not meta.get("captions"):
             labels = np.load(folder / "labels.npy", allow_pickle=False)
     except (OSError, ValueError, EOFError, KeyError) as error:
-        raise ValueError(
-            f"the codes folder {folder} is damaged ({error}); make it again with vq.py encode"
-        ) from None
+        raise ValueError(f"the codes folder {folder} is damaged ({error}); encode again") from None
     fits = codes.dtype == np.uint16 and codes.shape[2:] == (meta["codes"],)
     if not fits or labels is not None and len(labels) != len(codes):
-        count = "no" if labels is None else len(labels)
+        found = f"{codes.dtype} {codes.shape}, {0 if labels is None else len(labels)} labels"
         raise ValueError(
-            f"{folder}: codes.npy ({codes.dtype} {codes.shape}), {count} labels and meta.json "
-            f"({meta['codes']} codes per image) do not belong together"
+            f"{folder}: codes.npy, labels and meta.json do not belong together: {found}"
         )
     return codes, labels, meta
 

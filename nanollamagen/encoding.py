@@ -23,11 +23,7 @@ from nanollamagen import data, files, parts
 
 BLOCK = 64  # images in one part file
 DONE, UNREADABLE, SMALL, NO_CAPTION = range(4)  # what became of an image
-SKIPPED = {
-    UNREADABLE: "unreadable",
-    SMALL: "smaller than the crop",
-    NO_CAPTION: "without a caption",
-}
+WHY = "done", "unreadable", "smaller than the crop", "without a caption"
 
 
 class Crops:
@@ -43,12 +39,8 @@ class Crops:
             self.per_image, name = 1, "centre"
         else:
             self.per_image, name = 2, "centre and its mirror image"
-        self.meta = {
-            "classes": list(images.classes),
-            "captions": bool(images.captions),
-            "crops": name,
-            "images": len(images),
-        }
+        self.meta = {"classes": list(images.classes), "captions": bool(images.captions)}
+        self.meta |= {"crops": name, "images": len(images)}
 
     def __len__(self):
         return len(self.images)
@@ -83,21 +75,14 @@ def write(out, crops, encode, meta, device, batch_size, workers):
     """
     out = Path(out)
     if meta["codebook_size"] > 2**16:
-        raise ValueError(
-            f"the codebook has {meta['codebook_size']:,} entries; codes.npy (uint16) takes 65,536"
-        )
+        entries = f"{meta['codebook_size']:,} entries"
+        raise ValueError(f"the codebook has {entries}; codes.npy (uint16) takes 65,536")
     if is_complete(out, meta):
         return
     files.make_folder(out)
-    part_files = parts.make(
-        name="encode",
-        folder=out / "parts",
-        final=out / "meta.json",
-        settings=meta,
-        count=len(crops),
-        size=BLOCK,
-        work=partial(encode_blocks, crops, encode, meta["codes"], device, batch_size, workers),
-    )
+    work = partial(encode_blocks, crops, encode, meta["codes"], device, batch_size, workers)
+    final = out / "meta.json"
+    part_files = parts.make("encode", out / "parts", final, meta, len(crops), BLOCK, work)
     if part_files:
         join(out, part_files, crops.images, meta)
 
@@ -109,9 +94,7 @@ def is_complete(out, meta):
     finished = json.loads((out / "meta.json").read_text())
     finished.setdefault("codes", finished["h"] * finished["w"])  # older folders do not say
     if {name: finished.get(name) for name in meta} != json.loads(json.dumps(meta)):
-        raise ValueError(
-            f"--out {out} was made with other settings; choose another folder or delete it"
-        )
+        raise ValueError(f"--out {out} was made with other settings; choose another or delete it")
     shutil.rmtree(out / "parts", ignore_errors=True)  # left by a run killed in its last moment
     if parts.processes()[0] == 0:
         count = finished["images"] - len(finished["skipped"])
@@ -121,8 +104,7 @@ def is_complete(out, meta):
 
 # ---- parts -------------------------------------------------------------------------------------
 def encode_blocks(crops, encode, T, device, batch_size, workers, blocks, bar):
-    """Yield for each block of images its part: codes (n, A, T), and for every image what became of
-    it. parts.make calls this."""
+    """Yield the part of each block: codes (n, A, T), and what became of every image."""
     loader = torch.utils.data.DataLoader(
         crops, batch_sampler=blocks, collate_fn=list, num_workers=workers
     )
@@ -135,8 +117,8 @@ def encode_blocks(crops, encode, T, device, batch_size, workers, blocks, bar):
 
 
 def start_blocks(loader, encode, T, device, batch_size):
-    """Yield for each block its states, codes (n * A, T) and an event. On a GPU the codes are there
-    when the event has happened. On a CPU it is None."""
+    """Yield for each block its states, codes (n * A, T), and on a GPU the event after which these
+    codes are there, else None."""
     on_gpu = torch.device(device).type == "cuda"
     for block in loader:
         states, pixels = zip(*block)
@@ -155,38 +137,33 @@ def start_blocks(loader, encode, T, device, batch_size):
 
 def one_late(items):
     """Yield each item after the next one was started. So a GPU has work while the CPU writes."""
-    before = None
+    before = next(items, None)
     for item in items:
-        if before:
-            yield before
+        yield before
         before = item
     if before:
         yield before
 
 
 def join(out, part_files, images, meta):
-    """Complete a folder: codes of the images that could be used, their labels or captions,
-    meta.json."""
+    """Complete a folder: codes of the usable images, their labels or captions, meta.json."""
     states = np.concatenate(list(parts.each(part_files, "states")))  # (N,), one for every image
     kept, skipped = np.flatnonzero(states == DONE), np.flatnonzero(states != DONE)
-    counts = [(int((states == state).sum()), why) for state, why in SKIPPED.items()]
-    left_out = ", ".join(f"{count:,} {why}" for count, why in counts if count)
+    counts = [(int((states == state).sum()), why) for state, why in enumerate(WHY)]
+    left_out = ", ".join(f"{count:,} {why}" for count, why in counts[1:] if count)
     if not len(kept):
         shutil.rmtree(out / "parts")
-        raise ValueError(
-            f"none of the {len(images)} images could be used ({left_out}); nothing was written"
-        )
+        raise ValueError(f"none of the {len(images)} images could be used ({left_out})")
     A = next(parts.each(part_files, "codes")).shape[1]
     with open(out / "codes.npy", "wb") as f:
         codes = parts.each(part_files, "codes")
         files.write_npy(f, np.uint16, (len(kept), A, meta["codes"]), codes)
     if images.captions:
-        lines = (json.dumps(images.captions[i], ensure_ascii=False) + "\n" for i in kept)
-        with open(out / "captions.jsonl", "w", encoding="utf8") as f:
-            f.writelines(lines)
+        lines = [json.dumps(images.captions[i], ensure_ascii=False) + "\n" for i in kept]
+        (out / "captions.jsonl").write_text("".join(lines), "utf8")
     else:
         np.save(out / "labels.npy", np.array(images.labels, dtype=np.int32)[kept])
-    meta["skipped"] = {str(images.places[i]): SKIPPED[states[i]] for i in skipped}
+    meta["skipped"] = {str(images.places[i]): WHY[states[i]] for i in skipped}
     (out / "meta.tmp").write_text(json.dumps(meta, indent=1))
     os.replace(out / "meta.tmp", out / "meta.json")
     shutil.rmtree(out / "parts", ignore_errors=True)

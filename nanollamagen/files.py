@@ -21,10 +21,8 @@ from tqdm import tqdm
 # ---- checkpoints -------------------------------------------------------------------------------
 def read_checkpoint(path, mmap=False):
     """A checkpoint as a dict of plain values and tensors on the CPU; nothing in the file is
-    executed. With mmap, tensors are read from disk when they are used.
-
-    Raises OSError for a missing file and ValueError for one that is damaged or holds other
-    objects."""
+    executed. With mmap, tensors are read from disk when they are used. Raises OSError for a missing
+    file and ValueError for one that is damaged or holds other objects."""
     flags_of_released_files = [argparse.Namespace]
     try:
         with torch.serialization.safe_globals(flags_of_released_files):
@@ -39,16 +37,13 @@ def read_checkpoint(path, mmap=False):
 
 
 def weights_of(checkpoint, path):
-    """The weights in a checkpoint, whatever they are wrapped in. Our own files, which hold a
-    "config", give the averaged weights if they have them. Released files give the weights that the
-    official code samples from. Raises ValueError if there are none."""
+    """The weights in a checkpoint, whatever they are wrapped in: of our own files, which hold a
+    "config", the averaged ones if there are any; of released files those that the official code
+    samples from. Raises ValueError if there are none."""
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} holds a {type(checkpoint).__name__}, not the weights of a model")
-    if "config" in checkpoint:
-        wrappers = ["ema", "model"]
-    else:
-        wrappers = ["model", "module", "state_dict", "ema"]
-    for wrapper in wrappers:
+    released = ["model", "module", "state_dict", "ema"]
+    for wrapper in ["ema", "model"] if "config" in checkpoint else released:
         if checkpoint.get(wrapper):
             return checkpoint[wrapper]
     return checkpoint
@@ -71,8 +66,8 @@ def load_weights(model, weights, path, assign=False):
 
 
 def save_checkpoint(state, path):
-    """Write a dict to `path`. It is written under a temporary name and then renamed, so that a full
-    disk or a crash leaves the previous file. Raises OSError."""
+    """Write a dict to `path`, under a temporary name first, so that a full disk or a crash leaves
+    the previous file. Raises OSError."""
     path = Path(path)
     tmp = path.with_name(path.name + ".tmp")
     try:
@@ -81,9 +76,8 @@ def save_checkpoint(state, path):
     except (OSError, RuntimeError) as error:
         tmp.unlink(missing_ok=True)
         reason = str(error).splitlines()[0]
-        raise OSError(
-            f"could not save {path} ({reason}); an earlier file there is untouched"
-        ) from None
+        what = f"could not save {path} ({reason})"
+        raise OSError(f"{what}; an earlier file there is untouched") from None
 
 
 # ---- arrays, folders, progress -----------------------------------------------------------------
@@ -114,17 +108,10 @@ def make_folder(path, flag="--out"):
 
 
 def progress(total, what, rank=0, unit=" images"):
-    """A tqdm bar on process 0. It writes at most one line every 15 seconds where standard error is
-    not a terminal."""
-    return tqdm(
-        total=total,
-        desc=what,
-        unit=unit,
-        unit_scale=unit == "B",
-        disable=rank > 0,
-        smoothing=0.1,
-        mininterval=0.2 if sys.stderr.isatty() else 15,
-    )
+    """A tqdm bar on process 0. In a log file it writes at most one line every 15 seconds."""
+    often = {"smoothing": 0.1, "mininterval": 0.2 if sys.stderr.isatty() else 15}
+    scaled = unit == "B"
+    return tqdm(total=total, desc=what, unit=unit, unit_scale=scaled, disable=rank > 0, **often)
 
 
 # ---- downloads ---------------------------------------------------------------------------------
@@ -134,9 +121,8 @@ def cache_dir():
 
 
 def download(url, path, sha256=""):
-    """Fetch `url` to `path` unless that exists, with a progress bar; returns the path. If several
-    processes ask for the same file, one fetches it and the others wait. `sha256` is the start of
-    the file's hexadecimal digest. Raises OSError."""
+    """Fetch `url` to `path` unless that exists; returns the path. Of several processes one fetches
+    it and the others wait. `sha256`: the start of the file's hexadecimal digest. Raises OSError."""
     path = Path(path)
     if path.exists():
         return path
@@ -159,12 +145,11 @@ def download(url, path, sha256=""):
                 raise OSError("its SHA-256 is not the expected one")
             os.replace(tmp, path)
     except OSError as error:
-        if os.path.isfile(tmp):
+        if tmp.is_file():
             tmp.unlink()
         reason = getattr(error, "reason", error)
-        raise OSError(
-            f"could not download {url} ({reason}); fetch it elsewhere and put it at {path}"
-        ) from None
+        fix = f"fetch it elsewhere and put it at {path}"
+        raise OSError(f"could not download {url} ({reason}); {fix}") from None
     return path
 
 

@@ -2,12 +2,12 @@
 
 images = image_sets.open_set("samples.npz")        # no image is in memory before it is read
 batch = images.read(range(8))                      # eight arrays uint8 (H, W, 3)
-print(image_sets.describe(images))
 """
 
 import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,16 +17,13 @@ import torch.distributed as dist
 
 import sample
 import vq
-from nanollamagen import data, files, inception
+from nanollamagen import data, files, inception, parts
 
-# What an NPZ may hold of a whole data set: means and covariances of Inception's pool and spatial
-# features.
+# What an NPZ may hold of a data set: means and covariances of Inception's two kinds of features.
 STATISTICS = {"mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023)}
 
-ADM_URL = (
-    "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/"
-    "VIRTUAL_imagenet256_labeled.npz"
-)
+HOST = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches"
+ADM_URL = f"{HOST}/imagenet/256/VIRTUAL_imagenet256_labeled.npz"
 ADM_SHA256 = "b32732719497e42660a9affb4a966068cba0855ac449b82015e34ec376d20758"
 
 
@@ -44,9 +41,9 @@ class ImageSet(NamedTuple):
 
 
 def open_set(path, tokenizer=None, size=None, device="cpu"):
-    """The ImageSet at a path: an NPZ, a folder of codes, or all images below a folder. `tokenizer`
-    is the path of a checkpoint that decodes codes. Decoded images are resized to `size`, files
-    centre-cropped. Raises OSError or ValueError."""
+    """The ImageSet at a path: an NPZ, a folder of codes, or all images below a folder. `tokenizer`,
+    a checkpoint's path, decodes codes. Images are resized to `size`, files centre-cropped. Raises
+    OSError or ValueError."""
     path = Path(path)
     if not path.exists():
         where = f"; it is at {ADM_URL}" if ADM_URL.endswith(path.name) else ""
@@ -86,9 +83,8 @@ def open_folder(folder, size=None):
 
     names = "\n".join(f"{os.path.relpath(p, folder)} {os.path.getsize(p)}" for p in paths)
     sha256 = hashlib.sha256(names.encode()).hexdigest()
-    return ImageSet(
-        folder, len(paths), load(0).shape, lambda indices: in_parallel(load, indices), sha256
-    )
+    read = partial(in_parallel, load)
+    return ImageSet(folder, len(paths), load(0).shape, read, sha256)
 
 
 def in_parallel(function, items):
@@ -114,9 +110,7 @@ def open_npz(path):
     except Exception as error:  # a truncated or pickled file can make NumPy stumble in any way
         raise ValueError(f"{path} is damaged, or no NPZ of plain arrays: {error}") from None
     if dtype != np.uint8 or shape[3:] != (3,) or 0 in shape or fortran:
-        raise ValueError(
-            f"arr_0 of {path} is {dtype} {shape}; it must be uint8 (N, H, W, 3), RGB from 0 to 255"
-        )
+        raise ValueError(f"arr_0 of {path} is {dtype} {shape}; it must be uint8 (N, H, W, 3), RGB")
     N, *image_shape = shape
     first_byte, n_bytes = member.tell(), int(np.prod(image_shape))
 
@@ -128,21 +122,13 @@ def open_npz(path):
                 pixels = np.frombuffer(member.read(n_bytes), np.uint8)
                 images.append(pixels.reshape(image_shape))
         except Exception as error:
-            raise ValueError(
-                f"{path} is damaged: image {i} of {N:,} cannot be read ({error})"
-            ) from None
+            what = f"image {i} of {N:,} cannot be read ({error})"
+            raise ValueError(f"{path} is damaged: {what}") from None
         return images
 
-    return ImageSet(
-        path,
-        N,
-        tuple(image_shape),
-        read,
-        files.file_hash(path),
-        stored_statistics(path, extra),
-        extra.get("labels"),
-        str(extra.get("of", "unknown images")),
-    )
+    sha256, stored = files.file_hash(path), stored_statistics(path, extra)
+    labels, of = extra.get("labels"), str(extra.get("of", "unknown images"))
+    return ImageSet(path, N, tuple(image_shape), read, sha256, stored, labels, of)
 
 
 def stored_statistics(path, arrays):
@@ -153,10 +139,8 @@ def stored_statistics(path, arrays):
     stored = {name: arrays.get(name, np.empty(0)) for name in STATISTICS}
     for name, array in stored.items():
         if array.shape != STATISTICS[name]:
-            raise ValueError(
-                f"statistics in {path} are of another network: "
-                f"{name} is {array.shape}, not {STATISTICS[name]}"
-            )
+            what = f"{name} is {array.shape}, not {STATISTICS[name]}"
+            raise ValueError(f"statistics in {path} are of another network: {what}")
     return stored
 
 
@@ -165,7 +149,7 @@ def over_all(count, function, what, batch_size):
     """function(indices of a batch) -> tensors, for all images: the results joined to arrays
     (count, ...) on process 0, None on others. Each process takes a contiguous share of the
     images."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = parts.processes()
     mine = range(count * rank // world, count * (rank + 1) // world)
     results = []
     with files.progress(len(mine), what, rank) as bar:
@@ -188,10 +172,8 @@ def over_all(count, function, what, batch_size):
 def describe(images):
     """An ImageSet in a few words: what its hash, its keys and its count tell."""
     if images.sha256 == ADM_SHA256:
-        return (
-            "ADM's reference: statistics of ImageNet's training set, "
-            "10,000 images for precision and recall"
-        )
+        trained = "statistics of ImageNet's training set"
+        return f"ADM's reference: {trained}, 10,000 images for precision and recall"
     H, W, _ = images.shape
     words = f"{images.count:,} images of {W}x{H} pixels in {images.path}"
     return f"stored statistics of {images.of}, and {words}" if images.stored else words
@@ -200,35 +182,27 @@ def describe(images):
 def cautions(ref, gen, net):
     """Why the scores of gen against ref may not be what they seem: a list of sentences. Each has a
     hash or a count behind it."""
-    found = []
-    if net["sha256"] != inception.SHA256:
-        found.append("unpublished Inception weights: compare only scores of this same file")
-    if gen.count < 50_000:
-        found.append(
-            f"only {gen.count:,} samples: papers use 50,000; fewer give a higher FID and a lower IS"
-        )
-    if ref.count < 10_000:
-        found.append(
-            f"only {ref.count:,} reference images: 10,000 are usual for precision and recall"
-        )
-    if gen.stored:
-        found.append(f"{gen.path} stores statistics, as references do: are the two files swapped?")
-    if ADM_URL.endswith(ref.path.name) and ref.sha256 != ADM_SHA256:
-        found.append(f"{ref.path} has the name of ADM's reference but other content")
-    if ref.count == 50_000 and not ref.stored:
-        found.append(
-            "50,000 reference images without statistics, as many as ImageNet's validation set has: "
-            f"papers score samples against training-set statistics ({ADM_URL})"
-        )
-    if gen.shape != ref.shape:
-        found.append(
-            f"{gen.shape[1]}-pixel samples against {ref.shape[1]}: papers resize samples first"
-        )
-    if gen.labels is not None and gen.count > 5000:
-        changes = np.diff(gen.labels)
-        if (changes >= 0).all() and changes.any():
-            found.append(
-                "samples are sorted by class: shuffle them, "
-                "because IS takes 5,000 at a time in file order"
-            )
-    return found
+    changes = np.diff(gen.labels) if gen.labels is not None and gen.count > 5000 else np.zeros(1)
+    # fmt: off
+    rules = (
+        (net["sha256"] != inception.SHA256,
+         "unpublished Inception weights: compare only scores of this same file"),
+        (gen.count < 50_000,
+         f"only {gen.count:,} samples: papers use 50,000; fewer give a higher FID and a lower IS"),
+        (ref.count < 10_000,
+         f"only {ref.count:,} reference images: 10,000 are usual for precision and recall"),
+        (gen.stored,
+         f"{gen.path} stores statistics, as references do: are the two files swapped?"),
+        (ADM_URL.endswith(ref.path.name) and ref.sha256 != ADM_SHA256,
+         f"{ref.path} has the name of ADM's reference but other content"),
+        (ref.count == 50_000 and not ref.stored,
+         "50,000 reference images without statistics, as many as ImageNet's validation set has: "
+         f"papers score samples against training-set statistics ({ADM_URL})"),
+        (gen.shape != ref.shape,
+         f"{gen.shape[1]}-pixel samples against {ref.shape[1]}: papers resize samples first"),
+        ((changes >= 0).all() and changes.any(),
+         "samples are sorted by class: shuffle them, "
+         "because IS takes 5,000 at a time in file order"),
+    )
+    # fmt: on
+    return [sentence for applies, sentence in rules if applies]

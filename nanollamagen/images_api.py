@@ -1,11 +1,8 @@
 """OpenAI's Images API and a page for the browser, as a plugin of vLLM's own server.
 
 vLLM finds `Plugin` by the entry point that `pip install -e .` writes (pyproject.toml), and loads it
-if the variable VLLM_PLUGINS names it. `serve_vllm.py serve` sets that, and is otherwise `vllm
-serve`: the engine, its processes, API keys, TLS and signals are vLLM's. Here are the routes of an
-image model. api_requests.py reads requests, api_sampling.py samples their images.
-
-The file in order: the plugin, which paths and keys are let through, answers.
+if the variable VLLM_PLUGINS names it, as `serve_vllm.py serve` does. The engine, its processes, API
+keys, TLS and signals are vLLM's. api_requests.py reads requests, api_sampling.py samples images.
 """
 
 import asyncio
@@ -38,8 +35,7 @@ router = APIRouter()
 
 # ---- the plugin --------------------------------------------------------------------------------
 class Plugin:
-    """vLLM calls attach_router while it builds its application, and init_state when the engine
-    runs."""
+    """vLLM calls attach_router while it builds its application, then init_state."""
 
     name, required_tasks = "nanollamagen_images", ("generate",)
 
@@ -49,8 +45,7 @@ class Plugin:
         app.include_router(router)
 
     async def init_state(self, engine, state, args):
-        """Load what works alongside the engine: the tokenizer, and for captions their encoder.
-        Raises OSError or ValueError if that cannot be loaded."""
+        """Load the tokenizer, and for captions their encoder. Raises OSError or ValueError."""
         info = serve_vllm.read_export(args.model)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         vq_model, encode = vq.load_vq(Path(args.model) / "vq.pt", device), None
@@ -65,12 +60,12 @@ class Plugin:
 
 
 def prepare(state, engine, info, vq_model, name, encode=None):
-    """Put `images`, which the routes share, into the application's state, and start the task that
-    decodes. engine: vLLM's AsyncLLM, or another object with its `generate`. name: the model's name
-    for clients. encode: a function as serve_vllm.caption_encoding gives it."""
+    """Put `images`, which the routes share, into the application's state, and start decoding.
+    engine: an object with `generate` as of vLLM's AsyncLLM. name: the model's name for clients.
+    encode: a function as serve_vllm.caption_encoding gives it."""
     size = f"{info['image_size']}x{info['image_size']}"
     about = {"id": name, "size": size, "rows": info["grid"], "key": bool(keys_of(state))}
-    about |= {"classes": info["classes"], "captions": info["captions"]}
+    about |= {kind: info[kind] for kind in ("classes", "captions")}
     about = json.dumps(about).replace("<", "\\u003c")  # no class's name may end the page's script
     page = (Path(__file__).parent.parent / "assets" / "page.html").read_text()
     decoder = asyncio.Queue()
@@ -90,9 +85,8 @@ def prepare(state, engine, info, vq_model, name, encode=None):
 
 
 async def watch(engine, state):
-    """Print the page's address, then end the server if the engine dies. vLLM would end it with
-    status 0, as after SIGTERM, and no supervisor would restart it. So `args` get a note, from which
-    serve_vllm.serve exits with 1."""
+    """Print the page's address, then end the server if the engine dies. vLLM would exit with 0, and
+    no supervisor would restart it. So `args` get a note, and serve_vllm.serve exits with 1."""
     while not getattr(state, "server", None) or not state.server.started:
         await asyncio.sleep(0.1)
     args = state.args
@@ -108,12 +102,8 @@ async def watch(engine, state):
 
 
 # ---- which paths and keys are let through ------------------------------------------------------
-# fmt: off
-ROUTES = (
-    "/", "/health", "/metrics", "/version", "/v1/models", "/v1/completions",
-    "/v1/images/generations", "/v1/images/edits",
-)
-# fmt: on
+ROUTES = ("/", "/health", "/metrics", "/version", "/v1/models", "/v1/completions")
+ROUTES += ("/v1/images/generations", "/v1/images/edits")
 OPEN = ("/", "/health")  # answer without a key
 
 
@@ -123,9 +113,8 @@ def keys_of(state):
 
 
 class Gate:
-    """ASGI middleware. vLLM's server has many routes that an image model cannot serve, such as
-    chat: they answer 404. If there are API keys, all but the page and /health answer 401 without
-    one. (vLLM itself checks only paths that begin with /v1.)"""
+    """ASGI middleware. Routes of vLLM that an image model cannot serve, such as chat, answer 404.
+    If there are API keys, all but the page and /health answer 401 without one."""
 
     def __init__(self, app, keys):
         self.app, self.keys, self.owners = app, keys, AuthenticationMiddleware(app, keys)
@@ -166,32 +155,28 @@ async def generations(body: Annotated[Any, Depends(api_requests.read_json)], raw
 @with_cancellation
 async def edits(form: Annotated[Any, Depends(api_requests.read_form)], raw_request: Request):
     """POST: regenerate the part of an image where the mask, or the image itself, is transparent."""
-    images = raw_request.app.state.images
-    return await answer(images, await api_requests.edit_job_of(images, *form))
+    images, (body, *uploads) = raw_request.app.state.images, form
+    job = await api_requests.job_of(images, body)
+    job.kind = "image_edit"
+    job.edit = await api_requests.in_worker(images, api_requests.edit_of, images, *uploads)
+    return await answer(images, job)
 
 
 async def answer(images, job):
     """The answer to a job: a stream of events, an image file, or all images as JSON."""
     events = api_sampling.events_of(images, job)
     if job.body.stream:
-        return StreamingResponse(
-            server_sent(events),
-            media_type="text/event-stream",
-            headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
-        )
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        return StreamingResponse(server_sent(events), 200, headers, "text/event-stream")
     async with contextlib.aclosing(events):
         done = sorted([event async for event in events], key=lambda event: event["index"])
     if job.body.response_format == "file":
-        return Response(
-            base64.b64decode(done[0]["b64_json"]),
-            media_type=f"image/{job.body.output_format}",
-            headers={"X-Seed": str(job.seed)},
-        )
+        file, kind = base64.b64decode(done[0]["b64_json"]), f"image/{job.body.output_format}"
+        return Response(file, 200, {"X-Seed": str(job.seed)}, kind)
     answered = {
         "created": int(time.time()),
         "data": [
-            {"b64_json": event["b64_json"], "revised_prompt": job.revised, "seed": event["seed"]}
-            for event in done
+            {k: e[k] for k in ("b64_json", "seed")} | {"revised_prompt": job.revised} for e in done
         ],
         "background": "opaque",
         "output_format": job.body.output_format,

@@ -3,9 +3,8 @@
     net = inception.load()                             # the published weights, fetched once
     pool, spatial = inception.features(net, images)    # uint8 (B, H, W, 3), of any size
 
-FID compares the means and covariances of these features, so whatever changes them changes FID: the
-resizing, the precision, and the places where this graph differs from torchvision's network of the
-same name.
+Whatever changes these features changes FID: the resizing, the precision, and the places where this
+graph differs from torchvision's network of the same name.
 """
 
 # Shapes:  B images   C channels   H, W pixels
@@ -17,18 +16,11 @@ import torch.nn.functional as F
 
 from nanollamagen import files
 
-URL = (
-    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
-    "pt_inception-2015-12-05-6726825d.pth"
-)
+HOST = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights"
+URL = f"{HOST}/pt_inception-2015-12-05-6726825d.pth"
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-STRIDED = {
-    "Conv2d_1a_3x3",
-    "Mixed_6a.branch3x3",
-    "Mixed_6a.branch3x3dbl_3",
-    "Mixed_7a.branch3x3_2",
-    "Mixed_7a.branch7x7x3_4",
-}
+STRIDED = {"Conv2d_1a_3x3", "Mixed_6a.branch3x3", "Mixed_6a.branch3x3dbl_3"}
+STRIDED |= {"Mixed_7a.branch3x3_2", "Mixed_7a.branch7x7x3_4"}
 UNPADDED = STRIDED | {"Conv2d_2a_3x3", "Conv2d_4a_3x3"}  # all others keep height and width
 
 
@@ -40,24 +32,20 @@ def load(path=None, device="cpu"):
     if path is None:
         path = files.download(URL, files.cache_dir() / Path(URL).name, SHA256)
     state = files.read_checkpoint(path)
-    if not isinstance(state, dict):
-        state = {}
     net, finite = {}, 0
-    for name, value in state.items():
+    for name, value in state.items() if isinstance(state, dict) else ():
         if torch.is_tensor(value) and value.is_floating_point():  # not the integer counters
             net[name] = value.to(device)
             finite += value.numel() if value.isfinite().all() else 0
     if len(net) != 472 or finite != 23_885_392:
-        raise ValueError(
-            f"{path} is damaged or not the Inception of 2015-12-05 with 1008 classes ({URL})"
-        )
+        what = "damaged or not the Inception of 2015-12-05 with 1008 classes"
+        raise ValueError(f"{path} is {what} ({URL})")
     return {"sha256": files.file_hash(path), **net}
 
 
 def resize_tf1(x):
     """(B, C, H, W) float32 -> (B, C, 299, 299) by TensorFlow 1's bilinear rule: output i reads
-    position i * H / 299, without half-pixel shift or antialiasing. F.interpolate differs by tens of
-    grey levels."""
+    position i * H / 299, without half-pixel shift or antialiasing."""
     for axis in (3, 2):  # columns first, as TensorFlow does
         size = x.shape[axis]
         step = float(np.float32(size) / np.float32(299))
@@ -96,9 +84,8 @@ def mean3(x):
 @torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 @torch.inference_mode()
 def features(net, images):
-    """uint8 (B, H, W, 3) of any size -> pool (B, 2048), the mean of the last 8x8 grid, and spatial
-    (B, 2023), the first seven channels of block 6d's 1x1 branch flattened from (17, 17, 7); both
-    float32."""
+    """uint8 (B, H, W, 3) of any size -> float32 pool (B, 2048), the mean of the last 8x8 grid, and
+    spatial (B, 2023), seven channels of block 6d's 1x1 branch flattened from (17, 17, 7)."""
     x = (resize_tf1(images.permute(0, 3, 1, 2).float()) - 128) / 128  # (B, 3, 299, 299)
     x = x.contiguous(memory_format=torch.channels_last)
     for name in ("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3"):

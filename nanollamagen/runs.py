@@ -1,11 +1,8 @@
 """A training run: its processes, the signals that stop it, its log, and its checkpoints.
 
-The training scripts lean on it. A checkpoint is ckpt.pt: one dict of tensors and plain values.
-Under FSDP each process holds a shard of every tensor; then a checkpoint is a folder ckpt_STEP/,
-which all processes write at once, and ckpt.pt follows at the end of the run. Any number of
-processes can resume from either.
-
-The file in order: processes, the log, shards, checkpoints.
+A checkpoint is ckpt.pt: one dict of tensors and plain values. Under FSDP each process holds a shard
+of every tensor; then a checkpoint is a folder ckpt_STEP/, which all processes write at once, and
+ckpt.pt follows at the end of the run. Any number of processes can resume from either.
 """
 
 import json
@@ -23,7 +20,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from nanollamagen import files
+from nanollamagen import files, parts
 
 
 # ---- processes and signals -----------------------------------------------------------------------
@@ -32,8 +29,7 @@ def this_process(device=None):
     each process its number in environment variables; without torchrun there is one process.
 
     device: what --device says; None is a GPU where there is one."""
-    rank = int(os.environ.get("RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = parts.processes()
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda":
         if device.index is None:
@@ -69,10 +65,8 @@ def give_up(message, rank):
 
 
 def can_compile(asked, device):
-    """Whether to use torch.compile. asked: what --compile says; None is yes on a GPU.
-
-    It needs a C compiler (on a CPU: C++) and Python's header files. Slim images have neither; then
-    this prints a warning and says no."""
+    """Whether to use torch.compile. asked: what --compile says; None is yes on a GPU. Without a C
+    compiler (on a CPU: C++) or Python's header files this prints a warning and says no."""
     compilers = ["gcc", "clang", os.environ.get("CC", "cc")]
     if device.type == "cpu":
         compilers = ["g++", "clang++", os.environ.get("CXX", "c++")]
@@ -104,10 +98,8 @@ def catch_signals():
     return caught
 
 
-NOT_FINITE = (
-    "the loss is not finite (a lower --lr or --dtype float32 may help; the last checkpoint is "
-    "from before)"
-)
+HELP = "a lower --lr or --dtype float32 may help; the last checkpoint is from before"
+NOT_FINITE = f"the loss is not finite ({HELP})"
 
 
 def status(norms, asked_to_stop, world):
@@ -149,16 +141,14 @@ class Log:
         self.mfu_per_rate = flops_per_image / peak / world if peak else 0
         if rank == 0 and self.path.exists():
             lines = self.path.read_text().splitlines(keepends=True)
-            kept = [
-                line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step
-            ]
+            whole = [line for line in lines if line.endswith("}\n")]
+            kept = [line for line in whole if json.loads(line)["step"] <= step]
             temporary = self.path.with_suffix(".tmp")
             temporary.write_text("".join(kept))
             os.replace(temporary, self.path)
 
     def add(self, **losses):
-        """Add the losses of one step, or of one of its equal parts: tensors (). Does not wait for a
-        GPU."""
+        """Add losses of a step or one of its equal parts, tensors (), without waiting for a GPU."""
         for name, loss in losses.items():
             self.sums[name] = self.sums.get(name, 0) + loss.detach().float()
             self.counts[name] = self.counts.get(name, 0) + 1
@@ -189,8 +179,7 @@ class Log:
 
 # ---- shards --------------------------------------------------------------------------------------
 def to_shard(value, like):
-    """The part of a whole tensor that `like` holds: all of it, or under FSDP this process's shard.
-    Every process has the whole tensor, so nothing is sent."""
+    """What `like` holds of a whole tensor: all of it, or under FSDP this process's shard."""
     if isinstance(like, DTensor):
         value = value.to(like.device)
         return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
@@ -198,8 +187,7 @@ def to_shard(value, like):
 
 
 def fill(target, source):
-    """Copy whole tensors into the tensors or shards of a nested dict. What only `source` has is
-    left out."""
+    """Copy whole tensors into the tensors or shards of a nested dict, for all that it names."""
     for key, value in target.items():
         if isinstance(value, dict):
             fill(value, source[key])
@@ -228,10 +216,8 @@ def copy_weights(model, weights):
 
 @torch.no_grad()
 def average_weights(ema, weights, decay, step):
-    """Move averaged weights towards the weights of this step, in place; both are dicts by name.
-
-    The average follows quickly at first. With a decay of 0.9999 from the start, the random first
-    weights would be part of it for ten thousand steps."""
+    """Move averaged weights towards the weights of this step, in place; both are dicts by name. The
+    average follows quickly at first, so that it soon forgets the random first weights."""
     decay = min(decay, (1 + step) / (10 + step))
     averages = [ema[name] for name in weights]
     torch._foreach_lerp_(averages, list(weights.values()), 1 - decay)  # few launches for all
@@ -239,18 +225,14 @@ def average_weights(ema, weights, decay, step):
 
 # ---- checkpoints ---------------------------------------------------------------------------------
 def find_checkpoint(out):
-    """The newest checkpoint of a run folder: its path, and a dict of step, config and so on. If
-    there is none, (None, None).
-
-    The dict of a ckpt.pt also has its tensors, which are read from disk when they are used.
-    Raises ValueError with one sentence for a damaged checkpoint."""
+    """The newest checkpoint of a run folder: its path, and a dict of step, config and so on, for a
+    ckpt.pt also its tensors, memory-mapped. (None, None) if there is none. Raises ValueError for a
+    damaged one."""
     found = []
     if (out / "ckpt.pt").exists():
         saved = files.read_checkpoint(out / "ckpt.pt", mmap=True)
         if not isinstance(saved, dict) or not {"step", "optimizer", "config"} <= saved.keys():
-            raise ValueError(
-                f"{out}/ckpt.pt was not written by a training script; choose another --out"
-            )
+            raise ValueError(f"{out}/ckpt.pt is not of a training script; choose another --out")
         found.append((out / "ckpt.pt", saved))
     folders = sorted(out.glob("ckpt_[0-9]*/"))
     if folders:
@@ -268,15 +250,12 @@ def read_plain(folder):
             raise OSError(f"{', '.join(lost)} not found")
         return json.loads((folder / "plain.json").read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{folder} is damaged ({error}); remove it to resume from an earlier one"
-        ) from None
+        fix = "remove it to resume from an earlier one"
+        raise ValueError(f"{folder} is damaged ({error}); {fix}") from None
 
 
 def check_same_run(path, saved, config, origin):
-    """Raise ValueError unless a checkpoint is of the same model and of the same data.
-
-    config, origin: plain values, as the run that asks would save them."""
+    """Raise ValueError unless a checkpoint is of this model (config) and of this data (origin)."""
     if config.keys() != saved["config"].keys():
         raise ValueError(f"{path} was written by another script; choose another --out")
     then = {**saved["config"], **saved}
@@ -286,19 +265,8 @@ def check_same_run(path, saved, config, origin):
         if name in then and then[name] != value
     ]
     if changed:
-        raise ValueError(
-            f"{path} is of another model or other data ({'; '.join(changed)}); use the flags of "
-            "that run, or choose another --out"
-        )
-
-
-def restore(state, path, saved):
-    """Fill a nested dict of tensors or shards from a checkpoint that find_checkpoint found. Any
-    number of processes may have written it."""
-    if path.is_dir():
-        dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
-    else:
-        fill(state, {**saved, "optimizer": saved["optimizer"]["state"]})
+        what = f"is of another model or other data ({'; '.join(changed)})"
+        raise ValueError(f"{path} {what}; use the flags of that run, or choose another --out")
 
 
 def restore_run(model, optimizer, ema, path, saved):
@@ -312,7 +280,10 @@ def restore_run(model, optimizer, ema, path, saved):
     state = {"model": model.state_dict(), "optimizer": moments}
     if ema and saved["ema"]:
         state["ema"] = ema
-    restore(state, path, saved)
+    if path.is_dir():
+        dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
+    else:
+        fill(state, {**saved, "optimizer": saved["optimizer"]["state"]})
     groups = optimizer.state_dict()["param_groups"]  # rates and decay are those of today's flags
     optimizer.load_state_dict({"state": moments, "param_groups": groups})
     if ema and not saved["ema"]:  # until now the run had no averages: they start here
@@ -358,9 +329,8 @@ def save_shards(state, plain, folder):
         dcp.save({**state, "optimizer": state["optimizer"]["state"]}, checkpoint_id=temporary)
     except dcp.api.CheckpointException as error:
         reason = str(next(iter(error.failures.values()))[0]).splitlines()[0]
-        raise OSError(
-            f"could not save {folder} ({reason}); earlier checkpoints are untouched"
-        ) from None
+        what = f"could not save {folder} ({reason})"
+        raise OSError(f"{what}; earlier checkpoints are untouched") from None
     if dist.get_rank() == 0:
         (temporary / "plain.json").write_text(json.dumps(plain))
         shutil.rmtree(folder, ignore_errors=True)

@@ -11,22 +11,16 @@ import random
 import numpy as np
 from PIL import Image, ImageDraw
 
+# fmt: off
 INKS = {
-    "red": (220, 40, 40),
-    "orange": (245, 140, 30),
-    "yellow": (245, 215, 50),
-    "green": (40, 165, 75),
-    "cyan": (60, 200, 215),
-    "blue": (55, 115, 235),
-    "purple": (155, 70, 200),
-    "pink": (245, 130, 190),
+    "red":  (220, 40, 40),  "orange": (245, 140, 30), "yellow": (245, 215, 50),
+    "green": (40, 165, 75), "cyan":   (60, 200, 215), "blue":   (55, 115, 235),
+    "purple": (155, 70, 200), "pink": (245, 130, 190),
 }
 PAPERS = {
-    "white": (250, 250, 250),
-    "grey": (110, 110, 115),
-    "navy": (25, 30, 80),
-    "black": (15, 15, 15),
+    "white": (250, 250, 250), "grey": (110, 110, 115), "navy": (25, 30, 80), "black": (15, 15, 15),
 }
+# fmt: on
 
 
 def polygon(radii, turn=-math.pi / 2):
@@ -41,22 +35,17 @@ def heart(a):
     return complex(0.95 * math.sin(a) ** 3, -0.1 - y / 17)
 
 
+ARM = (-0.3 - 0.95j, 0.3 - 0.95j, 0.3 - 0.3j)  # corners of a cross's upper arm
+
 # class -> outlines within the unit circle: the first in the ink's colour, a second one in the
-# paper's. All look the same in a mirror, so that the mirrored crops of `encode` add no second look
-# to a class.
+# paper's. All look the same in a mirror, as `encode` also takes mirrored crops.
 SHAPES = {
     "circle": [polygon([0.85] * 60)],
     "square": [polygon([1] * 4, turn=-math.pi / 4)],
     "triangle": [polygon([1] * 3)],
     "star": [polygon([1, 0.42] * 5)],
     "heart": [[heart(a) for a in np.arange(60) * math.pi / 30]],
-    "cross": [
-        [
-            arm * corner
-            for arm in (1, 1j, -1, -1j)
-            for corner in (-0.3 - 0.95j, 0.3 - 0.95j, 0.3 - 0.3j)
-        ]
-    ],
+    "cross": [[turn * corner for turn in (1, 1j, -1, -1j) for corner in ARM]],
     "ring": [polygon([0.95] * 60), polygon([0.5] * 60)],
     "crescent": [polygon([0.95] * 60), [corner - 0.5j for corner in polygon([0.8] * 60)]],
     "arrow": [[-1j, 0.85 - 0.1j, 0.32 - 0.1j, 0.32 + 1j, -0.32 + 1j, -0.32 - 0.1j, -0.85 - 0.1j]],
@@ -66,8 +55,7 @@ SHAPES = {
 
 def plan_shape(place):
     """What drawing (seed, i) shows: (shape, ink, paper, radius in pixels of 64, random.Random for
-    the rest). Drawing i is of class i % 10; the rest is random, but always the same for the same
-    (seed, i)."""
+    the rest). Drawing i is of class i % 10; the rest follows from (seed, i)."""
     seed, i = place
     rng = random.Random(f"{seed}/{i}")
     ink, paper = rng.choice(list(INKS)), rng.choice(list(PAPERS))
@@ -82,9 +70,8 @@ def draw_shape(place):
     image = Image.new("RGB", (128, 128), PAPERS[paper])
     for outline, colour in zip(SHAPES[shape], (INKS[ink], PAPERS[paper])):
         corners = [middle + turn * corner for corner in outline]
-        ImageDraw.Draw(image).polygon(
-            [(corner.real, corner.imag) for corner in corners], fill=colour
-        )
+        points = [(corner.real, corner.imag) for corner in corners]
+        ImageDraw.Draw(image).polygon(points, fill=colour)
     return image.reduce(2)
 
 

@@ -1,15 +1,13 @@
 """The GPT inside vLLM: the model, and the choice of each code.
 
 Guidance needs two predictions for every code: one with the condition and one without. sample.py
-computes them as two rows of a batch. In vLLM they would be two requests, and nothing keeps two
-requests at the same position. So here one request carries two streams. A token's embedding is 2C
-wide: the left half is the stream with the condition, the right half is the stream without it. The
-linear layers see 2N rows of width C. Attention sees 2n heads, where each stream has n of its own,
-so the streams never mix. vLLM's scheduler and cache see one sequence. In the end a token has 2V
+computes them as two rows of a batch. In vLLM two requests would not stay at the same position. So
+one request carries two streams. A token's embedding is 2C wide: the left half is the stream with
+the condition, the right half the stream without it. The linear layers see 2N rows of width C.
+Attention sees 2n heads, n for each stream, so the streams never mix. In the end a token has 2V
 logits, and Draw makes one code of them.
 
-vLLM imports this module in each of its processes. It finds `register` by the entry point that
-`pip install -e .` writes (pyproject.toml).
+vLLM finds `register` by the entry point that `pip install -e .` writes (pyproject.toml).
 """
 
 # Shapes:  N tokens of all images in one step   R images in one step   r of them with equal settings
@@ -21,12 +19,8 @@ from torch import nn
 from vllm import ModelRegistry
 from vllm.compilation.decorators import support_torch_compile
 from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.model_executor.layers import linear
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.layers.linear import (
-    MergedColumnParallelLinear,
-    QKVParallelLinear,
-    RowParallelLinear,
-)
 from vllm.model_executor.layers.logits_processor import LogitsProcessor as GatherLogits
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
@@ -59,18 +53,12 @@ class Block(nn.Module):
         C, self.d, self.head_size = config.dim, config.head_dim, head_size
         self.n = config.n_head // get_tensor_model_parallel_world_size()
         self.attention_norm, self.ffn_norm = gpt.RMSNorm(C), gpt.RMSNorm(C)
-        self.wqkv = QKVParallelLinear(C, self.d, config.n_head, bias=False)
-        self.attention = Attention(
-            2 * self.n,
-            head_size,
-            scale=self.d**-0.5,
-            num_kv_heads=2 * self.n,
-            cache_config=cache_config,
-            prefix=f"{prefix}.attention",
-        )
-        self.wo = RowParallelLinear(C, C, bias=False)
-        self.w13 = MergedColumnParallelLinear(C, [config.hidden, config.hidden], bias=False)
-        self.w2 = RowParallelLinear(config.hidden, C, bias=False)
+        self.wqkv = linear.QKVParallelLinear(C, self.d, config.n_head, bias=False)
+        names = {"cache_config": cache_config, "prefix": f"{prefix}.attention"}
+        self.attention = Attention(2 * self.n, head_size, self.d**-0.5, 2 * self.n, **names)
+        self.wo = linear.RowParallelLinear(C, C, bias=False)
+        self.w13 = linear.MergedColumnParallelLinear(C, [config.hidden] * 2, bias=False)
+        self.w2 = linear.RowParallelLinear(config.hidden, C, bias=False)
 
     def forward(self, x, rope):
         x = x + self.attend(self.attention_norm(x), rope)
@@ -118,9 +106,8 @@ class TwoStreamGPT(nn.Module):
         self.register_buffer("rope", rope.roll(-1, 0), persistent=False)  # the zeros go last, to T
 
     def get_mrope_input_positions(self, input_tokens, *_, **__):
-        """Positions (3, length) of a prompt, and what vLLM adds to a later token's place in the
-        sequence. All of a prompt is at position T, where the rotary table is zero; code i is at
-        position i."""
+        """Positions (3, length) of a prompt, all T, where the rotary table is zero, and what vLLM
+        adds to a later token's place in the sequence, so that code i is at position i."""
         return torch.full((3, len(input_tokens)), self.config.grid**2), -len(input_tokens)
 
     def embed_input_ids(self, input_ids, *_, **__):
@@ -145,8 +132,7 @@ class TwoStreamGPT(nn.Module):
         return None if logits is None else logits.reshape(len(hidden_states), -1)
 
     def load_weights(self, weights):
-        """Fill the parameters from (released name, tensor) pairs. Returns the names of those that
-        are filled; vLLM refuses the model if one is missing."""
+        """Fill the parameters from (released name, tensor) pairs. Returns their own names."""
         own, filled = dict(self.named_parameters()), set()
         table, V = own["embedding.weight"].data, self.config.vocab_size
         own["tok_embeddings.weight"] = table[:V]
@@ -168,9 +154,8 @@ class TwoStreamGPT(nn.Module):
 
 # ---- the choice of a code ----------------------------------------------------------------------
 class Draw(LogitsProcessor):
-    """Choose codes as sample.py does. Guidance makes one distribution of the two halves of a row of
-    logits, and sample.draw takes a code from it. All other entries of the row become -inf, so vLLM
-    can only pick this code.
+    """Choose codes as sample.py does: guidance makes one distribution of the two halves of a row of
+    logits, and sample.draw takes a code. All other entries become -inf, so vLLM picks this code.
 
     A request's extra_args (over HTTP: vllm_xargs) hold cfg_scale (without it there is no guidance),
     cfg_interval, and `given`: a code for each place, or -1 where one is to be sampled."""
@@ -205,10 +190,9 @@ class Draw(LogitsProcessor):
 
     def next_codes(self, logits, requests, settings):
         """One code for each request, (r,), from logits (r, 2V)."""
-        columns = zip(*(request.next_code() for request in requests))
-        numbers, seeds, scale, known = (
-            torch.tensor(column).to(logits.device, non_blocking=True) for column in columns
-        )  # each (r,)
+        columns = map(torch.tensor, zip(*(request.next_code() for request in requests)))
+        columns = [column.to(logits.device, non_blocking=True) for column in columns]
+        numbers, seeds, scale, known = columns  # each (r,)
         cond, uncond, scale = logits[:, : self.V], logits[:, self.V :], scale[:, None]
         guided = torch.where(scale > 1, uncond + (cond - uncond) * scale, cond)  # (r, V)
         noise = sample.gumbel_noise(seeds, numbers, self.V)
@@ -225,11 +209,9 @@ class Request:
         self.cfg_scale = float(extra.get("cfg_scale", 1))
         self.cfg_interval = extra.get("cfg_interval", -1)
         # All other settings are arguments of sample.draw. Some are vLLM's own fields, too.
-        settings = {}
-        for name in sample.SETTINGS.keys() - {"cfg_scale", "cfg_interval"}:
-            if name in extra or hasattr(params, name):
-                settings[name] = extra.get(name, getattr(params, name, None))
-        self.settings = tuple(sorted(settings.items()))
+        names = sorted(sample.SETTINGS.keys() - {"cfg_scale", "cfg_interval"})
+        names = [name for name in names if name in extra or hasattr(params, name)]
+        self.settings = tuple((name, extra.get(name, getattr(params, name, 0))) for name in names)
         # vLLM seeds torch's generator alike on the ranks that share a model, so they agree here.
         seed = int(torch.randint(2**63 - 1, ())) if params.seed is None else params.seed
         self.seed = seed % 2**63
@@ -274,8 +256,7 @@ def check_params(params):
 
 
 def check_setting(name, value):
-    """Raise ValueError unless the value is in the range of sample.SETTINGS, and of the right kind:
-    2.5 as top_k would end the engine."""
+    """Raise ValueError unless the value is of the kind and range that sample.SETTINGS tells."""
     default, _, least, most, _ = sample.SETTINGS[name]
     if type(value) not in (int, type(default)) or not least <= value <= most:
         kind = "number" if type(default) is float else "whole number"

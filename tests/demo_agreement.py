@@ -21,6 +21,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from nanollamagen import data  # noqa: E402
+from nanollamagen.shapes import INKS, PAPERS, SHAPES, plan_shape  # noqa: E402
 
 
 def pictures(n, seed, size):
@@ -37,13 +38,13 @@ def to_input(images):
 
 
 def ink_of(images):
-    """uint8 (n, H, W, 3) -> number in data.INKS of the ink that most pixels are nearest to; nearest
+    """uint8 (n, H, W, 3) -> number in INKS of the ink that most pixels are nearest to; nearest
     to paper count not."""
-    palette = torch.tensor([*data.INKS.values(), *data.PAPERS.values()]).float()
+    palette = torch.tensor([*INKS.values(), *PAPERS.values()]).float()
     nearest = torch.cdist(torch.from_numpy(images).flatten(1, 2).float(), palette[None]).argmin(
         -1
     )  # (n, H * W)
-    return F.one_hot(nearest, len(palette)).sum(1)[:, : len(data.INKS)].argmax(-1)
+    return F.one_hot(nearest, len(palette)).sum(1)[:, : len(INKS)].argmax(-1)
 
 
 def train_classifier(size, n=8000, epochs=7):
@@ -93,7 +94,7 @@ def main():
     args = p.parse_args()
     with np.load(args.samples, allow_pickle=False) as f:
         images, labels = f["arr_0"], torch.from_numpy(f["labels"])
-    shapes, inks, what, colour = list(data.SHAPES), list(data.INKS), "class", None
+    shapes, inks, what, colour = list(SHAPES), list(INKS), "class", None
     if args.prompts:
         words = [line.split() for line in Path(args.prompts).read_text().splitlines()]
         colour = torch.tensor([next(inks.index(w) for w in line if w in inks) for line in words])[
@@ -116,7 +117,7 @@ def main():
         f"{agree.float().mean():.1%} of {len(agree)} samples ({each})"
     )
     if args.prompts:
-        truth = torch.tensor([inks.index(data.plan_shape((2, i))[1]) for i in range(len(fresh))])
+        truth = torch.tensor([inks.index(plan_shape((2, i))[1]) for i in range(len(fresh))])
         told = (ink_of(fresh) == truth).float().mean().item()
         right, seen = min(right, told), ink_of(images) == colour
         agree &= seen

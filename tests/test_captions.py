@@ -24,7 +24,7 @@ import gpt
 import sample
 import train_gpt
 import vq
-from nanollamagen import captions, data
+from nanollamagen import captions, files
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here asks a server
 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -379,7 +379,7 @@ def test_the_stand_in_tells_words_apart_and_nothing_else():
 def test_missing_weights_or_package_get_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(
-        ValueError, match="--t5 anything needs the package transformers: pip install"
+        ValueError, match="--t5 anything needs transformers: pip install"
     ):
         captions.encode_captions(["a"], "anything")
     monkeypatch.undo()
@@ -660,7 +660,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(codes, tmp_path, monkeypatch)
     train(monkeypatch, codes, tmp_path / "whole", *flags, "--max-steps", 8)
     train(monkeypatch, codes, tmp_path / "cut", *flags, "--max-steps", 5)
     train(monkeypatch, codes, tmp_path / "cut", *flags, "--max-steps", 8, "--resume")
-    one, two = (data.read_checkpoint(tmp_path / name / "ckpt.pt") for name in ("whole", "cut"))
+    one, two = (files.read_checkpoint(tmp_path / name / "ckpt.pt") for name in ("whole", "cut"))
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     assert all(
         torch.equal(one[part][k], two[part][k]) for part in ("model", "ema") for k in one[part]
@@ -695,7 +695,7 @@ def test_two_processes_give_the_losses_of_one(codes, tmp_path, monkeypatch, flag
         log(tmp_path / "one")[-1]["val_loss"], abs=1e-4
     )
     assert losses(tmp_path / "one")[-1] < 2.8  # so that there was something to differ
-    one, two = (data.read_checkpoint(tmp_path / name / "ckpt.pt") for name in ("one", "two"))
+    one, two = (files.read_checkpoint(tmp_path / name / "ckpt.pt") for name in ("one", "two"))
     for part in ("model", "ema"):
         assert max(float((v - one[part][k]).abs().max()) for k, v in two[part].items()) < 1e-3
 

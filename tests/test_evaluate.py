@@ -16,7 +16,7 @@ from PIL import Image
 
 import evaluate
 import vq
-from nanollamagen import data, inception
+from nanollamagen import data, files, inception
 
 METRICS = GOLDEN / "metrics"
 
@@ -451,7 +451,7 @@ def tokenizer(tmp_path_factory):
     torch.manual_seed(0)
     config = vq.VQConfig(ch=32, ch_mult=(1, 1, 1), res_blocks=1, z_channels=32, codebook_size=64)
     model, path = vq.VQModel(config).eval(), tmp_path_factory.mktemp("vq") / "vq.pt"
-    data.save_checkpoint(
+    files.save_checkpoint(
         {"model": model.state_dict(), "config": vars(config), "image_size": 16}, path
     )
     return model, path
@@ -470,7 +470,7 @@ def test_codes_are_decoded_on_the_fly(tokenizer, tmp_path):
     assert opened.shape == (16, 16, 3) and np.array_equal(np.stack(opened.read(range(5))), want)
     assert evaluate.open_set(tmp_path, path, size=8).shape == (8, 8, 3)
     another = vq.VQModel(model.config).state_dict()
-    data.save_checkpoint({"model": another, "config": vars(model.config)}, tmp_path / "b.pt")
+    files.save_checkpoint({"model": another, "config": vars(model.config)}, tmp_path / "b.pt")
     for other in (None, tmp_path / "b.pt"):
         with pytest.raises(ValueError, match="--vq CKPT must name the tokenizer that made them"):
             evaluate.open_set(tmp_path, other)
@@ -630,7 +630,7 @@ def test_a_reference_of_ones_own_images_scores_them_perfectly(weights, tmp_path,
         "with stored statistics of 8 images of 16x16 pixels" in text
         and "only 8 samples: papers use 50,000" in text
     )
-    assert said["inception"] == data.file_hash(weights) and said["reference"][1] == data.file_hash(
+    assert said["inception"] == files.file_hash(weights) and said["reference"][1] == files.file_hash(
         tmp_path / "own.npz"
     )
     assert said["torch"] == torch.__version__ and len(said["warnings"]) == 3

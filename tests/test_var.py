@@ -21,7 +21,7 @@ import gpt
 import sample
 import train_gpt
 import vq
-from nanollamagen import data, files, runs
+from nanollamagen import data, files, runs, shapes
 
 sys.path.insert(0, str(ROOT / "extras"))
 import train_var
@@ -707,7 +707,7 @@ def test_an_edit_keeps_what_is_to_be_kept_and_pictures_are_written(trained, tmp_
         model, tokenizer.quantize, zero, zero, photo_codes=codes, kept=kept, more_smooth=True
     )
     assert torch.allclose(f_hat, list(tokenizer.quantize.sums(codes))[-1], atol=1e-6)
-    data.center_crop(data.draw_shape((3, 3)), 24).save(tmp_path / "star.png")
+    data.center_crop(shapes.draw_shape((3, 3)), 24).save(tmp_path / "star.png")
     edit = f"edit {pair_flags(trained)} --out {tmp_path}/edit.png {tmp_path}/star.png"
     for words in ("--box 0.5,0,1,1", "--box 0.25,0.25,0.75,0.75 --outside --classes 3 --count 2"):
         call(monkeypatch, var, edit, words)
@@ -782,7 +782,7 @@ def test_checkpoints_of_the_two_projects_are_told_apart(trained, tmp_path):
 )
 def test_a_mistake_gets_one_sentence(trained, tmp_path, monkeypatch, capsys, words, sentence):
     monkeypatch.chdir(tmp_path)
-    data.draw_shape((0, 0)).save("star.png")
+    shapes.draw_shape((0, 0)).save("star.png")
     flags = pair_flags(trained)
     if words.startswith("encode"):
         flags = f"--vq {trained}/vq/ckpt.pt"
