@@ -6,6 +6,7 @@ batch = images.read(range(8))                      # eight arrays uint8 (H, W, 3
 
 import hashlib
 import os
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -97,12 +98,13 @@ def open_npz(path):
     """An ADM batch: arr_0 uint8 (N, H, W, 3), perhaps statistics. Images are read one by one from
     within the file."""
     try:
-        file = np.load(path, allow_pickle=False)
-        if "arr_0" not in file.files:
-            names = ", ".join(file.files) or "nothing"
-            raise LookupError(f"it holds {names}, but no images under arr_0")
-        extra = {k: file[k] for k in (*STATISTICS, "labels", "of") if k in file.files}
-        member = file.zip.open("arr_0.npy")
+        with np.load(path, allow_pickle=False) as file:
+            if "arr_0" not in file.files:
+                names = ", ".join(file.files) or "nothing"
+                raise LookupError(f"it holds {names}, but no images under arr_0")
+            extra = {k: file[k] for k in (*STATISTICS, "labels", "of") if k in file.files}
+        archive = zipfile.ZipFile(path)  # open as long as the set is used
+        member = archive.open("arr_0.npy")
         np.lib.format.read_magic(member)
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
     except OSError:
