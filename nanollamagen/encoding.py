@@ -84,7 +84,7 @@ def write(out, crops, encode, meta, device, batch_size, workers):
     out = Path(out)
     if meta["codebook_size"] > 2**16:
         raise ValueError(
-            f"the codebook has {meta['codebook_size']:,} entries; codes.npy (uint16) takes 65,536"
+            f"--vq: the codebook has {meta['codebook_size']:,} entries, but uint16 codes allow 65,536"
         )
     if is_complete(out, meta):
         return
@@ -130,8 +130,8 @@ def encode_blocks(crops, encode, T, device, batch_size, workers, blocks, bar):
         if event:
             event.synchronize()
         codes = codes.view(-1, crops.per_image, T).numpy().astype(np.uint16)
-        yield {"codes": codes, "states": np.array(states, np.uint8)}
         bar.update(len(states))
+        yield {"codes": codes, "states": np.array(states, np.uint8)}
 
 
 def start_blocks(loader, encode, T, device, batch_size):
