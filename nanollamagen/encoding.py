@@ -84,7 +84,7 @@ def write(out, crops, encode, meta, device, batch_size, workers):
     out = Path(out)
     if meta["codebook_size"] > 2**16:
         raise ValueError(
-            f"--vq: the codebook has {meta['codebook_size']:,} entries, but uint16 codes allow 65,536"
+            f"--vq: the codebook has {meta['codebook_size']:,} entries; uint16 codes allow 65,536"
         )
     if is_complete(out, meta):
         return
