@@ -240,8 +240,8 @@ def encode_blocks(encoder, captions, batch_size, blocks, bar):
         ends = lengths.cumsum()
         spans = np.stack([ends - lengths, ends], -1).reshape(-1, 2, 2)
         text = torch.cat(rows).half().numpy()
-        yield {"text": text, "spans": spans, "cut": encoder.cut - cut_before}
         bar.update(len(block))
+        yield {"text": text, "spans": spans, "cut": encoder.cut - cut_before}
 
 
 def join(folder, about, part_files):

@@ -76,7 +76,7 @@ def write(out, crops, encode, meta, device, batch_size, workers):
     out = Path(out)
     if meta["codebook_size"] > 2**16:
         entries = f"{meta['codebook_size']:,} entries"
-        raise ValueError(f"the codebook has {entries}; codes.npy (uint16) takes 65,536")
+        raise ValueError(f"--vq: the codebook has {entries}; uint16 codes allow 65,536")
     if is_complete(out, meta):
         return
     files.make_folder(out)
@@ -112,8 +112,8 @@ def encode_blocks(crops, encode, T, device, batch_size, workers, blocks, bar):
         if event:
             event.synchronize()
         codes = codes.view(-1, crops.per_image, T).numpy().astype(np.uint16)
-        yield {"codes": codes, "states": np.array(states, np.uint8)}
         bar.update(len(states))
+        yield {"codes": codes, "states": np.array(states, np.uint8)}
 
 
 def start_blocks(loader, encode, T, device, batch_size):

@@ -37,7 +37,7 @@ def make(name, folder, final, settings, count, size, work):
     settings  plain values that decide what is in the parts; ValueError if folder has others
     count     items, such as images, of the whole work; `size` of them make a part
     work      work(ranges, bar) yields a part, a dict of arrays, for each range of items in turn;
-              it calls bar.update(items) as it goes
+              it calls bar.update(items) before it yields them
     """
     rank, world = processes()
     begin(folder, settings)
