@@ -1,4 +1,4 @@
-"""Train the image tokenizer (vq.py) with the losses of LlamaGen (arXiv:2406.06525, section 2.2):
+r"""Train the image tokenizer (vq.py) with the losses of LlamaGen (arXiv:2406.06525, section 2.2):
 L2 + LPIPS + codebook + commitment, and from --disc-start on 0.5 x what a patch discriminator says.
 
 A small one on shapes drawn on the fly, on a laptop's CPU:
@@ -65,7 +65,7 @@ def parse(configs):
     flag("--weight-decay", type=flags.weight, default=0.05, help="of all weights")
     flag("--ema-decay", type=flags.fraction, default=0.0, help="of averaged weights; 0: none")
     flag("--lpips-weight", type=flags.weight, default=1.0, help="0: VGG16 is not downloaded")
-    flag("--disc-weight", type=flags.weight, default=0.5, help="of both adversarial losses")
+    flag("--disc-weight", type=flags.weight, default=0.5, help="of adversarial losses; 0: none")
     flag("--disc-start", type=flags.count, default=20_000, help="the discriminator's first step")
     # what a run shows and keeps
     flag("--log-every", type=one, default=100, help="steps between lines")
@@ -144,7 +144,7 @@ def main(tokenizer=vq.VQModel, configs=vq.VQ_CONFIGS):
     rank, world, device = runs.this_process(args.device)
     signals = runs.catch_signals()
     out = Path(args.out)
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed)  # all processes start with the same weights
 
     # ---- data: images on disk, or shapes ---------------------------------------------------------
     try:
@@ -226,7 +226,7 @@ def main(tokenizer=vq.VQModel, configs=vq.VQ_CONFIGS):
     batches = load_batches(images, args, images_seen, rank, world, device)
     stop = False
     while step < max_steps and not stop:
-        # 1. The learning rate. It follows from the step's number.
+        # 1. The learning rate. As the images do, it follows from the step's number.
         lr = learning_rate(args, step, max_steps)
         for group in optimizer.param_groups + disc_optimizer.param_groups:
             group["lr"] = lr
