@@ -1,4 +1,4 @@
-"""Train the Llama over image codes (gpt.py) on a folder of codes (vq.py encode), as LlamaGen does
+r"""Train the Llama over image codes (gpt.py) on a folder of codes (vq.py encode), as LlamaGen does
 (arXiv:2406.06525). The loss is plain cross-entropy: each code is predicted from its class or
 caption and the codes before it.
 
