@@ -119,19 +119,17 @@ def generate(
     progress=False,
     **how,
 ):
-    """Codes for a batch of conditions, one image each.
+    """Codes (B, T) int64 for a batch of conditions, one image each.
 
-    cond          (B,) int64 class ids on the model's device, or (B, c, D) features of captions,
-                  padded on the left
+    cond          (B,) int64 class ids, or (B, c, D) features of captions, padded on the left
     mask          (B, c) bool, False where a caption is padded; None for classes
     cfg_scale     guidance: logits = uncond + (cond - uncond) * scale; up to 1 there is none
     cfg_interval  -1 guides every code; k >= 0 the first and the k + 1 after it, as released
-    seeds         an int (modulo 2^63) for each image, which then does not depend on its batch;
-                  None: new ones from torch's own generator
+    seeds         an int for each image, modulo 2^63 (default: random); the same seed gives the
+                  same image in any batch
     compiled      torch.compile the model
     progress      show a bar over the T codes
     how           temperature, top_k and top_p, see draw
-    returns       (B, T) int64
     """
     B, T, c = len(cond), model.config.grid**2, model.config.cond_tokens
     if mask is not None and mask.shape[1] != c:
@@ -171,7 +169,7 @@ def generate(
     step = fast.Recorded(next_code, cache)
     bar = files.progress(T, "codes", unit=" codes", rank=0 if progress else 1)
     for i in range(1, T):
-        if guided and 0 <= cfg_interval < i - 1:  # the rows without condition have done their work
+        if guided and 0 <= cfg_interval < i - 1:  # the rows without condition are done
             guided = False
             cache[:] = [layer[:, :B].clone() for layer in cache]
             mask = None if mask is None else mask[:B]
