@@ -100,8 +100,7 @@ class CaptionEncoder:
 
     @torch.no_grad()
     def __call__(self, texts, batch_size=16):
-        """Strings -> float tensors (n, D) on the CPU, n <= 120 tokens each; n = 0 where cleaning
-        leaves nothing."""
+        """Strings -> float tensors (n, D) on the CPU, 0 <= n <= 120 tokens."""
         tokens = self.tokenize([clean_caption(text) for text in texts])
         features = [torch.zeros(0, self.about["dim"])] * len(tokens)
         words = [i for i, row in enumerate(tokens) if row]
@@ -114,8 +113,7 @@ class CaptionEncoder:
         return features
 
     def tokenize(self, texts):
-        """Clean strings -> lists of at most 120 tokens. Of longer lists the first 119 are kept and
-        the last one, T5's end mark."""
+        """Clean strings -> lists of at most 120 tokens, the last one T5's end mark."""
         if self.model:
             rows = self.tokenizer(texts, verbose=False).input_ids
         else:
@@ -164,25 +162,22 @@ def pad_left(rows, c=CAPTION_TOKENS):
 
 
 def caption_encoder(t5=None, device="cpu", model=None):
-    """The CaptionEncoder `t5`, a folder or name. None means the one that `model`, a GPT, was trained
-    with, or google/flan-t5-xl. Raises ValueError if it was another one."""
+    """The CaptionEncoder `t5`, a folder or name; None means that of `model`, a GPT, or
+    google/flan-t5-xl. Raises ValueError if the GPT was trained with another one."""
     trained = getattr(model, "text", None) or {}  # released models do not say
     encoder = CaptionEncoder(t5 or trained.get("encoder", "google/flan-t5-xl"), device)
     about = encoder.about
     same = trained.get("hash", about["hash"]) == about["hash"]
     if model and about["dim"] != model.config.caption_dim or not same:
-        raise ValueError(
-            f"--t5 {about['encoder']} ({about['dim']} features per token) is not the encoder that "
-            f"the GPT was trained with ({trained.get('encoder', 'FLAN-T5 XL')}, "
-            f"{model.config.caption_dim})"
-        )
+        ours = f"{about['encoder']} ({about['dim']} features per token)"
+        its = f"{trained.get('encoder', 'FLAN-T5 XL')}, {model.config.caption_dim}"
+        raise ValueError(f"--t5 {ours} is not the encoder that the GPT was trained with ({its})")
     return encoder
 
 
 def encode_captions(texts, t5=None, device="cpu", model=None, batch_size=16):
-    """Strings -> features (B, 120, D) and mask (B, 120) bool for a caption model, on the CPU. The
-    encoder is removed from memory afterwards. A caption of more than 120 tokens is cut, with a
-    warning; one without words is a ValueError."""
+    """Strings -> features (B, 120, D) and mask (B, 120) bool for a caption model, on the CPU. Warns
+    of captions cut to 120 tokens. Raises ValueError for one without words."""
     encoder = caption_encoder(t5, device, model)
     rows = encoder(texts, batch_size)
     for text, row in zip(texts, rows):
@@ -265,24 +260,20 @@ def join(folder, about, part_files):
     os.replace(folder / "spans.tmp", folder / "text_spans.npy")
     os.replace(folder / "json.tmp", folder / "text.json")
     shutil.rmtree(folder / "text.parts", ignore_errors=True)
-    print(
-        f"{folder}/text.npy: {tokens:,} tokens x {about['dim']} features of {words[0]:,} captions "
-        f"and {words[1]:,} short ones; {about['images'] - words[0]:,} captions are empty, {cut:,} "
-        f"were cut to {CAPTION_TOKENS} tokens"
-    )
+    print(f"{folder}/text.npy: {tokens:,} tokens x {about['dim']} features", end=" ")
+    print(f"of {words[0]:,} captions and {words[1]:,} short ones;", end=" ")
+    lost = f"{about['images'] - words[0]:,} captions are empty"
+    print(f"{lost}, {cut:,} were cut to {CAPTION_TOKENS} tokens")
 
 
 def load_text(folder):
     """What `encode` wrote there, memory-mapped: features float16 (tokens, D), spans int64
-    (N, 2, 2), and {"encoder", "dim", "hash"}. The spans are the first token and the one after the
-    last of each image's caption and short caption; the two are equal where there is none. Raises
-    ValueError if files are missing or do not fit."""
+    (N, 2, 2), and {"encoder", "dim", "hash"}. Spans are the first token and the one after the last
+    of each image's caption and short caption, equal where there is none. Raises ValueError."""
     folder = Path(folder)
     if not (folder / "text.json").exists():
-        raise ValueError(
-            f"{folder} has no features of its captions; make them with: "
-            f"python -m nanollamagen.captions encode --codes {folder}"
-        )
+        command = f"python -m nanollamagen.captions encode --codes {folder}"
+        raise ValueError(f"{folder} has no features of its captions; make them with: {command}")
     about = read_about(folder)
     try:
         text = np.load(folder / "text.npy", mmap_mode="r", allow_pickle=False)
@@ -299,8 +290,8 @@ def load_text(folder):
 
 
 def read_about(folder, expected=None):
-    """The content of a folder's text.json. Raises ValueError if it is damaged, or if it was made
-    by another encoder or of other captions than the dict `expected`."""
+    """The content of a folder's text.json. Raises ValueError if it is damaged, or not as
+    `expected`."""
     try:
         about = json.loads((folder / "text.json").read_text())
         encoder = f"{about['encoder']}, {about['dim']} features per token"
@@ -314,8 +305,7 @@ def read_about(folder, expected=None):
 
 
 def caption_features(text, spans, ids, short):
-    """Features (tokens, D) of a caption of each image: of the short one where `short` asks for it
-    and there is one."""
+    """Features (tokens, D) of each image's caption, or of the short one if `short` and there."""
     which = (short & (spans[ids, 1, 1] > spans[ids, 1, 0])).astype(int)  # (B,)
     return [torch.tensor(text[start:end]) for start, end in spans[ids, which]]
 

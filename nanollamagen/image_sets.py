@@ -94,8 +94,7 @@ def in_parallel(function, items):
 
 
 def open_npz(path):
-    """An ADM batch: arr_0 uint8 (N, H, W, 3), perhaps statistics. Images are read one by one from
-    within the file."""
+    """An ADM batch: arr_0 uint8 (N, H, W, 3), perhaps statistics. Images are read one by one."""
     try:
         file = np.load(path, allow_pickle=False)
         if "arr_0" not in file.files:
@@ -132,8 +131,7 @@ def open_npz(path):
 
 
 def stored_statistics(path, arrays):
-    """The four arrays of STATISTICS among those of an NPZ, {} if it has none. By ADM's rule the
-    name mu stands for all four."""
+    """The four arrays of STATISTICS in an NPZ, {} if it has no mu, which stands for all four."""
     if "mu" not in arrays:
         return {}
     stored = {name: arrays.get(name, np.empty(0)) for name in STATISTICS}
@@ -147,8 +145,7 @@ def stored_statistics(path, arrays):
 # ---- all images of a set ---------------------------------------------------------------------
 def over_all(count, function, what, batch_size):
     """function(indices of a batch) -> tensors, for all images: the results joined to arrays
-    (count, ...) on process 0, None on others. Each process takes a contiguous share of the
-    images."""
+    (count, ...) on process 0, None on others. Each process takes a contiguous share."""
     rank, world = parts.processes()
     mine = range(count * rank // world, count * (rank + 1) // world)
     results = []
@@ -180,8 +177,7 @@ def describe(images):
 
 
 def cautions(ref, gen, net):
-    """Why the scores of gen against ref may not be what they seem: a list of sentences. Each has a
-    hash or a count behind it."""
+    """Why the scores of gen against ref may not be what they seem: a list of sentences."""
     changes = np.diff(gen.labels) if gen.labels is not None and gen.count > 5000 else np.zeros(1)
     # fmt: off
     rules = (

@@ -85,8 +85,8 @@ class Block(nn.Module):
 
 @support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": -1, "inputs_embeds": 0})
 class TwoStreamGPT(nn.Module):
-    """The GPT as vLLM runs it. A prompt is one token, V + class id, or the embeddings (length, 2C)
-    of a caption. A code follows from 2V logits, and is then the next token of both streams."""
+    """The GPT as vLLM runs it. A prompt is one token, V + class id, or a caption's embeddings
+    (length, 2C). A code follows from 2V logits, and is then the next token of both streams."""
 
     supports_mrope = True  # makes vLLM ask get_mrope_input_positions for positions
 
@@ -217,8 +217,7 @@ class Request:
         self.seed = seed % 2**63
 
     def next_code(self):
-        """What decides the next code: its number, the seed, the guidance, and the code itself if it
-        is known, else -1."""
+        """Of the next code: its number, the seed, the guidance, and itself if known, else -1."""
         number = len(self.codes)
         guided = self.cfg_interval < 0 or number <= self.cfg_interval + 1
         known = self.known[number] if number < len(self.known) else -1
