@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts a
 import gpt
 import sample
 import vq
-from nanollamagen import captions, data, files, flags
+from nanollamagen import captions, data, files, flags, noise
 
 
 # ---- sampling what is not kept -----------------------------------------------------------------
@@ -81,12 +81,13 @@ def complete(
     x = torch.cat([model.cls_embedding(cond), before], 1)  # (copies * BP, c + first, C)
     bar = files.progress(T - first, "codes", rank=0 if progress else 1, unit=" codes")
     for i in range(first, T):
-        logits = model.extend(x, 0 if i == first else c + i - 1, cache, mask)
-        number = torch.full_like(codes[:, :1], i)
-        logits = sample.guide(logits, number, guided, cfg_scale, cfg_interval)[:, 0]  # (BP, V)
+        logits = model.extend(x, 0 if i == first else c + i - 1, cache, mask)[:, 0].float()
+        if guided and (cfg_interval < 0 or i <= cfg_interval + 1):
+            logits = sample.guide(logits, cfg_scale)  # (BP, V)
+        logits = logits[: B * P]
         if not kept[i]:
-            noise = sample.gumbel_noise(noise_seeds, number[:, 0], logits.shape[-1])
-            codes[:, i] = sample.draw(logits, noise, temperature, top_k, top_p)
+            gumbel = sample.gumbel_noise(noise_seeds, i, logits.shape[-1])
+            codes[:, i] = sample.draw(logits, gumbel, temperature, top_k=top_k, top_p=top_p)
         elif P > 1:
             log_probs = (logits / max(temperature, 1e-5)).log_softmax(-1)
             log_weights += log_probs[:, photo_codes[i]].view(B, P)
@@ -105,7 +106,7 @@ def complete(
 
 def particle_seeds(seeds, P):
     """Seeds (B,) -> (B, P): an image's own for its first particle, hashes of it for the others."""
-    others = sample.mix(sample.mix(seeds)[:, None] + torch.arange(1, P, device=seeds.device))
+    others = noise.mix(noise.mix(seeds)[:, None] + torch.arange(1, P, device=seeds.device))
     return torch.cat([seeds[:, None], others], 1)
 
 
@@ -204,7 +205,7 @@ def parse():
     flag("--particles", type=flags.bounded(int, 1, 2**16), default=1,
          help="per image (default: 1, where what comes after a hole does not guide it)")
     flag("--paste", action=switch, default=True, help="put the photo's pixels back where kept")
-    flag("--seed", type=flags.seed, default=0, help="that of image 0; image i adds i")
+    flag("--seed", type=flags.image_seed, default=0, help="that of image 0; image i adds i")
     for name, (classes, texts, least, most, what) in sample.SETTINGS.items():
         default = f"{classes:g}" if classes == texts else f"{classes:g}; captions: {texts:g}"
         flag("--" + name.replace("_", "-"), type=flags.bounded(type(classes), least, most),

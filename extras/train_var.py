@@ -335,7 +335,7 @@ def train_tokenizer():
 
 # ---- argument checks -----------------------------------------------------------------------------
 def check(args, labels, config, origin, tokenizer, world, path, saved):
-    """Raise ValueError with one sentence if flags, codes and checkpoints do not fit together."""
+    """Raise ValueError if flags, codes and checkpoints do not fit together."""
     share = args.batch_size // world
     if args.batch_size % world:
         raise ValueError(

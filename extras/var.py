@@ -171,41 +171,26 @@ def box(text):
     return top, left, bottom, right
 
 
-def add_sampling_flags(c, count, var_cfg, more_smooth):
+def add_sampling_flags(flag, count, var_cfg, more_smooth):
     """The flags that `sample` and `edit` share, with the defaults of one of them."""
     released = [name for name in VAR_CONFIGS if name != "demo"]
-    c.add_argument("--var", help="checkpoint of the transformer")
-    c.add_argument("--pretrained", choices=released, help="released weights, fetched once")
-    c.add_argument("--classes", help="ids or names, separated by commas (edit: one, or one each)")
-    c.add_argument(
-        "--count", type=flags.at_least_one, default=count, help="images per class or picture"
-    )
-    c.add_argument("--seed", type=flags.seed, default=0, help="that of image 0; image i adds i")
-    c.add_argument(
-        "--var-cfg",
-        type=flags.weight,
-        default=var_cfg,
-        help=f"guidance at the last scale, 0 is none (default: {var_cfg:g})",
-    )
-    c.add_argument("--cfg-scale", dest="var_cfg", type=flags.weight, help=argparse.SUPPRESS)
-    c.add_argument(
-        "--top-k", type=flags.count, default=900, help="sample from the k likeliest codes; 0: all"
-    )
-    c.add_argument(
-        "--top-p",
-        type=flags.bounded(float, 1e-6, 1),
-        default=0.95,
-        help="sample from the likeliest codes that make up p",
-    )
-    c.add_argument(
-        "--more-smooth",
-        action=argparse.BooleanOptionalAction,
-        default=more_smooth,
-        help="mix codebook entries: nicer pictures, worse FID",
-    )
-    c.add_argument(
-        "--dtype", choices=["float32", "bfloat16"], help="arithmetic (default: bfloat16 on GPU)"
-    )
+    switch = argparse.BooleanOptionalAction
+    # fmt: off
+    flag("--var", help="checkpoint of the transformer")
+    flag("--pretrained", choices=released, help="released weights, fetched once")
+    flag("--classes", help="ids or names, separated by commas (edit: one, or one per picture)")
+    flag("--count", type=flags.at_least_one, default=count, help="images per class or picture")
+    flag("--seed", type=flags.image_seed, default=0, help="that of image 0; image i adds i")
+    flag("--var-cfg", type=flags.weight, default=var_cfg,
+         help=f"guidance at the last scale, 0 is none (default: {var_cfg:g})")
+    flag("--cfg-scale", dest="var_cfg", type=flags.weight, help=argparse.SUPPRESS)  # its old name
+    flag("--top-k", type=flags.count, default=900, help="sample from the k likeliest codes; 0: all")
+    flag("--top-p", type=flags.bounded(float, 1e-6, 1), default=0.95,
+         help="sample from the likeliest codes that make up p")
+    flag("--more-smooth", action=switch, default=more_smooth,
+         help="mix codebook entries: nicer pictures, worse FID")
+    flag("--dtype", choices=["float32", "bfloat16"], help="arithmetic (default: bfloat16 on GPU)")
+    # fmt: on
 
 
 def parse():
@@ -218,6 +203,35 @@ def parse():
     editing = commands.add_parser("edit", help="regenerate a part of pictures")
     showing = commands.add_parser("reconstruct", help="show what each scale adds")
     encoding = commands.add_parser("encode", help="write a data set as codes")
+    add_sampling_flags(sampling.add_argument, count=1, var_cfg=4.0, more_smooth=False)
+    add_sampling_flags(editing.add_argument, count=4, var_cfg=3.0, more_smooth=True)
+    # fmt: off
+    flag = sampling.add_argument
+    flag("--num-samples", type=flags.at_least_one,
+         help="write so many images, balanced over the classes, as NPZ")
+    flag("--batch-size", type=flags.batch, default=32, help="images sampled together")
+    flag("--paper", action="store_true", help="the paper's settings for FID: 1.5, 900, 0.96")
+    flag("--resize", type=flags.pixels, help="resize the images to this side")
+    flag("--out", default="sample.png", help="PNG, or NPZ with --num-samples")
+
+    flag = editing.add_argument
+    flag("--box", type=box, required=True, help="top, left, bottom, right as fractions")
+    flag("--outside", action="store_true", help="keep what is in the box, regenerate the rest")
+    for c, name in ((editing, "edit.png"), (showing, "scales.png")):
+        c.add_argument("--out", default=name, help=f"PNG to write (default: {name})")
+        c.add_argument("images", nargs="+", metavar="IMAGE")
+
+    flag = encoding.add_argument
+    flag("--data", required=True, help="a folder of class folders, or shapes, or shapes:N")
+    flag("--out", default="codes", help="folder to write (default: codes)")
+    flag("--image-size", type=flags.pixels, help="of a side (default: as the tokenizer's training)")
+    flag("--ten-crop", action="store_true", help="ten crops per image instead of two")
+    flag("--crop-range", type=flags.bounded(float, 1, 8), nargs="+", default=[1.125], metavar="R",
+         help="ten crops are cut from R times the image size (default: 1.125: 288 for 256 pixels)")
+    flag("--batch-size", type=flags.batch, default=64, help="crops encoded together")
+    flag("--workers", type=flags.bounded(int, 0, 1024), default=min(8, os.cpu_count() or 1),
+         help="processes that read images")
+    # fmt: on
     for name, c in commands.choices.items():
         c.usage = f"python extras/var.py {name} ... (--help lists the flags)"
         c.add_argument(
@@ -229,61 +243,6 @@ def parse():
             default="cuda" if torch.cuda.is_available() else "cpu",
             help="cuda or cpu (default: cuda where there is one)",
         )
-    add_sampling_flags(sampling, count=1, var_cfg=4.0, more_smooth=False)
-    sampling.add_argument(
-        "--num-samples",
-        type=flags.at_least_one,
-        help="write so many images, balanced over the classes, as NPZ",
-    )
-    sampling.add_argument(
-        "--batch-size", type=flags.batch, default=32, help="images sampled together"
-    )
-    sampling.add_argument(
-        "--paper", action="store_true", help="the paper's settings for FID: 1.5, 900, 0.96"
-    )
-    sampling.add_argument("--resize", type=flags.pixels, help="resize the images to this side")
-    sampling.add_argument("--out", default="sample.png", help="PNG, or NPZ with --num-samples")
-
-    add_sampling_flags(editing, count=4, var_cfg=3.0, more_smooth=True)
-    editing.add_argument(
-        "--box", type=box, required=True, help="top, left, bottom, right as fractions"
-    )
-    editing.add_argument(
-        "--outside", action="store_true", help="keep what is in the box, regenerate the rest"
-    )
-    for c, name in ((editing, "edit.png"), (showing, "scales.png")):
-        c.add_argument("--out", default=name, help=f"PNG to write (default: {name})")
-        c.add_argument("images", nargs="+", metavar="IMAGE")
-
-    encoding.add_argument(
-        "--data", required=True, help="a folder of class folders, or shapes, or shapes:N"
-    )
-    encoding.add_argument("--out", default="codes", help="folder to write (default: codes)")
-    encoding.add_argument(
-        "--image-size",
-        type=flags.pixels,
-        help="pixels of a side (default: as the tokenizer was trained)",
-    )
-    encoding.add_argument(
-        "--ten-crop", action="store_true", help="ten crops per image instead of two"
-    )
-    encoding.add_argument(
-        "--crop-range",
-        type=flags.bounded(float, 1, 8),
-        nargs="+",
-        default=[1.125],
-        metavar="R",
-        help="ten crops are cut from R times the image size (default: 1.125, 288 for 256 pixels)",
-    )
-    encoding.add_argument(
-        "--batch-size", type=flags.batch, default=64, help="crops encoded together"
-    )
-    encoding.add_argument(
-        "--workers",
-        type=flags.count,
-        default=min(8, os.cpu_count() or 1),
-        help="processes that read images",
-    )
     args = p.parse_args()
     return commands.choices[args.command], args
 

@@ -50,7 +50,7 @@ class Block(nn.Module):
 
     def __init__(self, config, head_size, cache_config, prefix):
         super().__init__()
-        C, self.d, self.head_size = config.dim, config.dim // config.n_head, head_size
+        C, self.d, self.head_size = config.dim, config.head_dim, head_size
         self.n = config.n_head // get_tensor_model_parallel_world_size()
         self.attention_norm, self.ffn_norm = gpt.RMSNorm(C), gpt.RMSNorm(C)
         self.wqkv = linear.QKVParallelLinear(C, self.d, config.n_head, bias=False)
@@ -102,7 +102,7 @@ class TwoStreamGPT(nn.Module):
         self.norm = gpt.RMSNorm(c.dim)
         self.output = ParallelLMHead(c.vocab_size, c.dim)
         self.gather_logits = GatherLogits(c.vocab_size)
-        rope = gpt.rope_table(c.grid, c.dim // c.n_head, cond_tokens=1)
+        rope = gpt.rope_table(c.grid, c.head_dim, cond_tokens=1)
         self.register_buffer("rope", rope.roll(-1, 0), persistent=False)  # the zeros go last, to T
 
     def get_mrope_input_positions(self, input_tokens, *_, **__):
