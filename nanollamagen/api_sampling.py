@@ -1,7 +1,4 @@
-"""From a Job to its images: codes from the engine, pixels from the tokenizer, files for the client.
-
-What happens is told in events, as OpenAI's API streams them: partial images, then completed ones.
-"""
+"""From a Job to its images, as OpenAI's events: codes from the engine, pixels from the tokenizer."""
 
 import asyncio
 import base64
@@ -23,7 +20,6 @@ import serve_vllm
 BATCH = 8  # images that the tokenizer decodes together at most, which bounds its memory
 
 
-# ---- codes -------------------------------------------------------------------------------------
 async def events_of(images, job):
     """Yield the events about all images of a job as they come. Raises what ended them before the
     last image. When this ends, also because the client has left, all sampling for the job ends."""
@@ -109,7 +105,6 @@ def usage(images, job, n):
     return {"input_tokens": n * length} | details | counts
 
 
-# ---- pixels ------------------------------------------------------------------------------------
 async def decode_forever(waiting, vq_model, grid):
     """Serve a queue of (codes, job, future of the file): all that wait together, in a thread."""
 

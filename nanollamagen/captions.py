@@ -70,9 +70,8 @@ def load_pretrained(flag, name, *kinds):
         raise ValueError(f"{flag} {name} needs transformers: pip install transformers") from None
     except Exception as error:  # transformers raises a dozen kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise OSError(
-            f"{flag} {name} cannot be loaded ({reason}); give a folder with its files"
-        ) from None
+        fix = "give a folder with its files"
+        raise OSError(f"{flag} {name} cannot be loaded ({reason}); {fix}") from None
 
 
 class CaptionEncoder:
@@ -214,9 +213,8 @@ def encode(args):
         return
     settings = {name: about[name] for name in ("hash", "images", "bytes")}
     work = partial(encode_blocks, encoder, read_captions(path, count), args.batch_size)
-    part_files = parts.make(
-        "captions", folder / "text.parts", folder / "text.json", settings, count, PART, work
-    )
+    begun, final = folder / "text.parts", folder / "text.json"
+    part_files = parts.make("captions", begun, final, settings, count, PART, work)
     if part_files:
         join(folder, about, part_files)
 
@@ -282,10 +280,8 @@ def load_text(folder):
         if (text.shape, spans.shape) != shapes:
             raise ValueError
     except (OSError, ValueError, EOFError, LookupError):  # one is missing, or was cut short
-        raise ValueError(
-            f"{folder}: text.npy, text_spans.npy and text.json do not belong together; delete "
-            "text.json and run nanollamagen.captions encode again"
-        ) from None
+        what = "text.npy, text_spans.npy and text.json do not belong together"
+        raise ValueError(f"{folder}: {what}; delete text.json and encode again") from None
     return text, spans, {key: about[key] for key in ("encoder", "dim", "hash")}
 
 
@@ -313,9 +309,8 @@ def caption_features(text, spans, ids, short):
 # ---- the command -------------------------------------------------------------------------------
 def main():
     """The command line."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    kind = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=kind)
     commands = p.add_subparsers(required=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # fmt: off

@@ -1,8 +1,6 @@
-"""The cleaning of captions, as the released text models saw it in training.
+"""The cleaning of captions by the rules of DeepFloyd IF: patterns and what replaces them, in order.
 
-    cleaning.clean_caption("A photo of   a CAT")            # "a photo of a cat"
-
-These are the rules of DeepFloyd IF: patterns and what replaces them, in order.
+cleaning.clean_caption("A photo of   a CAT")            # "a photo of a cat"
 """
 
 import html
@@ -34,14 +32,9 @@ SYMBOLS = (
 )
 
 
-def normalized(found):
-    """Unicode's usual letters for a match: ﬁ becomes fi."""
-    return unicodedata.normalize("NFKC", found[0])
-
-
 ENCODING = (  # what the package ftfy does to text that is not garbled
     ("[\x00-\x08\x0b\x0e-\x1f\x7f\u206a-\u206f\ufeff\ufff9-\ufffc]", ""),
-    ("[ĲĳŉǄ-ǌǱ-ǳﬀ-ﬆ\u3000\uff01-\uffef]", normalized),
+    ("[ĲĳŉǄ-ǌǱ-ǳﬀ-ﬆ\u3000\uff01-\uffef]", lambda found: unicodedata.normalize("NFKC", found[0])),
     ("[“-‟]", '"'),
     ("[ʼ‘-‛]", "'"),
 )

@@ -1,9 +1,7 @@
 """CLIP, as the metrics know it: how well an image shows what its caption says (arXiv:2104.08718).
 
-    net = clip.load("openai/clip-vit-base-patch32", device)       # a folder or Hugging Face name
-    scores = clip.scores(net, images, texts)                      # 100 x cosine, (B,)
-
-Its network comes from the package transformers.
+net = clip.load("openai/clip-vit-base-patch32", device)       # a folder or Hugging Face name
+scores = clip.scores(net, images, texts)                      # 100 x cosine, (B,)
 """
 
 # Shapes:  B images   side  pixels of CLIP's input

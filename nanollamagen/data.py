@@ -83,8 +83,7 @@ def open_images(data):
     ROOT/class name/image           class folders as of ImageNet, numbered by sorted name
     FILE.jsonl                      {"image", "caption", perhaps "short_caption"} on each line
     ROOT/name.jpg + ROOT/name.txt   a caption for each image
-    FILE.tar, ROOT/*.tar            such pairs in uncompressed tar files, as of WebDataset
-    """
+    FILE.tar, ROOT/*.tar            such pairs in uncompressed tar files, as of WebDataset"""
     name, _, count = data.partition(":")
     if name in ("shapes", "shapes-captions") and (not count or count.isdigit() and int(count)):
         return shapes(int(count or 24000), captioned=name == "shapes-captions")
@@ -215,11 +214,8 @@ def ten_crop(image, size, crop_range):
     far, middle = side - size, round((side - size) / 2)
     windows = [(0, 0), (far, 0), (0, far), (far, far), (middle, middle)]
     image = center_crop(image, side)
-    return [
-        picture.crop((x, y, x + size, y + size))
-        for picture in (image, image.transpose(Image.FLIP_LEFT_RIGHT))
-        for x, y in windows
-    ]
+    both = image, image.transpose(Image.FLIP_LEFT_RIGHT)
+    return [view.crop((x, y, x + size, y + size)) for view in both for x, y in windows]
 
 
 def kept_cells(mask, grid):
@@ -292,9 +288,7 @@ def load_codes(folder):
     fits = codes.dtype == np.uint16 and codes.shape[2:] == (meta["codes"],)
     if not fits or labels is not None and len(labels) != len(codes):
         found = f"{codes.dtype} {codes.shape}, {0 if labels is None else len(labels)} labels"
-        raise ValueError(
-            f"{folder}: codes.npy, labels and meta.json do not belong together: {found}"
-        )
+        raise ValueError(f"{folder}: codes, labels and meta do not belong together: {found}")
     return codes, labels, meta
 
 

@@ -30,8 +30,7 @@ class Recorded:
     shapes and addresses: `number` is a tensor, and a grown cache makes it record again."""
 
     def __init__(self, step, cache):
-        self.step = step
-        self.cache = cache
+        self.step, self.cache = step, cache
         self.layer = None  # the cache's first layer when the step was recorded
         self.state = None
 

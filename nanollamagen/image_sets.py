@@ -41,9 +41,8 @@ class ImageSet(NamedTuple):
 
 
 def open_set(path, tokenizer=None, size=None, device="cpu"):
-    """The ImageSet at a path: an NPZ, a folder of codes, or all images below a folder. `tokenizer`,
-    a checkpoint's path, decodes codes. Images are resized to `size`, files centre-cropped. Raises
-    OSError or ValueError."""
+    """The ImageSet at a path: an NPZ, a folder of codes (tokenizer: its checkpoint), or all images
+    below a folder. Codes are resized to `size`, files cropped. Raises OSError or ValueError."""
     path = Path(path)
     if not path.exists():
         where = f"; it is at {ADM_URL}" if ADM_URL.endswith(path.name) else ""
@@ -142,7 +141,6 @@ def stored_statistics(path, arrays):
     return stored
 
 
-# ---- all images of a set ---------------------------------------------------------------------
 def over_all(count, function, what, batch_size):
     """function(indices of a batch) -> tensors, for all images: the results joined to arrays
     (count, ...) on process 0, None on others. Each process takes a contiguous share."""
@@ -165,7 +163,6 @@ def over_all(count, function, what, batch_size):
     return [np.concatenate(arrays) for arrays in zip(*shares)]
 
 
-# ---- what is compared with what ---------------------------------------------------------------
 def describe(images):
     """An ImageSet in a few words: what its hash, its keys and its count tell."""
     if images.sha256 == ADM_SHA256:

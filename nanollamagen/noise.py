@@ -1,9 +1,6 @@
 """Random numbers without a state: each follows from a seed, a position and its own number.
 
 uniform = noise.uniform(seeds, 7, 16384)      # (B, 16384), for seeds (B,)
-
-A generator gives its numbers one after the other. A hash gives those of any positions, in any
-order, the same on a CPU and on a GPU.
 """
 
 import torch

@@ -34,8 +34,7 @@ def make(name, folder, final, settings, count, size, work):
     settings  plain values that decide what is in the parts; ValueError if folder has others
     count     items, such as images, of the whole work; `size` of them make a part
     work      work(ranges, bar) yields a part, a dict of arrays, for each range of items in turn;
-              it calls bar.update(items) as it goes
-    """
+              it calls bar.update(items) as it goes"""
     rank, world = processes()
     begin(folder, settings)
     ranges = [range(start, min(start + size, count)) for start in range(0, count, size)]
@@ -78,9 +77,9 @@ def begin(folder, settings):
 
 def wait(paths):
     """Wait until all these files exist. Files of another node can take a minute to show on NFS."""
-    missing = paths
-    while missing := [path for path in missing if not path.exists()]:
-        time.sleep(1)
+    for path in paths:
+        while not path.exists():
+            time.sleep(1)
 
 
 def each(part_files, name):

@@ -46,11 +46,9 @@ def connect(device):
 
 def disconnect(device):
     """End what `connect` began, as the last thing that a script does."""
-    if not dist.is_initialized():
-        return
-    if device.type == "cuda":
+    if dist.is_initialized() and device.type == "cuda":
         dist.destroy_process_group()
-    else:
+    elif dist.is_initialized():
         sys.stdout.flush()
         os._exit(0)  # destroying gloo's group hangs in one of 30 runs (torch 2.13)
 
@@ -215,9 +213,8 @@ def average_weights(ema, weights, decay, step):
 
 # ---- checkpoints ---------------------------------------------------------------------------------
 def find_checkpoint(out):
-    """The newest checkpoint of a run folder: its path, and a dict of step, config and so on, for a
-    ckpt.pt also its tensors, memory-mapped. (None, None) if there is none. Raises ValueError for a
-    damaged one."""
+    """The newest checkpoint of a run folder: its path, and a dict of plain values, of a ckpt.pt
+    also of tensors, memory-mapped; or (None, None). Raises ValueError for a damaged one."""
     found = []
     if (out / "ckpt.pt").exists():
         saved = files.read_checkpoint(out / "ckpt.pt", mmap=True)

@@ -96,9 +96,8 @@ class TwoStreamGPT(nn.Module):
         self.config = c = gpt.GPTConfig(**hf.gpt)
         self.classes = c.num_classes + 1 if c.cond_tokens == 1 else 0  # the last is "no class"
         self.embedding = nn.Embedding(c.vocab_size + self.classes, c.dim)  # codes, then classes
-        self.layers = nn.ModuleList(
-            Block(c, hf.head_dim, cache, f"{prefix}layers.{i}") for i in range(c.n_layer)
-        )
+        names = [f"{prefix}layers.{i}" for i in range(c.n_layer)]
+        self.layers = nn.ModuleList(Block(c, hf.head_dim, cache, name) for name in names)
         self.norm = gpt.RMSNorm(c.dim)
         self.output = ParallelLMHead(c.vocab_size, c.dim)
         self.gather_logits = GatherLogits(c.vocab_size)
@@ -249,7 +248,9 @@ def check_params(params):
             if hasattr(params, name) and params.temperature > 0:
                 raise ValueError(f"give {name} as a field of the request, not in extra_args")
         elif name == "given":
-            check_known(value)
+            numbers = isinstance(value, (list, tuple)) and all(type(code) is int for code in value)
+            if not numbers or not all(-1 <= code < 2**31 for code in value):
+                raise ValueError("given is a list of codes, with -1 for those to be sampled")
         elif not (name.endswith("_transfer_params") and isinstance(value, dict)):  # vLLM's own
             raise ValueError(f"{name!r} is not a setting; the settings are {names} and given")
 
@@ -260,10 +261,3 @@ def check_setting(name, value):
     if type(value) not in (int, type(default)) or not least <= value <= most:
         kind = "number" if type(default) is float else "whole number"
         raise ValueError(f"{name} {value!r} is not a {kind} from {least} to {most:,}")
-
-
-def check_known(codes):
-    """Raise ValueError unless these are codes, with -1 where one is to be sampled."""
-    numbers = isinstance(codes, (list, tuple)) and all(type(code) is int for code in codes)
-    if not numbers or not all(-1 <= code < 2**31 for code in codes):
-        raise ValueError("given is a list of codes, with -1 for those to be sampled")
