@@ -410,10 +410,8 @@ def check_init(args, codes, config, init):
         if name not in free and value != getattr(config, name)
     ]
     if differing:
-        raise ValueError(
-            f"--init {args.init} does not fit --model {args.model} and {args.codes}: "
-            f"{', '.join(differing)}"
-        )
+        what = f"does not fit --model {args.model} and {args.codes}"
+        raise ValueError(f"--init {args.init} {what}: {', '.join(differing)}")
     if init.text and init.text["hash"] != codes.encoder["hash"]:
         raise ValueError(
             f"--init {args.init} was trained on captions of another encoder "

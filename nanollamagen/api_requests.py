@@ -76,15 +76,10 @@ def request_model(info):
     for name, (for_classes, for_captions, least, most, _) in sample.SETTINGS.items():
         kind = Annotated[type(for_classes), Field(ge=least, le=most)]
         settings[name] = (kind, for_captions if info["captions"] else for_classes)
-    size = f"{info['image_size']}x{info['image_size']}"
     longest = 32000 if info["captions"] else 1000
-    return pydantic.create_model(
-        "ImageRequest",
-        __base__=Fields,
-        size=(Literal["auto", size], "auto"),
-        prompt=(Annotated[str, Field(min_length=1, max_length=longest)], ...),
-        **settings,
-    )
+    settings["prompt"] = (Annotated[str, Field(min_length=1, max_length=longest)], ...)
+    settings["size"] = (Literal["auto", f"{info['image_size']}x{info['image_size']}"], "auto")
+    return pydantic.create_model("ImageRequest", __base__=Fields, **settings)
 
 
 def checked(request, validate, fields):

@@ -1,7 +1,4 @@
-"""From a Job to its images: codes from the engine, pixels from the tokenizer, files for the client.
-
-What happens is told in events, as OpenAI's API streams them: partial images, then completed ones.
-"""
+"""From a Job to its images, as OpenAI's events: codes from the engine, pixels from the tokenizer."""
 
 import asyncio
 import base64
@@ -23,7 +20,6 @@ import serve_vllm
 BATCH = 8  # images that the tokenizer decodes together at most, which bounds its memory
 
 
-# ---- codes -------------------------------------------------------------------------------------
 async def events_of(images, job):
     """Yield the events about all images of a job as they come. Raises what ended them before the
     last image. When this ends, also because the client has left, all sampling for the job ends."""
@@ -64,13 +60,9 @@ async def image_events(images, job, i):
     grid, body = images.info["grid"], job.body
     parts = body.partial_images if body.stream else 0
     due = [(part + 1) * grid // (parts + 1) for part in range(parts)]  # rows before a partial image
-    params = serve_vllm.sampling_params(
-        images.info,
-        seed=job.seed + i,
-        stream=parts > 0,
-        known=job.edit and job.edit.codes,
-        **body.model_dump(include=set(sample.SETTINGS)),
-    )
+    settings = body.model_dump(include=set(sample.SETTINGS))
+    settings |= {"seed": job.seed + i, "stream": parts > 0, "known": job.edit and job.edit.codes}
+    params = serve_vllm.sampling_params(images.info, **settings)
     codes, shown, sent = [], 0, 0
     outputs = images.engine.generate(job.prompt, params, uuid.uuid4().hex)
     async with contextlib.aclosing(outputs):
@@ -108,15 +100,11 @@ async def event_of(images, job, i, kind, codes):
 def usage(images, job, n):
     """What n images cost, in OpenAI's words. Codes and positions of the prompt are tokens."""
     length, T = len(*job.prompt.values()), images.info["grid"] ** 2
-    return {
-        "input_tokens": n * length,
-        "input_tokens_details": {"text_tokens": n * length, "image_tokens": 0},
-        "output_tokens": n * T,
-        "total_tokens": n * (T + length),
-    }
+    details = {"input_tokens_details": {"text_tokens": n * length, "image_tokens": 0}}
+    counts = {"output_tokens": n * T, "total_tokens": n * (T + length)}
+    return {"input_tokens": n * length} | details | counts
 
 
-# ---- pixels ------------------------------------------------------------------------------------
 async def decode_forever(waiting, vq_model, grid):
     """Serve a queue of (codes, job, future of the file): all that wait together, in a thread."""
 
@@ -153,7 +141,7 @@ def decode_rows(vq_model, codes, grid):
 
 
 def to_file(pixels, job):
-    """Pixels (H, W, 3) as bytes of the wanted format. Those that an edit keeps are the picture's."""
+    """Pixels (H, W, 3) as bytes of the wanted format; what an edit keeps is the picture's own."""
     if job.edit:
         pixels = np.where(job.edit.kept[..., None], job.edit.picture, pixels)
     file, kind = io.BytesIO(), job.body.output_format

@@ -70,9 +70,8 @@ def load_pretrained(flag, name, *kinds):
         raise ValueError(f"{flag} {name} needs transformers: pip install transformers") from None
     except Exception as error:  # transformers raises a dozen kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise OSError(
-            f"{flag} {name} cannot be loaded ({reason}); give a folder with its files"
-        ) from None
+        fix = "give a folder with its files"
+        raise OSError(f"{flag} {name} cannot be loaded ({reason}); {fix}") from None
 
 
 class CaptionEncoder:
@@ -100,8 +99,7 @@ class CaptionEncoder:
 
     @torch.no_grad()
     def __call__(self, texts, batch_size=16):
-        """Strings -> float tensors (n, D) on the CPU, n <= 120 tokens each; n = 0 where cleaning
-        leaves nothing."""
+        """Strings -> float tensors (n, D) on the CPU, 0 <= n <= 120 tokens."""
         tokens = self.tokenize([clean_caption(text) for text in texts])
         features = [torch.zeros(0, self.about["dim"])] * len(tokens)
         words = [i for i, row in enumerate(tokens) if row]
@@ -114,8 +112,7 @@ class CaptionEncoder:
         return features
 
     def tokenize(self, texts):
-        """Clean strings -> lists of at most 120 tokens. Of longer lists the first 119 are kept and
-        the last one, T5's end mark."""
+        """Clean strings -> lists of at most 120 tokens, the last one T5's end mark."""
         if self.model:
             rows = self.tokenizer(texts, verbose=False).input_ids
         else:
@@ -164,25 +161,22 @@ def pad_left(rows, c=CAPTION_TOKENS):
 
 
 def caption_encoder(t5=None, device="cpu", model=None):
-    """The CaptionEncoder `t5`, a folder or name. None means the one that `model`, a GPT, was trained
-    with, or google/flan-t5-xl. Raises ValueError if it was another one."""
+    """The CaptionEncoder `t5`, a folder or name; None means that of `model`, a GPT, or
+    google/flan-t5-xl. Raises ValueError if the GPT was trained with another one."""
     trained = getattr(model, "text", None) or {}  # released models do not say
     encoder = CaptionEncoder(t5 or trained.get("encoder", "google/flan-t5-xl"), device)
     about = encoder.about
     same = trained.get("hash", about["hash"]) == about["hash"]
     if model and about["dim"] != model.config.caption_dim or not same:
-        raise ValueError(
-            f"--t5 {about['encoder']} ({about['dim']} features per token) is not the encoder that "
-            f"the GPT was trained with ({trained.get('encoder', 'FLAN-T5 XL')}, "
-            f"{model.config.caption_dim})"
-        )
+        ours = f"{about['encoder']} ({about['dim']} features per token)"
+        its = f"{trained.get('encoder', 'FLAN-T5 XL')}, {model.config.caption_dim}"
+        raise ValueError(f"--t5 {ours} is not the encoder that the GPT was trained with ({its})")
     return encoder
 
 
 def encode_captions(texts, t5=None, device="cpu", model=None, batch_size=16):
-    """Strings -> features (B, 120, D) and mask (B, 120) bool for a caption model, on the CPU. The
-    encoder is removed from memory afterwards. A caption of more than 120 tokens is cut, with a
-    warning; one without words is a ValueError."""
+    """Strings -> features (B, 120, D) and mask (B, 120) bool for a caption model, on the CPU. Warns
+    of captions cut to 120 tokens. Raises ValueError for one without words."""
     encoder = caption_encoder(t5, device, model)
     rows = encoder(texts, batch_size)
     for text, row in zip(texts, rows):
@@ -219,9 +213,8 @@ def encode(args):
         return
     settings = {name: about[name] for name in ("hash", "images", "bytes")}
     work = partial(encode_blocks, encoder, read_captions(path, count), args.batch_size)
-    part_files = parts.make(
-        "captions", folder / "text.parts", folder / "text.json", settings, count, PART, work
-    )
+    begun, final = folder / "text.parts", folder / "text.json"
+    part_files = parts.make("captions", begun, final, settings, count, PART, work)
     if part_files:
         join(folder, about, part_files)
 
@@ -265,24 +258,20 @@ def join(folder, about, part_files):
     os.replace(folder / "spans.tmp", folder / "text_spans.npy")
     os.replace(folder / "json.tmp", folder / "text.json")
     shutil.rmtree(folder / "text.parts", ignore_errors=True)
-    print(
-        f"{folder}/text.npy: {tokens:,} tokens x {about['dim']} features of {words[0]:,} captions "
-        f"and {words[1]:,} short ones; {about['images'] - words[0]:,} captions are empty, {cut:,} "
-        f"were cut to {CAPTION_TOKENS} tokens"
-    )
+    print(f"{folder}/text.npy: {tokens:,} tokens x {about['dim']} features", end=" ")
+    print(f"of {words[0]:,} captions and {words[1]:,} short ones;", end=" ")
+    lost = f"{about['images'] - words[0]:,} captions are empty"
+    print(f"{lost}, {cut:,} were cut to {CAPTION_TOKENS} tokens")
 
 
 def load_text(folder):
     """What `encode` wrote there, memory-mapped: features float16 (tokens, D), spans int64
-    (N, 2, 2), and {"encoder", "dim", "hash"}. The spans are the first token and the one after the
-    last of each image's caption and short caption; the two are equal where there is none. Raises
-    ValueError if files are missing or do not fit."""
+    (N, 2, 2), and {"encoder", "dim", "hash"}. Spans are the first token and the one after the last
+    of each image's caption and short caption, equal where there is none. Raises ValueError."""
     folder = Path(folder)
     if not (folder / "text.json").exists():
-        raise ValueError(
-            f"{folder} has no features of its captions; make them with: "
-            f"python -m nanollamagen.captions encode --codes {folder}"
-        )
+        command = f"python -m nanollamagen.captions encode --codes {folder}"
+        raise ValueError(f"{folder} has no features of its captions; make them with: {command}")
     about = read_about(folder)
     try:
         text = np.load(folder / "text.npy", mmap_mode="r", allow_pickle=False)
@@ -291,16 +280,14 @@ def load_text(folder):
         if (text.shape, spans.shape) != shapes:
             raise ValueError
     except (OSError, ValueError, EOFError, LookupError):  # one is missing, or was cut short
-        raise ValueError(
-            f"{folder}: text.npy, text_spans.npy and text.json do not belong together; delete "
-            "text.json and run nanollamagen.captions encode again"
-        ) from None
+        what = "text.npy, text_spans.npy and text.json do not belong together"
+        raise ValueError(f"{folder}: {what}; delete text.json and encode again") from None
     return text, spans, {key: about[key] for key in ("encoder", "dim", "hash")}
 
 
 def read_about(folder, expected=None):
-    """The content of a folder's text.json. Raises ValueError if it is damaged, or if it was made
-    by another encoder or of other captions than the dict `expected`."""
+    """The content of a folder's text.json. Raises ValueError if it is damaged, or not as
+    `expected`."""
     try:
         about = json.loads((folder / "text.json").read_text())
         encoder = f"{about['encoder']}, {about['dim']} features per token"
@@ -314,8 +301,7 @@ def read_about(folder, expected=None):
 
 
 def caption_features(text, spans, ids, short):
-    """Features (tokens, D) of a caption of each image: of the short one where `short` asks for it
-    and there is one."""
+    """Features (tokens, D) of each image's caption, or of the short one if `short` and there."""
     which = (short & (spans[ids, 1, 1] > spans[ids, 1, 0])).astype(int)  # (B,)
     return [torch.tensor(text[start:end]) for start, end in spans[ids, which]]
 
@@ -323,9 +309,8 @@ def caption_features(text, spans, ids, short):
 # ---- the command -------------------------------------------------------------------------------
 def main():
     """The command line."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    kind = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=kind)
     commands = p.add_subparsers(required=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # fmt: off

@@ -16,8 +16,7 @@ def imagenet_classes():
 
 
 def class_names(model):
-    """Names of a model's classes in label order: its own, ImageNet's if there are 1000, otherwise
-    numbers."""
+    """Names of a model's classes in label order: its own, ImageNet's for 1000, else numbers."""
     if model.classes:
         return model.classes
     if model.config.num_classes == 1000:
@@ -26,8 +25,7 @@ def class_names(model):
 
 
 def find_class(text, names):
-    """Class id of what a user typed: an id, or a name or part of one. Raises ValueError that lists
-    similar names."""
+    """Class id of what a user typed: an id, or a name or part of one. Raises ValueError."""
     text = text.strip()
     if re.fullmatch("-?[0-9]+", text):
         if not 0 <= int(text) < len(names):

@@ -1,9 +1,6 @@
-"""The cleaning of captions, as the released text models saw it in training.
+"""The cleaning of captions by the rules of DeepFloyd IF: patterns and what replaces them, in order.
 
-    cleaning.clean_caption("A photo of   a CAT")            # "a photo of a cat"
-
-These are the rules of DeepFloyd IF, made for texts next to pictures in web shops. A rule is a
-pattern and what replaces it; the order matters.
+cleaning.clean_caption("A photo of   a CAT")            # "a photo of a cat"
 """
 
 import html
@@ -35,14 +32,9 @@ SYMBOLS = (
 )
 
 
-def normalized(found):
-    """Unicode's usual letters for a match: ﬁ becomes fi."""
-    return unicodedata.normalize("NFKC", found[0])
-
-
 ENCODING = (  # what the package ftfy does to text that is not garbled
     ("[\x00-\x08\x0b\x0e-\x1f\x7f\u206a-\u206f\ufeff\ufff9-\ufffc]", ""),
-    ("[ĲĳŉǄ-ǌǱ-ǳﬀ-ﬆ\u3000\uff01-\uffef]", normalized),
+    ("[ĲĳŉǄ-ǌǱ-ǳﬀ-ﬆ\u3000\uff01-\uffef]", lambda found: unicodedata.normalize("NFKC", found[0])),
     ("[“-‟]", '"'),
     ("[ʼ‘-‛]", "'"),
 )
@@ -65,12 +57,9 @@ SHOP = (
 
 
 def clean_caption(text):
-    """A caption as the released text models saw it in training: the cleaning of DeepFloyd IF,
-    twice, as in LlamaGen.
-
-    The result is in lower case, without addresses, tags, account and file names, article numbers,
-    symbols and words of web shops. Two things are left out: text after 3,000 characters, and
-    ftfy's repair of text that was decoded by a wrong table ("schÃ¶n")."""
+    """A caption as the released text models saw it in training: in lower case, without addresses,
+    tags, account and file names, article numbers, symbols and words of web shops. Left out: text
+    after 3,000 characters, and ftfy's repair of wrongly decoded text ("schÃ¶n")."""
     text = text[:3000]  # 120 tokens are some 600; the rules' time grows as a square
     for _ in range(2):  # the second pass finds what the first uncovered
         text = unquote_plus(text).strip().lower()  # + and %20 are spaces, as in addresses

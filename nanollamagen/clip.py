@@ -1,9 +1,7 @@
 """CLIP, as the metrics know it: how well an image shows what its caption says (arXiv:2104.08718).
 
-    net = clip.load("openai/clip-vit-base-patch32", device)       # a folder or Hugging Face name
-    scores = clip.scores(net, images, texts)                      # 100 x cosine, (B,)
-
-Its network comes from the package transformers.
+net = clip.load("openai/clip-vit-base-patch32", device)       # a folder or Hugging Face name
+scores = clip.scores(net, images, texts)                      # 100 x cosine, (B,)
 """
 
 # Shapes:  B images   side  pixels of CLIP's input
@@ -32,13 +30,9 @@ def scores(net, images, texts):
     side = model.config.vision_config.image_size
     crops = [ImageOps.fit(Image.fromarray(x), (side, side), Image.BICUBIC) for x in images]
     pixels = (torch.stack([vq.to_tensor(crop) for crop in crops]) + 1) / 2  # (B, 3, side, side)
-    words = tokenizer(
-        texts,
-        padding=True,
-        truncation=True,
-        max_length=model.config.text_config.max_position_embeddings,
-        return_tensors="pt",
-    )
+    most = model.config.text_config.max_position_embeddings
+    how = {"padding": True, "truncation": True, "return_tensors": "pt"}
+    words = tokenizer(texts, max_length=most, **how)
     pixels = ((pixels - MEAN) / STD).to(model.device)
     out = model(**words.to(model.device), pixel_values=pixels)
     return 100 * F.cosine_similarity(out.image_embeds, out.text_embeds)

@@ -1,10 +1,8 @@
 """A folder of codes as the GPT is trained on it: codes, and what they are conditioned on.
 
-    codes = Codes("codes", val_images=1000)
-    config = GPTConfig(**codes.config)                   # vocab_size, grid, and the condition
-    for tokens, *cond in codes.batches(range(1000), batch_size=256, seed=0): ...
-
-A step's images and crops follow from the seed and the step's number, for any number of processes.
+codes = Codes("codes", val_images=1000)
+config = GPTConfig(**codes.config)                   # vocab_size, grid, and the condition
+for tokens, *cond in codes.batches(range(1000), batch_size=256, seed=0): ...
 """
 
 # Shapes:  B images   T codes per image   N images in the folder   A crops   c condition tokens

@@ -40,7 +40,7 @@ class Images:
         return len(self.places)
 
     def load(self, i):
-        """Image i as RGB; raises OSError when it cannot be read."""
+        """Image i as RGB. Raises OSError."""
         return self.open(self.places[i])
 
 
@@ -49,8 +49,8 @@ def open_image(path, file=None):
     try:
         with Image.open(file or path) as image:
             return image.convert("RGB")
-    except Exception as error:  # Pillow raises half a dozen kinds for damaged files
-        reason = str(error).split(" '")[0]  # without the path, which Pillow repeats
+    except Exception as error:  # Pillow raises many kinds, and repeats the path
+        reason = str(error).split(" '")[0]
         raise OSError(f"{path}: {reason}") from None
 
 
@@ -81,11 +81,9 @@ def open_images(data):
     shapes, shapes:N                N drawings in ten classes
     shapes-captions                 the same drawings with captions
     ROOT/class name/image           class folders as of ImageNet, numbered by sorted name
-    FILE.jsonl                      lines {"image": path, "caption": text}, each perhaps with a
-                                    "short_caption"
+    FILE.jsonl                      {"image", "caption", perhaps "short_caption"} on each line
     ROOT/name.jpg + ROOT/name.txt   a caption for each image
-    FILE.tar, ROOT/*.tar            such pairs in uncompressed tar files, as of WebDataset
-    """
+    FILE.tar, ROOT/*.tar            such pairs in uncompressed tar files, as of WebDataset"""
     name, _, count = data.partition(":")
     if name in ("shapes", "shapes-captions") and (not count or count.isdigit() and int(count)):
         return shapes(int(count or 24000), captioned=name == "shapes-captions")
@@ -132,10 +130,8 @@ def class_folders(root):
 # ---- captions ----------------------------------------------------------------------------------
 def captioned_files(pictures, texts):
     """Images from paths, with the captions in text files: texts is {name without ending: path}."""
-    captions = []
-    for path in pictures:
-        text = texts[path.stem].read_text("utf8", "replace") if path.stem in texts else ""
-        captions.append({"caption": text})
+    words = {stem: path.read_text("utf8", "replace") for stem, path in texts.items()}
+    captions = [{"caption": words.get(path.stem, "")} for path in pictures]
     return Images(open_image, [str(path) for path in pictures], captions=captions)
 
 
@@ -191,8 +187,7 @@ def captioned_tars(paths):
 
 # ---- crops and grids ---------------------------------------------------------------------------
 def shrink(image, side):
-    """Resize so that the short side is `side`, as ADM does: halve with a box filter as long as
-    possible, then bicubic."""
+    """Resize the short side to `side`, as ADM does: halve with a box filter, then bicubic."""
     while min(image.size) >= 2 * side:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     scale = side / min(image.size)
@@ -200,33 +195,27 @@ def shrink(image, side):
 
 
 def center_crop(image, size):
-    """The middle size x size pixels after resizing the short side to `size`; small images are
-    enlarged."""
+    """The middle size x size pixels after resizing the short side to `size`."""
     image = shrink(image, size)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
 
 
 def random_crop(image, size, rng):
-    """ADM's training crop: a size x size window that covers 0.8 to 1.0 of the short side; rng is a
-    random.Random."""
+    """ADM's training crop: size x size pixels, 0.8 to 1.0 of the short side; rng: random.Random."""
     image = shrink(image, rng.randrange(size, math.ceil(size / 0.8) + 1))
     left, top = rng.randrange(image.width - size + 1), rng.randrange(image.height - size + 1)
     return image.crop((left, top, left + size, top + size))
 
 
 def ten_crop(image, size, crop_range):
-    """From a centre crop of int(size * crop_range): four corners and the middle, then the same of
-    its mirror image."""
+    """From a centre crop of int(size * crop_range): corners and middle, also mirrored."""
     side = int(size * crop_range)
     far, middle = side - size, round((side - size) / 2)
     windows = [(0, 0), (far, 0), (0, far), (far, far), (middle, middle)]
     image = center_crop(image, side)
-    return [
-        picture.crop((x, y, x + size, y + size))
-        for picture in (image, image.transpose(Image.FLIP_LEFT_RIGHT))
-        for x, y in windows
-    ]
+    both = image, image.transpose(Image.FLIP_LEFT_RIGHT)
+    return [view.crop((x, y, x + size, y + size)) for view in both for x, y in windows]
 
 
 def kept_cells(mask, grid):
@@ -240,7 +229,7 @@ def kept_cells(mask, grid):
 
 def save_grid(images, path, columns, titles=None):
     """Write uint8 images (n, H, W, 3) as one PNG, row by row, each with its title above it. Images
-    below 96 pixels, or 192 if titles are long, are enlarged by a whole factor to be seen."""
+    below 96 pixels, or 192 for long titles, are enlarged by a whole factor."""
     H, W = images.shape[1:3]
     gap = 4  # pixels between images
     titles = [" ".join(title.split()) for title in titles or ()]  # Pillow measures single lines
@@ -285,10 +274,8 @@ def load_codes(folder):
     folder = Path(folder)
     if not (folder / "meta.json").exists():
         what = "is not finished" if (folder / "parts").exists() else "does not exist"
-        raise ValueError(
-            f"the codes folder {folder} {what}; make it with: "
-            f"python vq.py encode --vq runs/vq/ckpt.pt --data DIR --out {folder}"
-        )
+        command = f"python vq.py encode --vq runs/vq/ckpt.pt --data DIR --out {folder}"
+        raise ValueError(f"the codes folder {folder} {what}; make it with: {command}")
     labels = None
     try:
         meta = json.loads((folder / "meta.json").read_text())
@@ -301,9 +288,7 @@ def load_codes(folder):
     fits = codes.dtype == np.uint16 and codes.shape[2:] == (meta["codes"],)
     if not fits or labels is not None and len(labels) != len(codes):
         found = f"{codes.dtype} {codes.shape}, {0 if labels is None else len(labels)} labels"
-        raise ValueError(
-            f"{folder}: codes.npy, labels and meta.json do not belong together: {found}"
-        )
+        raise ValueError(f"{folder}: codes, labels and meta do not belong together: {found}")
     return codes, labels, meta
 
 

@@ -1,9 +1,7 @@
 """From images to a folder of codes: the machinery behind `vq.py encode`.
 
-    crops = encoding.Crops(images, 256, ranges=[1.1])      # ten crops of each image
-    encoding.write("codes", crops, model.encode, meta, "cuda", batch_size=100, workers=8)
-
-data.load_codes reads what this writes.
+crops = encoding.Crops(images, 256, ranges=[1.1])      # ten crops of each image
+encoding.write("codes", crops, model.encode, meta, "cuda", batch_size=100, workers=8)
 """
 
 # Shapes:  N images in a data set   A crops per image   T codes per image   H, W pixels
@@ -71,8 +69,7 @@ def write(out, crops, encode, meta, device, batch_size, workers):
     and meta.json last. Where that is, the folder is complete and nothing is done.
 
     encode    images (B, 3, H, W) in [-1, 1] -> codes of T numbers per image, in any shape
-    meta      what meta.json says; a folder that was begun with another one is a ValueError
-    """
+    meta      what meta.json says; a folder that was begun with another one is a ValueError"""
     out = Path(out)
     if meta["codebook_size"] > 2**16:
         entries = f"{meta['codebook_size']:,} entries"
@@ -102,12 +99,10 @@ def is_complete(out, meta):
     return True
 
 
-# ---- parts -------------------------------------------------------------------------------------
 def encode_blocks(crops, encode, T, device, batch_size, workers, blocks, bar):
     """Yield the part of each block: codes (n, A, T), and what became of every image."""
-    loader = torch.utils.data.DataLoader(
-        crops, batch_sampler=blocks, collate_fn=list, num_workers=workers
-    )
+    how = {"batch_sampler": blocks, "collate_fn": list, "num_workers": workers}
+    loader = torch.utils.data.DataLoader(crops, **how)
     for states, codes, event in one_late(start_blocks(loader, encode, T, device, batch_size)):
         if event:
             event.synchronize()
@@ -159,8 +154,9 @@ def join(out, part_files, images, meta):
         codes = parts.each(part_files, "codes")
         files.write_npy(f, np.uint16, (len(kept), A, meta["codes"]), codes)
     if images.captions:
-        lines = [json.dumps(images.captions[i], ensure_ascii=False) + "\n" for i in kept]
-        (out / "captions.jsonl").write_text("".join(lines), "utf8")
+        lines = (json.dumps(images.captions[i], ensure_ascii=False) + "\n" for i in kept)
+        with open(out / "captions.jsonl", "w", encoding="utf8") as f:
+            f.writelines(lines)
     else:
         np.save(out / "labels.npy", np.array(images.labels, dtype=np.int32)[kept])
     meta["skipped"] = {str(images.places[i]): WHY[states[i]] for i in skipped}

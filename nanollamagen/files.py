@@ -18,11 +18,9 @@ import torch
 from tqdm import tqdm
 
 
-# ---- checkpoints -------------------------------------------------------------------------------
 def read_checkpoint(path, mmap=False):
-    """A checkpoint as a dict of plain values and tensors on the CPU; nothing in the file is
-    executed. With mmap, tensors are read from disk when they are used. Raises OSError for a missing
-    file and ValueError for one that is damaged or holds other objects."""
+    """A checkpoint as a dict of plain values and tensors on the CPU. Nothing in the file is run.
+    Raises OSError for a missing file, ValueError for one that is damaged or holds other objects."""
     flags_of_released_files = [argparse.Namespace]
     try:
         with torch.serialization.safe_globals(flags_of_released_files):
@@ -80,7 +78,6 @@ def save_checkpoint(state, path):
         raise OSError(f"{what}; an earlier file there is untouched") from None
 
 
-# ---- arrays, folders, progress -----------------------------------------------------------------
 def write_npy(f, dtype, shape, blocks):
     """Write arrays, one after the other, to an open file as one .npy of this shape. Memory holds
     one of them at a time. In a memory map, which would also do, a full disk is a bus error."""
@@ -114,7 +111,6 @@ def progress(total, what, rank=0, unit=" images"):
     return tqdm(total=total, desc=what, unit=unit, unit_scale=scaled, disable=rank > 0, **often)
 
 
-# ---- downloads ---------------------------------------------------------------------------------
 def cache_dir():
     """Where downloaded weights live: $NANOLLAMAGEN_CACHE, or ~/.cache/nanollamagen."""
     return Path(os.environ.get("NANOLLAMAGEN_CACHE", Path.home() / ".cache" / "nanollamagen"))

@@ -42,9 +42,8 @@ class ImageSet(NamedTuple):
 
 
 def open_set(path, tokenizer=None, size=None, device="cpu"):
-    """The ImageSet at a path: an NPZ, a folder of codes, or all images below a folder. `tokenizer`,
-    a checkpoint's path, decodes codes. Images are resized to `size`, files centre-cropped. Raises
-    OSError or ValueError."""
+    """The ImageSet at a path: an NPZ, a folder of codes (tokenizer: its checkpoint), or all images
+    below a folder. Codes are resized to `size`, files cropped. Raises OSError or ValueError."""
     path = Path(path)
     if not path.exists():
         where = f"; it is at {ADM_URL}" if ADM_URL.endswith(path.name) else ""
@@ -95,8 +94,7 @@ def in_parallel(function, items):
 
 
 def open_npz(path):
-    """An ADM batch: arr_0 uint8 (N, H, W, 3), perhaps statistics. Images are read one by one from
-    within the file."""
+    """An ADM batch: arr_0 uint8 (N, H, W, 3), perhaps statistics. Images are read one by one."""
     try:
         with np.load(path, allow_pickle=False) as file:
             if "arr_0" not in file.files:
@@ -134,8 +132,7 @@ def open_npz(path):
 
 
 def stored_statistics(path, arrays):
-    """The four arrays of STATISTICS among those of an NPZ, {} if it has none. By ADM's rule the
-    name mu stands for all four."""
+    """The four arrays of STATISTICS in an NPZ, {} if it has no mu, which stands for all four."""
     if "mu" not in arrays:
         return {}
     stored = {name: arrays.get(name, np.empty(0)) for name in STATISTICS}
@@ -146,11 +143,9 @@ def stored_statistics(path, arrays):
     return stored
 
 
-# ---- all images of a set ---------------------------------------------------------------------
 def over_all(count, function, what, batch_size):
     """function(indices of a batch) -> tensors, for all images: the results joined to arrays
-    (count, ...) on process 0, None on others. Each process takes a contiguous share of the
-    images."""
+    (count, ...) on process 0, None on others. Each process takes a contiguous share."""
     rank, world = parts.processes()
     mine = range(count * rank // world, count * (rank + 1) // world)
     results = []
@@ -170,7 +165,6 @@ def over_all(count, function, what, batch_size):
     return [np.concatenate(arrays) for arrays in zip(*shares)]
 
 
-# ---- what is compared with what ---------------------------------------------------------------
 def describe(images):
     """An ImageSet in a few words: what its hash, its keys and its count tell."""
     if images.sha256 == ADM_SHA256:
@@ -182,8 +176,7 @@ def describe(images):
 
 
 def cautions(ref, gen, net):
-    """Why the scores of gen against ref may not be what they seem: a list of sentences. Each has a
-    hash or a count behind it."""
+    """Why the scores of gen against ref may not be what they seem: a list of sentences."""
     changes = np.diff(gen.labels) if gen.labels is not None and gen.count > 5000 else np.zeros(1)
     # fmt: off
     rules = (

@@ -33,7 +33,6 @@ from nanollamagen import api_requests, api_sampling
 router = APIRouter()
 
 
-# ---- the plugin --------------------------------------------------------------------------------
 class Plugin:
     """vLLM calls attach_router while it builds its application, then init_state."""
 
@@ -61,27 +60,19 @@ class Plugin:
 
 def prepare(state, engine, info, vq_model, name, encode=None):
     """Put `images`, which the routes share, into the application's state, and start decoding.
-    engine: an object with `generate` as of vLLM's AsyncLLM. name: the model's name for clients.
-    encode: a function as serve_vllm.caption_encoding gives it."""
-    size = f"{info['image_size']}x{info['image_size']}"
+    engine: vLLM's. name: of the model, for clients. encode: serve_vllm.caption_encoding's."""
+    images = state.images = SimpleNamespace(engine=engine, info=info, vq=vq_model, name=name)
+    images.size = size = f"{info['image_size']}x{info['image_size']}"
     about = {"id": name, "size": size, "rows": info["grid"], "key": bool(keys_of(state))}
     about |= {kind: info[kind] for kind in ("classes", "captions")}
     about = json.dumps(about).replace("<", "\\u003c")  # no class's name may end the page's script
     page = (Path(__file__).parent.parent / "assets" / "page.html").read_text()
-    decoder = asyncio.Queue()
-    state.images = SimpleNamespace(
-        engine=engine,
-        info=info,
-        vq=vq_model,
-        name=name,
-        size=size,
-        page=page.replace("{{ABOUT}}", about),
-        Request=api_requests.request_model(info),
-        encode=encode,
-        worker=ThreadPoolExecutor(1),  # one caption or upload after the other
-        decoder=decoder,
-        tasks=[asyncio.create_task(api_sampling.decode_forever(decoder, vq_model, info["grid"]))],
-    )
+    images.page = page.replace("{{ABOUT}}", about)
+    images.Request, images.encode = api_requests.request_model(info), encode
+    images.worker = ThreadPoolExecutor(1)  # one caption or upload after the other
+    images.decoder = asyncio.Queue()
+    decoding = api_sampling.decode_forever(images.decoder, vq_model, info["grid"])
+    images.tasks = [asyncio.create_task(decoding)]
 
 
 async def watch(engine, state):
@@ -101,10 +92,8 @@ async def watch(engine, state):
         state.args.engine_died = state.server.should_exit = True
 
 
-# ---- which paths and keys are let through ------------------------------------------------------
 ROUTES = ("/", "/health", "/metrics", "/version", "/v1/models", "/v1/completions")
 ROUTES += ("/v1/images/generations", "/v1/images/edits")
-OPEN = ("/", "/health")  # answer without a key
 
 
 def keys_of(state):
@@ -123,7 +112,7 @@ class Gate:
         if scope["type"] == "lifespan":
             return await self.app(scope, receive, send)
         path = scope["path"].removeprefix(scope.get("root_path", "")) or "/"
-        locked = self.keys and path not in OPEN
+        locked = self.keys and path not in ("/", "/health")
         if path not in ROUTES:
             status = HTTPStatus.NOT_FOUND
             message = f"{path} is not here; there are {', '.join(ROUTES)}"
@@ -136,7 +125,6 @@ class Gate:
         await JSONResponse(error.model_dump(), status)(scope, receive, send)
 
 
-# ---- answers -----------------------------------------------------------------------------------
 @router.get("/", response_class=HTMLResponse)
 async def index(request: Request):
     """GET: the page, which knows the model's classes and size."""
@@ -173,11 +161,10 @@ async def answer(images, job):
     if job.body.response_format == "file":
         file, kind = base64.b64decode(done[0]["b64_json"]), f"image/{job.body.output_format}"
         return Response(file, 200, {"X-Seed": str(job.seed)}, kind)
+    keys, revised = ("b64_json", "seed"), {"revised_prompt": job.revised}
     answered = {
         "created": int(time.time()),
-        "data": [
-            {k: e[k] for k in ("b64_json", "seed")} | {"revised_prompt": job.revised} for e in done
-        ],
+        "data": [{key: event[key] for key in keys} | revised for event in done],
         "background": "opaque",
         "output_format": job.body.output_format,
         "size": images.size,

@@ -26,9 +26,7 @@ UNPADDED = STRIDED | {"Conv2d_2a_3x3", "Conv2d_4a_3x3"}  # all others keep heigh
 
 def load(path=None, device="cpu"):
     """The network: its tensors by name, float32 on `device`, and the "sha256" of their file. None
-    downloads it (96 MB) to the cache folder, once. Raises OSError or ValueError.
-
-    torchvision's Inception has the same names but other weights and 1000 classes. It is refused."""
+    downloads it (96 MB) once. Raises OSError or ValueError, also for torchvision's Inception."""
     if path is None:
         path = files.download(URL, files.cache_dir() / Path(URL).name, SHA256)
     state = files.read_checkpoint(path)

@@ -19,8 +19,7 @@ class LPIPS(nn.Module):
 
     Features at the end of each group (relu1_2 to relu5_3), divided by their length over channels,
     squared difference, weighted over channels, averaged over space, summed over the groups.
-    forward(a, b) -> (B,). The released training code also drops half of the channels at random
-    before they are weighted. Here no channels are dropped."""
+    forward(a, b) -> (B,). No channels are dropped, unlike in the released training code."""
 
     def __init__(self):
         super().__init__()
@@ -69,15 +68,12 @@ LIN_SHA256 = "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868"
 
 
 def load():
-    """LPIPS with its two weight files, downloaded once (528 MB and 7 KB). Raises OSError that says
-    what to do."""
+    """LPIPS with its two weight files, downloaded once (528 MB and 7 KB). Raises OSError."""
     cache = files.cache_dir()
     try:
         vgg = files.download(VGG_URL, cache / VGG, VGG_SHA256)
         lin = files.download(LIN_URL, cache / LIN, LIN_SHA256)
     except OSError as error:
-        raise OSError(
-            f"LPIPS needs {VGG} and {LIN} in {cache}: {error}. Or train without it: "
-            "--lpips-weight 0"
-        ) from None
+        needs = f"LPIPS needs {VGG} and {LIN} in {cache}: {error}"
+        raise OSError(f"{needs}. Or train without it: --lpips-weight 0") from None
     return LPIPS().load(files.read_checkpoint(vgg), files.read_checkpoint(lin))

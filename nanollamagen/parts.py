@@ -1,15 +1,12 @@
 """Long work that can be stopped at any moment and continued: it is made in parts.
 
-The codes of a data set, the features of its captions and 50,000 samples are all made in this way.
-
     part_files = parts.make("encode", folder, final, settings, count=1000, size=64, work=work)
     if part_files:                                         # on process 0, when all parts exist
         for codes in parts.each(part_files, "codes"):      # one array of every part, in order
             ...                                            # join them into `final`
 
-Under torchrun the processes take turns at the parts. No two processes ever write to the same file,
-because two nodes that do so lose each other's work on NFS. Process 0 waits for the files of the
-others; they do not talk to each other in any other way.
+Under torchrun the processes take turns at the parts, and process 0 waits for the others' files. No
+two processes write to the same file, because on NFS they would lose each other's work.
 """
 
 import json
@@ -37,15 +34,13 @@ def make(name, folder, final, settings, count, size, work):
     settings  plain values that decide what is in the parts; ValueError if folder has others
     count     items, such as images, of the whole work; `size` of them make a part
     work      work(ranges, bar) yields a part, a dict of arrays, for each range of items in turn;
-              it calls bar.update(items) before it yields them
-    """
+              it calls bar.update(items) before it yields them"""
     rank, world = processes()
     begin(folder, settings)
     ranges = [range(start, min(start + size, count)) for start in range(0, count, size)]
     part_files = [folder / f"{items.start:09d}.npz" for items in ranges]
     todo = [i for i in range(rank, len(ranges), world) if not part_files[i].exists()]
-    # This is asked after looking for parts. Process 0 may have found all of them at its own start,
-    # joined and removed them. Then they look missing to a process that starts late.
+    # Asked after looking for parts, because process 0 may have joined and removed them by now.
     if final.exists():
         shutil.rmtree(folder, ignore_errors=True)
         return None
@@ -76,16 +71,15 @@ def begin(folder, settings):
         tmp.write_text(text)
         os.replace(tmp, file)
     if file.read_text() != text:
-        raise ValueError(
-            f"{folder} was begun with other settings; repeat those, or delete it to start over"
-        )
+        fix = "repeat those, or delete it to start over"
+        raise ValueError(f"{folder} was begun with other settings; {fix}")
 
 
 def wait(paths):
     """Wait until all these files exist. Files of another node can take a minute to show on NFS."""
-    missing = paths
-    while missing := [path for path in missing if not path.exists()]:
-        time.sleep(1)
+    for path in paths:
+        while not path.exists():
+            time.sleep(1)
 
 
 def each(part_files, name):

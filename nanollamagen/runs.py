@@ -25,9 +25,7 @@ from nanollamagen import files, parts
 
 # ---- processes and signals -----------------------------------------------------------------------
 def this_process(device=None):
-    """(rank, world, device) of this process. torchrun starts a script once for each GPU, and tells
-    each process its number in environment variables; without torchrun there is one process.
-
+    """(rank, world, device) of this process, one of those that torchrun started, or the only one.
     device: what --device says; None is a GPU where there is one."""
     rank, world = parts.processes()
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -48,11 +46,9 @@ def connect(device):
 
 def disconnect(device):
     """End what `connect` began, as the last thing that a script does."""
-    if not dist.is_initialized():
-        return
-    if device.type == "cuda":
+    if dist.is_initialized() and device.type == "cuda":
         dist.destroy_process_group()
-    else:
+    elif dist.is_initialized():
         sys.stdout.flush()
         os._exit(0)  # destroying gloo's group hangs in one of 30 runs (torch 2.13)
 
@@ -72,8 +68,7 @@ def can_compile(asked, device):
         compilers = ["g++", "clang++", os.environ.get("CXX", "c++")]
     header = Path(sysconfig.get_path("include")) / "Python.h"
     ready = any(map(shutil.which, compilers)) and header.exists()
-    if asked is None:
-        asked = device.type == "cuda"
+    asked = device.type == "cuda" if asked is None else asked
     if asked and not ready:
         needs = f"{header} and one of {', '.join(compilers)}"
         print(f"warning: not compiled: torch.compile needs {needs}", file=sys.stderr)
@@ -81,11 +76,9 @@ def can_compile(asked, device):
 
 
 def catch_signals():
-    """Catch SIGTERM and SIGUSR1, which a cluster's queue sends before it kills. Returns a list; it
-    is no longer empty once a signal came, and the training loop then saves and ends.
-
-    torchrun passes a signal on, so it can arrive twice. A signal that comes 5 seconds after the
-    first or later ends the process at once."""
+    """Catch SIGTERM and SIGUSR1, which a cluster's queue sends before it kills. Returns a list, not
+    empty once a signal came; the loop then saves and ends. torchrun can pass a signal on twice:
+    only one that comes 5 seconds after the first or later ends the process at once."""
     caught = []
 
     def note(number, _):
@@ -103,9 +96,7 @@ NOT_FINITE = f"the loss is not finite ({HELP})"
 
 
 def status(norms, asked_to_stop, world):
-    """(all gradient norms are finite, some process was asked to stop): the same on all processes.
-
-    norms: tensors (). asked_to_stop: bool, of this process."""
+    """(all gradient norms, tensors (), are finite; some process was asked to stop), all alike."""
     failed = ~torch.stack([norm.isfinite() for norm in norms]).all()
     answer = torch.stack([failed.float(), torch.full_like(failed, asked_to_stop).float()])
     if world > 1:
@@ -125,11 +116,9 @@ FORMATS = {"lr": ".1e", "norm": ".2f", "usage": ".1%", "mfu": ".1%", "img_per_s"
 class Log:
     """Losses summed over steps, then printed and added to log.jsonl as one line.
 
-    out, step         run folder, and the step to start from: lines of later steps are removed,
-                      because these steps come again
+    out, step         run folder, and the step to start from: lines of later steps are removed
     batch_size        images per step, summed over processes
-    flops_per_image   of a forward and backward pass; the log then has "mfu", the share of the GPU's
-                      peak rate (dense bfloat16, by data sheet), where that peak is known"""
+    flops_per_image   of a training pass, for "mfu", the share of a known GPU's peak rate"""
 
     def __init__(self, out, step, max_steps, batch_size, rank, world, device, flops_per_image=0):
         self.path, self.max_steps, self.batch_size = Path(out) / "log.jsonl", max_steps, batch_size
@@ -154,8 +143,8 @@ class Log:
             self.counts[name] = self.counts.get(name, 0) + 1
 
     def write(self, step, **more):
-        """Print and write a line for this step: the losses, averaged over the steps since the last
-        line and over the processes, then `more`, floats or None. All processes call it."""
+        """Print and write a line: the losses, averaged over the steps since the last line and over
+        the processes, then `more`, floats or None. All processes call it."""
         sums = torch.stack(list(self.sums.values()))
         if self.world > 1:
             dist.all_reduce(sums)
@@ -197,8 +186,7 @@ def fill(target, source):
 
 def gather(tree):
     """A nested dict with whole tensors instead of shards, on the CPU of process 0; None elsewhere.
-
-    All processes call it. Tensors are gathered one at a time, so that no GPU holds two of them."""
+    All processes call it. No GPU holds two whole tensors at once."""
     if isinstance(tree, dict):
         return {key: gather(value) for key, value in tree.items()}
     if isinstance(tree, DTensor):
@@ -225,9 +213,8 @@ def average_weights(ema, weights, decay, step):
 
 # ---- checkpoints ---------------------------------------------------------------------------------
 def find_checkpoint(out):
-    """The newest checkpoint of a run folder: its path, and a dict of step, config and so on, for a
-    ckpt.pt also its tensors, memory-mapped. (None, None) if there is none. Raises ValueError for a
-    damaged one."""
+    """The newest checkpoint of a run folder: its path, and a dict of plain values, of a ckpt.pt
+    also of tensors, memory-mapped; or (None, None). Raises ValueError for a damaged one."""
     found = []
     if (out / "ckpt.pt").exists():
         saved = files.read_checkpoint(out / "ckpt.pt", mmap=True)
@@ -270,8 +257,8 @@ def check_same_run(path, saved, config, origin):
 
 
 def restore_run(model, optimizer, ema, path, saved):
-    """Put a checkpoint's values into model, optimizer and averaged weights (None: there are none).
-    Returns (step, images seen so far)."""
+    """Put a checkpoint's values into model, optimizer and averaged weights, if any. Returns (step,
+    images seen so far)."""
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     moments = {}
     for i, weight in enumerate(weights):
@@ -293,9 +280,8 @@ def restore_run(model, optimizer, ema, path, saved):
 
 def save(state, plain, out, rank, keep=0, sharded=False, joined=True):
     """Write tensors and plain values as ckpt.pt, or under FSDP as ckpt_STEP/ (joined: as ckpt.pt
-    too), and delete older checkpoints except `keep` of them. All processes call it.
-
-    Raises OSError with one sentence; earlier checkpoints are then untouched."""
+    too), and delete older checkpoints except `keep` of them. All processes call it. Raises OSError;
+    earlier checkpoints are then untouched."""
     name = f"ckpt_{plain['step']:08d}"
     if sharded and not (out / name).exists():
         save_shards(state, {**plain, "ema": "ema" in state}, out / name)
@@ -318,9 +304,7 @@ def save(state, plain, out, rank, keep=0, sharded=False, joined=True):
 
 def save_shards(state, plain, folder):
     """Write a checkpoint folder: shards by every process, plain values as plain.json. It gets its
-    name when it is complete, so that a kill at any moment leaves the one before.
-
-    Raises OSError with one sentence, on every process."""
+    name when it is complete. Raises OSError on every process."""
     temporary = folder.parent / "ckpt.tmp"
     if dist.get_rank() == 0:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -85,8 +85,8 @@ class Block(nn.Module):
 
 @support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": -1, "inputs_embeds": 0})
 class TwoStreamGPT(nn.Module):
-    """The GPT as vLLM runs it. A prompt is one token, V + class id, or the embeddings (length, 2C)
-    of a caption. A code follows from 2V logits, and is then the next token of both streams."""
+    """The GPT as vLLM runs it. A prompt is one token, V + class id, or a caption's embeddings
+    (length, 2C). A code follows from 2V logits, and is then the next token of both streams."""
 
     supports_mrope = True  # makes vLLM ask get_mrope_input_positions for positions
 
@@ -96,9 +96,8 @@ class TwoStreamGPT(nn.Module):
         self.config = c = gpt.GPTConfig(**hf.gpt)
         self.classes = c.num_classes + 1 if c.cond_tokens == 1 else 0  # the last is "no class"
         self.embedding = nn.Embedding(c.vocab_size + self.classes, c.dim)  # codes, then classes
-        self.layers = nn.ModuleList(
-            Block(c, hf.head_dim, cache, f"{prefix}layers.{i}") for i in range(c.n_layer)
-        )
+        names = [f"{prefix}layers.{i}" for i in range(c.n_layer)]
+        self.layers = nn.ModuleList(Block(c, hf.head_dim, cache, name) for name in names)
         self.norm = gpt.RMSNorm(c.dim)
         self.output = ParallelLMHead(c.vocab_size, c.dim)
         self.gather_logits = GatherLogits(c.vocab_size)
@@ -217,8 +216,7 @@ class Request:
         self.seed = seed % 2**63
 
     def next_code(self):
-        """What decides the next code: its number, the seed, the guidance, and the code itself if it
-        is known, else -1."""
+        """Of the next code: its number, the seed, the guidance, and itself if known, else -1."""
         number = len(self.codes)
         guided = self.cfg_interval < 0 or number <= self.cfg_interval + 1
         known = self.known[number] if number < len(self.known) else -1
@@ -250,7 +248,9 @@ def check_params(params):
             if hasattr(params, name) and params.temperature > 0:
                 raise ValueError(f"give {name} as a field of the request, not in extra_args")
         elif name == "given":
-            check_known(value)
+            numbers = isinstance(value, (list, tuple)) and all(type(code) is int for code in value)
+            if not numbers or not all(-1 <= code < 2**31 for code in value):
+                raise ValueError("given is a list of codes, with -1 for those to be sampled")
         elif not (name.endswith("_transfer_params") and isinstance(value, dict)):  # vLLM's own
             raise ValueError(f"{name!r} is not a setting; the settings are {names} and given")
 
@@ -261,10 +261,3 @@ def check_setting(name, value):
     if type(value) not in (int, type(default)) or not least <= value <= most:
         kind = "number" if type(default) is float else "whole number"
         raise ValueError(f"{name} {value!r} is not a {kind} from {least} to {most:,}")
-
-
-def check_known(codes):
-    """Raise ValueError unless these are codes, with -1 where one is to be sampled."""
-    numbers = isinstance(codes, (list, tuple)) and all(type(code) is int for code in codes)
-    if not numbers or not all(-1 <= code < 2**31 for code in codes):
-        raise ValueError("given is a list of codes, with -1 for those to be sampled")
