@@ -20,6 +20,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from nanollamagen import files
+
+# Users find these four names here, too.
+from nanollamagen.files import download, pretrained, read_checkpoint, save_checkpoint  # noqa: F401
 from nanollamagen.shapes import SHAPES, caption_of, draw_shape
 
 # ---- data sets ----------------------------------------------------------------------------------
