@@ -119,7 +119,7 @@ def generate(
     progress=False,
     **how,
 ):
-    """Codes for a batch of conditions, one image each.
+    """Codes (B, T) int64 for a batch of conditions, one image each.
 
     cond          (B,) int64 class ids on the model's device, or (B, c, D) features of captions,
                   padded on the left
@@ -130,9 +130,7 @@ def generate(
                   None: new ones from torch's own generator
     compiled      torch.compile the model
     progress      show a bar over the T codes
-    how           temperature, top_k and top_p, see draw
-    returns       (B, T) int64
-    """
+    how           temperature, top_k and top_p, see draw"""
     B, T, c = len(cond), model.config.grid**2, model.config.cond_tokens
     if mask is not None and mask.shape[1] != c:
         raise ValueError(f"captions have {mask.shape[1]} positions; here they need all {c}")

@@ -1,4 +1,4 @@
-"""From a Job to its images, as OpenAI's events: codes from the engine, pixels from the tokenizer."""
+"""From a Job to its images, as OpenAI's events: codes by the engine, pixels by the tokenizer."""
 
 import asyncio
 import base64

@@ -378,9 +378,7 @@ def test_the_stand_in_tells_words_apart_and_nothing_else():
 
 def test_missing_weights_or_package_get_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(
-        ValueError, match="--t5 anything needs transformers: pip install"
-    ):
+    with pytest.raises(ValueError, match="--t5 anything needs transformers: pip install"):
         captions.encode_captions(["a"], "anything")
     monkeypatch.undo()
     pytest.importorskip("transformers", reason="needs transformers: pip install transformers")

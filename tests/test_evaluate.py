@@ -630,9 +630,9 @@ def test_a_reference_of_ones_own_images_scores_them_perfectly(weights, tmp_path,
         "with stored statistics of 8 images of 16x16 pixels" in text
         and "only 8 samples: papers use 50,000" in text
     )
-    assert said["inception"] == files.file_hash(weights) and said["reference"][1] == files.file_hash(
-        tmp_path / "own.npz"
-    )
+    assert said["inception"] == files.file_hash(weights) and said["reference"][
+        1
+    ] == files.file_hash(tmp_path / "own.npz")
     assert said["torch"] == torch.__version__ and len(said["warnings"]) == 3
 
 
