@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,11 +29,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+# before tests/, which has a window.py too
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "extras"))
+from window import window_codes
+
 import evaluate
 import gpt
 import sample
 import vq
-from nanollamagen import data, inception
+from nanollamagen import data, fast, inception
 from nanollamagen.loss import cross_entropy
 
 CASES = [
@@ -188,9 +193,8 @@ def bench_load(name, roof, batch, steps=50):
 
     def anonymous():
         """Memory of this process that is not a mapped file, bytes."""
-        return 1024 * next(
-            int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")
-        )
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
 
     before = anonymous()
     with tempfile.TemporaryDirectory() as folder:
@@ -241,7 +245,7 @@ def bench_decode(name, device, dtype, roof, images):
         2 * T * weights / next(model.parameters()).element_size()
         + 4 * config.n_layer * config.dim * T * (T + 1) / 2
     )
-    sample.pack(model)
+    fast.pack(model)
 
     def run():
         sample.generate(model, labels, cfg_scale=4.0, top_k=2000)
@@ -262,48 +266,32 @@ def bench_decode(name, device, dtype, roof, images):
 
 
 def bench_window(path, device, dtype):
-    """Guided sampling from a trained model, one image and eight, with windows of codes that are
-    computed at once: the codes are the same, the steps fewer."""
+    """One guided image of a trained model, with windows of codes that are computed at once
+    (extras/window.py), against sample.generate: the codes are the same, the steps fewer."""
     if not path:
         return print(json.dumps({"case": "window", "skipped": "give --gpt CKPT, a trained model"}))
-    model = sample.pack(gpt.load_gpt(path, device).to(dtype))
-    for images in (1, 8):
-        labels = torch.arange(images, device=device) % model.config.num_classes
-        for window in (1, 4, 8, 16, 32):
-            traces = []
+    model = fast.pack(gpt.load_gpt(path, device).to(dtype))
+    label = torch.zeros(1, dtype=torch.int64, device=device)
+    settings = {"cfg_scale": 2.0, "temperature": 0.8}
 
-            def run():
-                traces.append([])
-                return sample.generate(
-                    model,
-                    labels,
-                    seeds=range(images),
-                    cfg_scale=2.0,
-                    temperature=0.8,
-                    window=window,
-                    trace=traces[-1],
-                )
+    def plain():
+        return sample.generate(model, label, seeds=[0], **settings)
 
-            time_s = seconds(run, device, 3)
-            codes = traces[-1][-1][1]
-            if window == 1:
-                plain_s, plain = time_s, codes
-            same = (codes == plain).float().mean().item()
-            print(
-                json.dumps(
-                    {
-                        "case": "window",
-                        "images": images,
-                        "window": window,
-                        "codes": model.config.grid**2,
-                        "steps": 1 + len(traces[-1]),
-                        "s": round(time_s, 3),
-                        "same_codes": round(same, 4),
-                        "faster": round(plain_s / time_s, 2),
-                    }
-                ),
-                flush=True,
-            )
+    right, plain_s = plain(), seconds(plain, device, 3)
+    for window in (1, 4, 8, 16, 32):
+        run = partial(window_codes, model, label, window=window, seed=0, **settings)
+        codes, steps = run()
+        time_s = seconds(run, device, 3)
+        line = {
+            "case": "window",
+            "window": window,
+            "codes": codes.shape[1],
+            "steps": steps,
+            "s": round(time_s, 3),
+            "same_codes": round((codes == right).float().mean().item(), 4),
+            "faster": round(plain_s / time_s, 2),
+        }
+        print(json.dumps(line), flush=True)
 
 
 def bench_serve(name, device, dtype, images, requests=64):
@@ -337,7 +325,7 @@ def bench_serve(name, device, dtype, images, requests=64):
             )
         )
         info = serve_vllm.read_export(out)
-        model = sample.pack(model.to(device, dtype).eval())
+        model = fast.pack(model.to(device, dtype).eval())
 
         def plain(n):
             return sample.generate(
@@ -454,6 +442,16 @@ def bench_precision_recall(device, n=10_000):
     )
 
 
+def processor():
+    """The CPU's name, and how many threads torch uses."""
+    info, name = Path("/proc/cpuinfo"), platform.processor()
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.split(":")[1].strip()
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
 def main():
     """Measure the machine, then the cases asked for."""
     p = argparse.ArgumentParser(
@@ -474,19 +472,7 @@ def main():
     dtype = torch.bfloat16 if on_gpu else torch.float32
     torch.manual_seed(0)
     roof = rates(device, dtype)
-    cpu = (
-        next(
-            (
-                line.split(":")[1].strip()
-                for line in open("/proc/cpuinfo")
-                if line.startswith("model name")
-            ),
-            platform.processor(),
-        )
-        if Path("/proc/cpuinfo").exists()
-        else platform.processor()
-    )
-    name = torch.cuda.get_device_name() if on_gpu else f"{cpu}, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name() if on_gpu else processor()
     print(
         json.dumps(
             {

@@ -169,7 +169,7 @@ def test_a_device_that_is_not_there_is_named(complaint, command):
 
 def test_sizes_that_the_models_do_not_have_are_named(complaint):
     assert "--image-size 18 is no multiple of 4" in complaint("recon", "--image-size", "18")
-    assert "gpt.pt draws 16 pixels a side" in complaint("sweep", "--image-size", "32")
+    assert "gpt.pt makes 16 x 16 pixels" in complaint("sweep", "--image-size", "32")
 
 
 def test_a_picture_is_not_drawn_by_several_processes(complaint, monkeypatch):

@@ -17,7 +17,7 @@ from test_gpt import TINY, random_model
 import gpt
 import sample
 import vq
-from nanollamagen import captions
+from nanollamagen import captions, fast, noise, runs
 
 
 @pytest.mark.parametrize("name", ["gpt_b_c2i", "gpt_3b_head"])
@@ -46,6 +46,11 @@ def test_greedy_tokens_are_the_reference_ones(name):
         assert torch.equal(codes.int(), expected[run["key"]]), run["key"]
 
 
+def probabilities(logits, temperature, top_k=0, top_p=1.0):
+    """What sample.draw samples from: float32 (..., V). A temperature below 1e-5 counts as 1e-5."""
+    return sample.filter_logits(logits.float() / max(temperature, 1e-5), top_k, top_p).softmax(-1)
+
+
 def test_filters_keep_what_the_reference_keeps():
     expected, meta = golden("sampling")
     for combo in meta["combos"]:
@@ -54,11 +59,10 @@ def test_filters_keep_what_the_reference_keeps():
         assert np.array_equal(kept.numpy(), stored), combo
     for k in (1, 7, 40):
         kept = sample.filter_logits(expected["tied_logits"], k) > -torch.inf
-        assert np.array_equal(
-            kept.numpy(), np.unpackbits(expected[f"tied_keep_k{k}"].numpy(), axis=-1)
-        ), k
+        stored = np.unpackbits(expected[f"tied_keep_k{k}"].numpy(), axis=-1)
+        assert np.array_equal(kept.numpy(), stored), k
     for run in meta["temps"]:
-        p = sample.probabilities(expected["logits"], run["temperature"], run["top_k"], run["top_p"])
+        p = probabilities(expected["logits"], run["temperature"], run["top_k"], run["top_p"])
         assert torch.allclose(p, expected[run["key"]], atol=1e-6), run
         best = expected[run["key"].replace("probs", "best")]
         assert torch.equal(p.argmax(-1, keepdim=True).int(), best)
@@ -75,15 +79,17 @@ def test_noise_is_splitmix64_of_seed_position_and_code():
         return x ^ x >> 31
 
     seeds, positions = [0, 1, 2**63 - 1], [0, 5, 575]
-    noise = sample.gumbel_noise(torch.tensor(seeds)[:, None], torch.tensor(positions), 40)
+    rows, columns = torch.tensor(seeds)[:, None], torch.tensor(positions)
+    uniform = noise.uniform(rows, columns, 40)
+    gumbel = sample.gumbel_noise(rows, columns, 40)
     for i, seed in enumerate(seeds):
         for j, position in enumerate(positions):
             for code in (0, 1, 39):
                 state = mix(mix(seed) + position)
-                uniform = ((mix(state + code * 0x9E3779B97F4A7C15) >> 24) + 0.5) / 2**40
-                assert noise[i, j, code].item() == pytest.approx(
-                    -math.log(-math.log1p(-uniform)), abs=1e-5
-                )
+                number = ((mix(state + code * 0x9E3779B97F4A7C15) >> 24) + 0.5) / 2**40
+                expected = -math.log(-math.log1p(-number))
+                assert uniform[i, j, code].item() == pytest.approx(number, rel=1e-6)
+                assert gumbel[i, j, code].item() == pytest.approx(expected, abs=1e-5)
     ends = torch.tensor([0, 2**40 - 1]).float().add_(0.5).mul_(2.0**-40).clamp_(max=1 - 2.0**-24)
     assert (-(-(-ends).log1p()).log()).isfinite().all()
 
@@ -91,51 +97,45 @@ def test_noise_is_splitmix64_of_seed_position_and_code():
 def test_noise_is_gumbel_and_neighbours_are_independent():
     """Moments of four million draws (mean 0.57722, variance pi^2 / 6), and no correlation along any
     axis."""
-    noise = sample.gumbel_noise(torch.arange(16)[:, None], torch.arange(16), 16384).double()
-    assert noise.isfinite().all()
-    assert abs(noise.mean() - 0.57722) < 0.004 and abs(noise.var() - math.pi**2 / 6) < 0.01
+    gumbel = sample.gumbel_noise(torch.arange(16)[:, None], torch.arange(16), 16384).double()
+    assert gumbel.isfinite().all()
+    assert abs(gumbel.mean() - 0.57722) < 0.004 and abs(gumbel.var() - math.pi**2 / 6) < 0.01
     for axis in range(3):
-        before, after = (
-            noise.narrow(axis, 0, noise.shape[axis] - 1),
-            noise.narrow(axis, 1, noise.shape[axis] - 1),
-        )
-        assert abs(torch.corrcoef(torch.stack([before.flatten(), after.flatten()]))[0, 1]) < 0.003
+        n = gumbel.shape[axis] - 1
+        pairs = torch.stack([gumbel.narrow(axis, first, n).flatten() for first in (0, 1)])
+        assert abs(torch.corrcoef(pairs)[0, 1]) < 0.003
 
 
 def test_draws_follow_the_distribution():
-    """Chi-square of 4,000 first codes against the softmax of the first logits, 19 degrees of
-    freedom."""
-    model = random_model()
+    """Chi-square of 4,000 first codes against the softmax of the first logits."""
+    model, labels = random_model(), torch.full((4000,), 1)
     with torch.no_grad():
-        p = sample.probabilities(
-            model(torch.zeros(1, 0, dtype=torch.long), torch.tensor([1]))[:, 0], 0.8, 20
-        )[0]
-    codes = sample.generate(
-        model, torch.full((4000,), 1), temperature=0.8, top_k=20, seeds=range(4000)
-    )[:, 0]
+        logits = model(torch.zeros(1, 0, dtype=torch.long), labels[:1])[0, 0]
+    p = probabilities(logits, 0.8, top_k=20)
+    codes = sample.generate(model, labels, temperature=0.8, top_k=20, seeds=range(4000))[:, 0]
     counts = torch.bincount(codes, minlength=40).double()
     assert counts[p == 0].sum() == 0
     expected = 4000 * p[p > 0].double()
-    assert (
-        (counts[p > 0] - expected) ** 2 / expected
-    ).sum() < 60  # 19 degrees of freedom: above 60 once in 1e5
+    chi_square = ((counts[p > 0] - expected) ** 2 / expected).sum()
+    assert chi_square < 60  # 19 degrees of freedom: above 60 once in 1e5
 
 
 @torch.no_grad()
 def test_guidance_is_computed_in_float32(monkeypatch):
     """In bfloat16 the difference of the halves is rounded to a grid on which many codes tie, and
     top-k keeps more."""
-    model, seen, draw = random_model().bfloat16(), [], sample.draw
-    monkeypatch.setattr(
-        sample,
-        "draw",
-        lambda logits, *rest, **how: seen.append(logits) or draw(logits, *rest, **how),
-    )
+    model, arrived, draw = random_model().bfloat16(), [], sample.draw
+
+    def watch(logits, gumbel, **how):
+        arrived.append(logits)
+        return draw(logits, gumbel, **how)
+
+    monkeypatch.setattr(sample, "draw", watch)
     sample.generate(model, torch.tensor([1, 2]), cfg_scale=1.7, seeds=[0, 1])
     logits = model.extend(model.cls_embedding(torch.tensor([1, 2, 5, 5])), 0, model.new_cache(4))
-    given, without = logits.float().chunk(2)
-    assert torch.equal(seen[0], without + (given - without) * 1.7)
-    assert not torch.equal(seen[0], seen[0].bfloat16().float())
+    cond, uncond = logits[:, 0].float().chunk(2)
+    assert torch.equal(arrived[0], uncond + (cond - uncond) * 1.7)
+    assert not torch.equal(arrived[0], arrived[0].bfloat16().float())
 
 
 def test_an_image_follows_from_its_seed_whatever_its_batch():
@@ -153,7 +153,7 @@ def test_guidance_scale_one_is_no_guidance():
     assert not torch.equal(plain, sample.generate(model, labels, cfg_scale=3.0, seeds=[0, 1]))
 
 
-# ---- decoding: whatever is computed at once, the codes are those of one full forward pass a code
+# ---- decoding: the codes are those of one full forward pass per code ---------------------------
 SETTINGS = [
     dict(),
     dict(cfg_scale=3.0),
@@ -163,28 +163,24 @@ SETTINGS = [
 
 
 @torch.no_grad()
-def plainly(model, cond, mask=None, *, seeds, cfg_scale=1.0, cfg_interval=-1, **filters):
+def plainly(model, cond, mask=None, *, seeds, cfg_scale=1.0, cfg_interval=-1, **how):
     """What generate promises, without a cache."""
     codes, none = torch.zeros(len(cond), 0, dtype=torch.int64), model.cls_embedding.uncond(cond)
     for i in range(model.config.grid**2):
         logits = model(codes, cond, mask)[:, -1]
         if cfg_scale > 1 and not 0 <= cfg_interval < i - 1:
-            without = model(codes, none, mask)[:, -1]
-            logits = without + (logits - without) * cfg_scale
-        noise = sample.gumbel_noise(torch.tensor(seeds), torch.tensor(i), logits.shape[-1])
-        codes = torch.cat(
-            [codes, sample.draw(logits, noise, **{"top_k": 20, **filters})[:, None]], 1
-        )
+            uncond = model(codes, none, mask)[:, -1]
+            logits = uncond + (logits - uncond) * cfg_scale
+        gumbel = sample.gumbel_noise(torch.tensor(seeds), torch.tensor(i), logits.shape[-1])
+        codes = torch.cat([codes, sample.draw(logits, gumbel, **how)[:, None]], 1)
     return codes
 
 
 def captions_for(model, lengths):
     """Features and mask of captions of so many tokens."""
-    features = torch.randn(len(lengths), model.config.cond_tokens, model.config.caption_dim)
-    mask = (
-        torch.arange(model.config.cond_tokens)
-        >= model.config.cond_tokens - torch.tensor(lengths)[:, None]
-    )
+    c = model.config.cond_tokens
+    features = torch.randn(len(lengths), c, model.config.caption_dim)
+    mask = torch.arange(c) >= c - torch.tensor(lengths)[:, None]
     return features * mask[..., None], mask
 
 
@@ -197,74 +193,47 @@ def captions_for(model, lengths):
     ],
     ids=["heads of 64", "heads of 100", "captions"],
 )
-def test_steps_and_windows_give_the_codes_of_full_forward_passes(config):
-    """With a cache that grows once, guidance that ends half-way, rows that are not equally far, and
-    windows that are longer than what is left."""
+def test_cached_steps_give_the_codes_of_full_forward_passes(config):
+    """With a cache that grows, and guidance that ends half-way."""
     model = random_model(config)
-    given = captions_for(model, [3, 20, 11]) if config.caption_dim else [torch.tensor([0, 3, 3])]
+    cond = captions_for(model, [3, 20, 11]) if config.caption_dim else [torch.tensor([0, 3, 3])]
     for settings in SETTINGS:
-        right = plainly(model, *given, seeds=[7, 8, 9], **settings)
-        for window in (1, 5, 100):
-            trace, how = [], {"top_k": 20, **settings}
-            codes = sample.generate(
-                model, *given, seeds=[7, 8, 9], window=window, trace=trace, **how
-            )
-            assert torch.equal(codes, right), (settings, window)
-            assert (
-                len(trace) == config.grid**2 - 1 if window == 1 else len(trace) < config.grid**2 - 1
-            )
-            assert torch.equal(trace[-1][0], torch.full((3,), config.grid**2))
+        how = {"seeds": [7, 8, 9], "top_k": 20, **settings}
+        assert torch.equal(sample.generate(model, *cond, **how), plainly(model, *cond, **how)), how
     assert model.new_cache(1)[0].shape[-1] % 8 == 0
-
-
-def test_a_window_follows_from_the_seed_whatever_the_batch():
-    model, settings = random_model(replace(TINY, grid=8)), dict(cfg_scale=3.0, top_k=20, window=6)
-    together = sample.generate(model, torch.tensor([0, 1, 2]), seeds=[7, 8, 9], **settings)
-    assert torch.equal(
-        together[1:2], sample.generate(model, torch.tensor([1]), seeds=[8], **settings)
-    )
 
 
 @pytest.mark.slow
 def test_a_compiled_step_draws_the_same():
-    """As one graph without breaks, while the cache grows and guidance ends; the window is that of
-    rows on their own."""
-    if not sample.can_compile(torch.device("cpu")):
+    """As one graph without breaks, while the cache grows and guidance ends."""
+    if not runs.can_compile(True, torch.device("cpu")):
         pytest.skip("torch.compile finds no compiler")
-    model, settings = (
-        random_model(replace(TINY, grid=9)),
-        dict(cfg_scale=3.0, cfg_interval=70, top_k=20, seeds=[1, 2]),
-    )
-    right = sample.generate(model, torch.tensor([0, 3]), **settings)
-    assert torch.equal(
-        right, sample.generate(model, torch.tensor([0, 3]), compiled=True, window=3, **settings)
-    )
+    model, labels = random_model(replace(TINY, grid=9)), torch.tensor([0, 3])
+    settings = dict(cfg_scale=3.0, cfg_interval=70, top_k=20, seeds=[1, 2])
+    right = sample.generate(model, labels, **settings)
+    assert torch.equal(right, sample.generate(model, labels, compiled=True, **settings))
 
 
 def test_packed_layers_draw_the_same_and_replace_the_plain_ones():
     model, plain = random_model(), random_model()
-    sample.pack(model)
+    fast.pack(model)
     assert not any(isinstance(module, torch.nn.Linear) for module in model.modules())
-    assert vq.weights_hash(model) == vq.weights_hash(
-        plain
-    )  # so that interrupted samples still know their model
-    labels = torch.arange(5)
-    for window in (1, 3):
-        settings = dict(cfg_scale=3.0, top_k=20, seeds=range(5), window=window)
-        assert torch.equal(
-            sample.generate(model, labels, **settings), sample.generate(plain, labels, **settings)
-        )
+    # or interrupted samples would not know their model
+    assert vq.weights_hash(model) == vq.weights_hash(plain)
+    labels, settings = torch.arange(5), dict(cfg_scale=3.0, top_k=20, seeds=range(5))
+    codes = sample.generate(model, labels, **settings)
+    assert torch.equal(codes, sample.generate(plain, labels, **settings))
 
 
 def test_what_cannot_be_packed_or_recorded_is_run_as_it_is(monkeypatch, capsys):
     def missing(*_, **__):
         raise NotImplementedError("no such operator")
 
-    monkeypatch.setattr(sample, "PackedLinear", missing)
-    assert isinstance(sample.pack(random_model()).output, torch.nn.Linear)
+    monkeypatch.setattr(fast, "PackedLinear", missing)
+    assert isinstance(fast.pack(random_model()).output, torch.nn.Linear)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
     monkeypatch.setattr(torch.cuda, "graph", missing)
-    assert sample.record(missing) is missing
+    assert fast.record(missing) is missing
     assert "not recorded as a CUDA graph (no such operator)" in capsys.readouterr().err
 
 
@@ -330,66 +299,32 @@ def pair(tmp_path_factory):
 
 def run(*args, procs=0):
     """Run a script as a user would, alone or under torchrun."""
-    how = (
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={procs}"]
-        if procs
-        else []
-    )
-    return subprocess.run(
-        [sys.executable, *how, *map(str, args)], cwd=ROOT, capture_output=True, text=True
-    )
+    how = []
+    if procs:
+        how = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={procs}"]
+    command = [sys.executable, *how, *map(str, args)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
-def test_a_grid_of_classes_is_drawn(pair, tmp_path):
-    result = run(
-        "sample.py",
-        "--vq",
-        pair / "vq.pt",
-        "--gpt",
-        pair / "gpt.pt",
-        "--classes",
-        "1,catfish",
-        "--per-class",
-        3,
-        "--out",
-        tmp_path / "a.png",
-    )
+@pytest.mark.parametrize("count", ["--count", "--per-class"])  # the flag, and its old name
+def test_a_grid_of_classes_is_drawn(pair, tmp_path, count):
+    models, out = ["--vq", pair / "vq.pt", "--gpt", pair / "gpt.pt"], tmp_path / "a.png"
+    result = run("sample.py", *models, "--classes", "1,catfish", count, 3, "--out", out)
     assert result.returncode == 0, result.stderr
-    with Image.open(tmp_path / "a.png") as image:
-        assert image.size == (
-            3 * 100 + 4,
-            2 * (96 + 16 + 4) + 4,
-        )  # 16 pixels drawn six times as large, and titles
+    with Image.open(out) as image:  # 16 pixels six times as large, and titles
+        assert image.size == (3 * 100 + 4, 2 * (96 + 16 + 4) + 4)
 
 
 def test_a_caption_of_two_lines_is_drawn_as_one(pair, tmp_path, monkeypatch):
-    model = random_model(
-        replace(TINY, num_classes=0, cond_tokens=captions.CAPTION_TOKENS, caption_dim=64)
-    )
-    torch.save(
-        {
-            "model": model.state_dict(),
-            "config": asdict(model.config),
-            "text": captions.CaptionEncoder("words").about,
-        },
-        tmp_path / "gpt.pt",
-    )
+    c = captions.CAPTION_TOKENS
+    model = random_model(replace(TINY, num_classes=0, cond_tokens=c, caption_dim=64))
+    saved = {"model": model.state_dict(), "config": asdict(model.config)}
+    saved["text"] = captions.CaptionEncoder("words").about
+    torch.save(saved, tmp_path / "gpt.pt")
+    command = ["sample.py", "--vq", str(pair / "vq.pt"), "--gpt", str(tmp_path / "gpt.pt")]
     for name, prompt in ("one", "a red star"), ("two", "a red\r\nstar\n"):
-        monkeypatch.setattr(
-            sys,
-            "argv",
-            [
-                "sample.py",
-                "--vq",
-                str(pair / "vq.pt"),
-                "--gpt",
-                str(tmp_path / "gpt.pt"),
-                "--prompt",
-                prompt,
-                "--out",
-                str(tmp_path / f"{name}.png"),
-            ],
-        )
+        out = str(tmp_path / f"{name}.png")
+        monkeypatch.setattr(sys, "argv", [*command, "--prompt", prompt, "--out", out])
         sample.main()
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
 
@@ -403,10 +338,10 @@ def test_a_caption_of_two_lines_is_drawn_as_one(pair, tmp_path, monkeypatch):
         (["--vq", "GPT"], "is not a tokenizer checkpoint"),
         (["--out", "a.jpg"], "give a name that ends in .png"),
         (["--pretrained", "B-256"], "give --vq and --gpt, or --pretrained"),
-        (["--image-size", "256"], "draws 16 pixels a side"),
+        (["--image-size", "256"], "makes 16 x 16 pixels"),
         (["--num-samples", "5", "--classes", "1", "--out", "a.npz"], "leave out --classes"),
-        (["--window", "0"], "--window 0 is not between 1 and"),
-        (["--seed", str(2**63)], "--seed 9223372036854775808 is not between 0 and"),
+        (["--top-p", "0"], "argument --top-p: 0 is not"),
+        (["--seed", str(2**63)], "argument --seed: 9223372036854775808 is not"),
     ],
 )
 def test_a_mistake_gets_one_sentence(pair, flags, sentence):
