@@ -814,12 +814,12 @@ def test_npz_of_prompts_is_balanced_and_the_same_on_two_processes(models, tokeni
 @pytest.mark.parametrize(
     "name, flags, sentence",
     [
-        ("text", ["--classes", "1"], "draws from captions, not classes: give --prompt"),
-        ("text", [], "draws from captions, not classes: give --prompt"),
+        ("text", ["--classes", "1"], "is for captions: give --prompt, not --classes"),
+        ("text", [], "is for captions: give --prompt, not --classes"),
         (
             "class",
             ["--prompt", "a cat"],
-            "draws from classes, not captions: give --classes, not --prompt",
+            "is for classes: give --classes, not --prompt",
         ),
         ("text", ["--prompt", "***"], "the caption '***' has no words"),
         ("text", ["--prompts", "nowhere.txt"], "nowhere.txt"),

@@ -614,7 +614,7 @@ def test_a_request_is_one_image_with_the_settings_asked_for(tiny):
             "--temperature: 3 is not a number from 0 to 2",
         ),
         ("generate DIR/x --prompt star", "draws from classes, not captions: give --classes"),
-        ("generate TEXT/x --classes 1", "draws from captions, not classes: give --prompt"),
+        ("generate TEXT/x --classes 1", "is for captions: give --prompt, not --classes"),
         ("generate TEXT/x --prompt <br>", "the caption '<br>' has no words"),
         ("generate TEXT/x --prompt star --t5 TEXT", "cannot be loaded"),
     ],
