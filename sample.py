@@ -288,7 +288,7 @@ def add_flags(p):
     flag("--t5", help="folder or Hugging Face name of the encoder of captions (default: the one "
          "that the GPT was trained with, google/flan-t5-xl for released ones)")
     flag("--resize", type=flags.pixels, help="side, in pixels, to resize the images to")
-    flag("--seed", type=flags.image_seed, default=0, help="image i follows from seed + i")
+    flag("--seed", type=flags.seed, default=0, help="image i follows from seed + i")
     flag("--device", type=flags.device, default="cuda" if on_gpu else "cpu",
          help="cuda or cpu (default: cuda where there is one)")
     flag("--dtype", choices=["float32", "bfloat16"], default="bfloat16" if on_gpu else "float32",

@@ -388,7 +388,7 @@ def command_line():
     flag("--count", type=images, default=1, help="images per class or caption (default: 1)")
     flag("--n", dest="count", type=images, help=argparse.SUPPRESS)  # the old name of --count
     flag("--out", default="grid.png", help="PNG to write (default: grid.png)")
-    flag("--seed", type=flags.image_seed, default=0, help="seed of image 0 (default: 0)")
+    flag("--seed", type=flags.seed, default=0, help="seed of image 0 (default: 0)")
     # fmt: on
     for name, (default, for_captions, smallest, largest, what) in sample.SETTINGS.items():
         kind = flags.bounded(type(default), smallest, largest)

@@ -205,7 +205,7 @@ def parse():
     flag("--particles", type=flags.bounded(int, 1, 2**16), default=1,
          help="per image (default: 1, where what comes after a hole does not guide it)")
     flag("--paste", action=switch, default=True, help="put the photo's pixels back where kept")
-    flag("--seed", type=flags.image_seed, default=0, help="that of image 0; image i adds i")
+    flag("--seed", type=flags.seed, default=0, help="that of image 0; image i adds i")
     for name, (classes, texts, least, most, what) in sample.SETTINGS.items():
         default = f"{classes:g}" if classes == texts else f"{classes:g}; captions: {texts:g}"
         flag("--" + name.replace("_", "-"), type=flags.bounded(type(classes), least, most),

@@ -315,12 +315,9 @@ def train_tokenizer():
     """`tokenizer`: train_vq.py with VAR's tokenizers instead of its own."""
     p = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     p.usage = "python extras/train_var.py tokenizer --data shapes|DIR ... (--help lists the flags)"
-    p.add_argument("--model", default="VAR-256")
-    p.add_argument("--image-size", type=flags.pixels, default=256)
-    p.add_argument("--entropy-weight", type=flags.weight, default=0)
+    p.add_argument("--model", default="VAR-256", help="see train_vq.py")
+    p.add_argument("--image-size", type=flags.pixels, default=256, help="see train_vq.py")
     args, _ = p.parse_known_args(sys.argv[2:])  # train_vq.py reads these and the other flags
-    if args.entropy_weight:
-        p.error("--entropy-weight: VAR's quantizer has no such loss; leave it out")
     if args.model in var_vq.TOKENIZERS:
         try:
             with torch.device("meta"):

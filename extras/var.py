@@ -180,7 +180,7 @@ def add_sampling_flags(flag, count, var_cfg, more_smooth):
     flag("--pretrained", choices=released, help="released weights, fetched once")
     flag("--classes", help="ids or names, separated by commas (edit: one, or one per picture)")
     flag("--count", type=flags.at_least_one, default=count, help="images per class or picture")
-    flag("--seed", type=flags.image_seed, default=0, help="that of image 0; image i adds i")
+    flag("--seed", type=flags.seed, default=0, help="that of image 0; image i adds i")
     flag("--var-cfg", type=flags.weight, default=var_cfg,
          help=f"guidance at the last scale, 0 is none (default: {var_cfg:g})")
     flag("--cfg-scale", dest="var_cfg", type=flags.weight, help=argparse.SUPPRESS)  # its old name

@@ -219,7 +219,7 @@ def find_checkpoint(out):
     if (out / "ckpt.pt").exists():
         saved = files.read_checkpoint(out / "ckpt.pt", mmap=True)
         if not isinstance(saved, dict) or not {"step", "optimizer", "config"} <= saved.keys():
-            raise ValueError(f"{out}/ckpt.pt is not of a training script; choose another --out")
+            raise ValueError(f"{out}/ckpt.pt is not a training script's; choose another --out")
         found.append((out / "ckpt.pt", saved))
     folders = sorted(out.glob("ckpt_[0-9]*/"))
     if folders:

@@ -111,7 +111,7 @@ def test_teacher_forced_logits_are_the_reference_ones(released):
 
 def test_the_mask_and_the_embedding_are_the_reference_ones(released):
     model, features, mask, expected, _ = released
-    packed = np.packbits(gpt.visible(torch.arange(184), 184, mask)[:, 0].numpy(), axis=-1)
+    packed = np.packbits(gpt.who_sees_whom(torch.arange(184), 184, mask)[:, 0].numpy(), axis=-1)
     assert np.array_equal(packed, expected["attn_mask_packed"].numpy())
     embed = model.cls_embedding
     assert difference(embed(features)[:, [0, 60, 118, 119], :32], expected["cond_embed"]) < 2e-6
@@ -574,7 +574,7 @@ def flags_for(codes, out, *flags):
             "--batch-size",
             8,
             "--lr",
-            0.03,
+            9.375e-4,  # = 0.03 * 8 / 256
             "--log-every",
             1,
             "--device",
@@ -605,8 +605,6 @@ def test_training_learns_what_the_caption_tells_and_remembers_the_encoder(
         monkeypatch,
         codes,
         tmp_path / "run",
-        "--cond",
-        "text",
         "--max-steps",
         60,
         "--val-images",
@@ -615,14 +613,12 @@ def test_training_learns_what_the_caption_tells_and_remembers_the_encoder(
         60,
         "--vq",
         tokenizer,
-        "--sample-every",
-        60,
     )
     out = capsys.readouterr().out
-    assert "captions through words (64 features a token), which 1 images do not have" in out
-    assert "first loss should be 3.00" in out and losses(tmp_path / "run")[0] == pytest.approx(
-        np.log(20), abs=1e-5
-    )
+    assert "captions through words (64 features); 1 images have no caption and are left out" in out
+    assert "first loss should be ln(20) = 3.00" in out and losses(tmp_path / "run")[
+        0
+    ] == pytest.approx(np.log(20), abs=1e-5)
     assert losses(tmp_path / "run")[-1] < 2.5  # ln 8 = 2.08 is the best possible
     assert log(tmp_path / "run")[-1]["val_loss"] < 2.6
     model = gpt.load_gpt(tmp_path / "run" / "ckpt.pt")
@@ -710,7 +706,7 @@ def test_from_captions_to_pictures_in_two_stages_through_t5(t5, tokenizer, tmp_p
 
     for stage, grid, more in (
         (1, 4, ["--max-steps", 60]),
-        (2, 8, ["--max-steps", 1, "--init", tmp_path / "1" / "ckpt.pt", "--image-size", 32]),
+        (2, 8, ["--max-steps", 1, "--init", tmp_path / "1" / "ckpt.pt"]),
     ):
         go(
             "-m",
@@ -723,15 +719,7 @@ def test_from_captions_to_pictures_in_two_stages_through_t5(t5, tokenizer, tmp_p
         )
         out = go(
             "train_gpt.py",
-            *flags_for(
-                tmp_path / f"codes{stage}",
-                tmp_path / str(stage),
-                "--cond",
-                "text",
-                "--dropout",
-                0,
-                *more,
-            ),
+            *flags_for(tmp_path / f"codes{stage}", tmp_path / str(stage), "--dropout", 0, *more),
         )
         assert ("the first weights are those of" in out) == (stage == 2)
     assert (
@@ -841,8 +829,6 @@ def test_a_prompt_that_does_not_fit_gets_one_sentence(
 @pytest.mark.parametrize(
     "flags, sentence",
     [
-        (["--cond", "class"], "was made from images with captions"),
-        (["--image-size", "64"], "--image-size 64"),
         (["--init", "class.pt"], "is a model for classes, but"),
         (["--init", "text.pt"], "dim 64 there, 128 here"),
         (["--init", "wide.pt"], "caption_dim 24 there, 64 here"),

@@ -339,7 +339,7 @@ MISTAKES = [
     ("--out", "FILE", "empty: no folder can be made there"),
     ("--out", "/proc/run", "--out /proc/run: no folder can be made there"),
     *(
-        ("--out", place, "ckpt.pt was not written by a training script; choose another --out")
+        ("--out", place, "ckpt.pt is not a training script's; choose another --out")
         for place in ("OTHER", "LIST")
     ),
     *(

@@ -794,7 +794,6 @@ def test_training_refuses_in_one_sentence(trained, tmp_path, monkeypatch, capsys
     flags = codes_flags(trained)
     for words, sentence in (
         (f"{TOKENIZER} --data shapes --image-size 32", "do not end at 8"),
-        (f"{TOKENIZER} --data shapes --entropy-weight 1", "has no such loss"),
         (f"{flags} --out {trained}/run", "add --resume"),
         (f"{flags} --out {trained}/run --resume --model d16", "is of another model"),
         (f"{flags} --micro-batch 3", "does not divide"),
