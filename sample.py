@@ -466,9 +466,10 @@ def check_pair(model, vq_model, gpt_path, vq_path, image_size=None):
         raise ValueError(f"{codes}: they do not belong together")
     if model.tokenizer and model.tokenizer != vq.weights_hash(vq_model):
         raise ValueError(f"{gpt_path} was trained on codes of another tokenizer than {vq_path}")
-    side = model.config.grid * vq_model.config.downsample
-    if image_size and image_size != side:
-        raise ValueError(f"--image-size {image_size}: {gpt_path} makes {side} x {side} pixels")
+    if image_size:
+        side = model.config.grid * vq_model.config.downsample
+        if image_size != side:
+            raise ValueError(f"--image-size {image_size}: {gpt_path} makes {side} x {side} pixels")
 
 
 if __name__ == "__main__":

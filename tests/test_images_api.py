@@ -1451,7 +1451,7 @@ def test_the_real_engine_draws_a_hole_anew(real, exported):
             with torch.no_grad():
                 cond, uncond = model(codes[None, :i].repeat(2, 1), torch.tensor([1, 3]))[:, -1]
             noise = sample.gumbel_noise(torch.tensor(3), torch.tensor(i), V)
-            codes[i] = sample.draw(uncond + (cond - uncond) * 2.0, noise, 1.0, 9, 1.0)
+            codes[i] = sample.draw(uncond + (cond - uncond) * 2.0, noise, top_k=9)
     right = sample.to_pixels(tokenizer, codes[None])[0]
     right[:16], right[:, :4] = (
         np.array(image.convert("RGB"))[:16],

@@ -264,7 +264,7 @@ def test_given_codes_stand_and_the_others_are_drawn_after_them(llm, tiny):
             torch.tensor([codes[:-1]] * 2), torch.tensor([3, TINY.num_classes])
         )  # (T, V) each
     noise = sample.gumbel_noise(torch.tensor([8]), torch.arange(T), V)
-    right = sample.draw(uncond + (cond - uncond) * 4.0, noise, 1.0, 10, 1.0).tolist()
+    right = sample.draw(uncond + (cond - uncond) * 4.0, noise, top_k=10).tolist()
     assert codes == [new if old < 0 else old for old, new in zip(known, right)] and codes != right
     params.extra_args["given"] = [10**9] + [
         -1
@@ -599,7 +599,7 @@ def test_a_request_is_one_image_with_the_settings_asked_for(tiny):
         ),
         (
             "export --gpt DIR/gpt.pt --vq DIR/vq.pt --out OUT --image-size 256",
-            "gpt.pt draws 24 pixels",
+            "gpt.pt makes 24 x 24 pixels",
         ),
         ("generate DIR/gpt.pt --classes 1", "gpt.pt was not written by serve_vllm.py export"),
         ("export --gpt DIR/gpt.pt --vq DIR/vq.pt --out DIR/gpt.pt", "gpt.pt"),
@@ -613,7 +613,7 @@ def test_a_request_is_one_image_with_the_settings_asked_for(tiny):
             "generate DIR/x --classes 1 --temperature 3",
             "--temperature: 3 is not a number from 0 to 2",
         ),
-        ("generate DIR/x --prompt star", "draws from classes, not captions: give --classes"),
+        ("generate DIR/x --prompt star", "is for classes: give --classes, not --prompt"),
         ("generate TEXT/x --classes 1", "is for captions: give --prompt, not --classes"),
         ("generate TEXT/x --prompt <br>", "the caption '<br>' has no words"),
         ("generate TEXT/x --prompt star --t5 TEXT", "cannot be loaded"),

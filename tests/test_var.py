@@ -805,7 +805,7 @@ def test_training_refuses_in_one_sentence(trained, tmp_path, monkeypatch, capsys
         assert sentence in refused(monkeypatch, capsys, train_var, words)
     words = f"--codes {trained}/codes --model demo --out {tmp_path}/gpt"
     message = refused(monkeypatch, capsys, train_gpt, words)
-    assert "are for extras/train_var.py" in message
+    assert "codes of several grids are for train_var.py" in message
 
 
 def test_a_full_disk_ends_the_run_with_one_sentence(trained, tmp_path, monkeypatch):
