@@ -5,7 +5,7 @@
 # make test   all tests
 # make lint   the formatter and the linter, as CI runs them first
 # All set up .venv first, with the pinned versions of requirements.txt and requirements-vllm.txt. Finished stages of the
-# demos are not repeated; `rm -r runs/demo runs/demo-text runs/demo-var` starts them afresh.
+# demos are not repeated; `rm -r runs/demo runs/demo-text runs/demo-var` starts them over.
 PYTHON = .venv/bin/python
 PIP = $(PYTHON) -m pip install --quiet --disable-pip-version-check
 RUN = runs/demo
@@ -42,11 +42,11 @@ $(RUN)/vq/ckpt.pt: | .venv/installed
 
 $(RUN)/codes/meta.json: $(RUN)/vq/ckpt.pt
 	@echo "2/4  the pictures as codes"
-	$(PYTHON) vq.py encode --ckpt $(RUN)/vq/ckpt.pt --data shapes:12000 --out $(RUN)/codes --workers 0
+	$(PYTHON) vq.py encode --vq $(RUN)/vq/ckpt.pt --data shapes:12000 --out $(RUN)/codes --workers 0
 
 $(RUN)/gpt/ckpt.pt: $(RUN)/codes/meta.json
 	@echo "3/4  the GPT over codes"
-	$(PYTHON) train_gpt.py --codes $(RUN)/codes --model demo --batch-size 128 --lr 4e-3 --max-steps 900 \
+	$(PYTHON) train_gpt.py --codes $(RUN)/codes --model demo --batch-size 128 --lr 2e-3 --max-steps 900 \
 	    --warmup-steps 50 --schedule cosine --dropout 0 --val-images 500 --val-every 100 --log-every 50 --out $(RUN)/gpt
 
 $(RUN)/samples.npz: $(RUN)/gpt/ckpt.pt
@@ -62,12 +62,12 @@ demo: $(RUN)/samples.npz
 
 $(TEXT)/codes/text.json: $(RUN)/vq/ckpt.pt
 	@echo "1/3  captioned pictures as codes, and the features of their words"
-	$(PYTHON) vq.py encode --ckpt $(RUN)/vq/ckpt.pt --data shapes-captions:12000 --out $(TEXT)/codes --workers 0
+	$(PYTHON) vq.py encode --vq $(RUN)/vq/ckpt.pt --data shapes-captions:12000 --out $(TEXT)/codes --workers 0
 	$(PYTHON) -m nanollamagen.captions encode --codes $(TEXT)/codes --t5 words
 
 $(TEXT)/gpt/ckpt.pt: $(TEXT)/codes/text.json
 	@echo "2/3  the GPT over codes, from captions"
-	$(PYTHON) train_gpt.py --cond text --codes $(TEXT)/codes --model demo --batch-size 128 --lr 4e-3 --max-steps 2000 \
+	$(PYTHON) train_gpt.py --codes $(TEXT)/codes --model demo --batch-size 128 --lr 2e-3 --max-steps 2000 \
 	    --warmup-steps 50 --schedule cosine --dropout 0 --val-images 500 --val-every 200 --log-every 50 --out $(TEXT)/gpt
 
 $(TEXT)/prompts.txt: $(TEXT)/gpt/ckpt.pt
@@ -101,9 +101,9 @@ $(VAR)/var/ckpt.pt: $(VAR)/codes/meta.json
 	    --out $(VAR)/var
 
 $(VAR)/samples.npz: $(VAR)/var/ckpt.pt
-	@echo "4/4  samples, and drawings that the model has not seen: half of them, or all around them, drawn anew"
+	@echo "4/4  samples, and drawings that the model has not seen: half of them, or all around them, regenerated"
 	$(PYTHON) extras/var.py sample --vq $(VAR)/vq/ckpt.pt --var $(VAR)/var/ckpt.pt --count 10 --batch-size 100 \
-	    --cfg-scale 2 --out $(VAR)/samples.png
+	    --var-cfg 2 --out $(VAR)/samples.png
 	$(PYTHON) -c "from nanollamagen import data; [data.center_crop(data.draw_shape((3, i)), 24).save(f'$(VAR)/given{i}.png') for i in range(10)]"
 	$(PYTHON) extras/var.py edit --vq $(VAR)/vq/ckpt.pt --var $(VAR)/var/ckpt.pt --box 0,0.5,1,1 \
 	    --classes 0,1,2,3,4,5,6,7,8,9 --out $(VAR)/inpainted.png $(VAR)/given*.png
@@ -111,7 +111,7 @@ $(VAR)/samples.npz: $(VAR)/var/ckpt.pt
 	    --out $(VAR)/outpainted.png $(VAR)/given*.png
 	$(PYTHON) extras/var.py reconstruct --vq $(VAR)/vq/ckpt.pt --out $(VAR)/scales.png $(VAR)/given[0-4].png
 	$(PYTHON) extras/var.py sample --vq $(VAR)/vq/ckpt.pt --var $(VAR)/var/ckpt.pt --num-samples 500 --batch-size 250 \
-	    --seed 1000 --cfg-scale 2 --out $@
+	    --seed 1000 --var-cfg 2 --out $@
 
 demo-var: $(VAR)/samples.npz
 	$(PYTHON) tests/demo_agreement.py $(VAR)/samples.npz --at-least 0.8
@@ -123,7 +123,7 @@ demo-var: $(VAR)/samples.npz
 SIDE_VQ = --data $(CIFAR) --image-size 32 --codebook-size 512 --batch-size 32 --lpips-weight 0 --disc-weight 0 \
     --max-steps $(VQ_STEPS) --lr 1.5e-3 --warmup-steps 30 --schedule cosine
 SIDE_GPT = sample.py --vq $(SIDE)/vq/ckpt.pt --gpt $(SIDE)/gpt/ckpt.pt --cfg-scale 2 --top-k 0
-SIDE_VAR = extras/var.py sample --vq $(SIDE)/var-vq/ckpt.pt --var $(SIDE)/var/ckpt.pt --cfg-scale 1.5 --top-k 0 --top-p 1
+SIDE_VAR = extras/var.py sample --vq $(SIDE)/var-vq/ckpt.pt --var $(SIDE)/var/ckpt.pt --var-cfg 1.5 --top-k 0 --top-p 1
 
 $(SIDE)/vq/ckpt.pt: | .venv/installed
 	$(PYTHON) train_vq.py $(SIDE_VQ) --model VQ-demo --out $(SIDE)/vq
@@ -132,17 +132,17 @@ $(SIDE)/var-vq/ckpt.pt: | .venv/installed
 	$(PYTHON) extras/train_var.py tokenizer $(SIDE_VQ) --model VAR-32 --out $(SIDE)/var-vq
 
 $(SIDE)/codes/meta.json: $(SIDE)/vq/ckpt.pt
-	$(PYTHON) vq.py encode --ckpt $(SIDE)/vq/ckpt.pt --data $(CIFAR) --out $(SIDE)/codes --workers 0
+	$(PYTHON) vq.py encode --vq $(SIDE)/vq/ckpt.pt --data $(CIFAR) --out $(SIDE)/codes --workers 0
 
 $(SIDE)/var-codes/meta.json: $(SIDE)/var-vq/ckpt.pt
 	$(PYTHON) extras/var.py encode --vq $(SIDE)/var-vq/ckpt.pt --data $(CIFAR) --out $(SIDE)/var-codes --workers 0
 
 $(SIDE)/gpt/ckpt.pt: $(SIDE)/codes/meta.json
-	$(PYTHON) train_gpt.py --codes $(SIDE)/codes --model demo --batch-size 64 --lr 6e-3 --schedule cosine --warmup-steps 50 \
+	$(PYTHON) train_gpt.py --codes $(SIDE)/codes --model demo --batch-size 64 --lr 1.5e-3 --schedule cosine --warmup-steps 50 \
 	    --dropout 0 --max-steps $(GPT_STEPS) --out $(SIDE)/gpt
 
 $(SIDE)/var/ckpt.pt: $(SIDE)/var-codes/meta.json
-	$(PYTHON) extras/train_var.py --vq $(SIDE)/var-vq/ckpt.pt --codes $(SIDE)/var-codes --model demo --batch-size 64 --lr 6e-3 \
+	$(PYTHON) extras/train_var.py --vq $(SIDE)/var-vq/ckpt.pt --codes $(SIDE)/var-codes --model demo --batch-size 64 --lr 1.5e-3 \
 	    --max-steps $(VAR_STEPS) --out $(SIDE)/var
 
 side-by-side: $(SIDE)/gpt/ckpt.pt $(SIDE)/var/ckpt.pt

@@ -43,11 +43,6 @@ class GPTConfig:
         return self.dim // self.n_head
 
     @property
-    def positions(self):
-        """Positions that are ever fed: those of the condition and of all codes but the last."""
-        return self.cond_tokens + self.grid**2 - 1
-
-    @property
     def hidden(self):
         """Width inside a feed-forward layer: 2/3 of 4C, rounded up to a multiple of 256."""
         return math.ceil(int(8 * self.dim / 3) / 256) * 256
@@ -268,11 +263,10 @@ class GPT(nn.Module):
 
     # ---- cached decoding: new_cache, then extend with the condition, then with codes ------------
     def new_cache(self, batch, positions=None):
-        """Zeros for the keys and values of each layer, (2, B, n, positions, d), by default for all
-        positions. d is rounded up to a multiple of 8, or a GPU would copy the cache at every
-        step."""
+        """Zeros for the keys and values of each layer, (2, B, n, positions, d). The last code is
+        never fed. d is a multiple of 8, or a GPU would copy the cache at every step."""
         if positions is None:
-            positions = self.config.positions
+            positions = self.config.cond_tokens + self.config.grid**2 - 1
         d = math.ceil(self.config.head_dim / 8) * 8
         shape = (2, batch, self.config.n_head, positions, d)
         return [self.norm.weight.new_zeros(shape) for _ in self.layers]
@@ -321,7 +315,8 @@ def attend_to_cache(q, k, v, visible, cache, positions):
 def flops_per_image(config):
     """Operations of a forward and backward pass (arXiv:2204.02311, appendix B): 6 per weight and
     position, and the causal half of 12 per layer, channel and pair of positions for attention."""
-    T, C, L = config.grid**2, config.dim, config.positions  # T positions predict a code
+    T, C = config.grid**2, config.dim
+    L = config.cond_tokens + T - 1  # positions; T of them predict a code
     layers = config.n_layer * (4 * C**2 + 3 * C * config.hidden)
     return 6 * (layers * L + C * config.vocab_size * T + config.n_layer * C * L**2)
 

@@ -14,30 +14,27 @@ $ torchrun --nproc_per_node=8 sample.py --pretrained L-256 --paper --num-samples
 #          H, W pixels   N images in a file
 import argparse
 import hashlib
-import json
 import os
 import shutil
 import sys
 import time
 import zipfile
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 import gpt
 import vq
-from nanollamagen import captions, data, fast, files, flags, noise
+from nanollamagen import captions, data, fast, files, flags, noise, parts
 
 # The settings of sampling. Flags, the HTTP API and vLLM's requests are made from this table. All
 # but the guidance (cfg_scale, cfg_interval) are arguments of draw().
 # fmt: off
 SETTINGS = {  # default for classes, default for captions, smallest, largest, what it is
     "cfg_scale":    (4.0,  7.5,  0,    1000,  "guidance; 1 is none"),
-    "cfg_interval": (-1,   -1,   -1,   10**6, "guide only the first N + 2 codes; -1: all"),
+    "cfg_interval": (-1,   -1,   -1,   10**6, "guide only this many + 2 codes, the first; -1: all"),
     "temperature":  (1.0,  1.0,  0,    2,     "0 takes the likeliest code, 2 is vLLM's limit"),
     "top_k":        (2000, 1000, 0,    10**6, "sample from the k likeliest codes; 0: all"),
     "top_p":        (1.0,  1.0,  1e-6, 1,     "sample from the likeliest codes that make up p"),
@@ -71,19 +68,23 @@ def filter_logits(logits, top_k=0, top_p=1.0):
 
 
 def gumbel_noise(seeds, positions, vocab_size):
-    """Gumbel noise for the codes at `positions` (0 .. T - 1) of the images `seeds`, int64 that
-    broadcast to (...): float32 (..., V), finite, always the same for the same seed and position."""
+    """Gumbel noise for codes: float32 (..., V), finite. It is always the same for the same seed of
+    an image, position (the code's number 0 .. T - 1) and entry of the codebook.
+
+    seeds, positions   int64 of shapes that broadcast to (...)"""
     uniform = noise.uniform(seeds, positions, vocab_size)  # (..., V)
     return uniform.neg_().log1p_().neg_().log_().neg_()  # -log(-log(1 - uniform)), in place
 
 
 def draw(logits, gumbel, temperature=1.0, **filters):
-    """Codes (...) int64 from logits (..., V) and gumbel_noise (..., V).
+    """Codes (...) int64 from logits (..., V) and gumbel_noise (..., V): the largest of logits /
+    temperature + noise among those that filter_logits keeps. A temperature below 1e-5 takes the
+    largest logit.
 
-    By Gumbel's rule the largest of logits + noise is a sample of softmax(logits). Unlike a walk
-    along cumulative probabilities, it rarely changes with the last digits of the logits: the same
-    noise gives the same code on another device, in another batch and in vLLM."""
-    if temperature < 1e-5:  # the likeliest code
+    By Gumbel's rule this samples from softmax(filter_logits(logits / temperature)). Unlike a walk
+    along cumulative probabilities, it rarely changes with the last digits of the logits. So the
+    same noise gives the same code on another device, in another batch and in vLLM."""
+    if temperature < 1e-5:
         return logits.argmax(-1)
     logits = filter_logits(logits.float() / temperature, **filters)
     return (logits + gumbel).argmax(-1)
@@ -126,6 +127,8 @@ def generate(
     cfg_interval  -1 guides every code; k >= 0 the first and the k + 1 after it, as released
     seeds         an int for each image, modulo 2^63 (default: random); the same seed gives the
                   same image in any batch
+    compiled      torch.compile the model
+    progress      show a bar over the T codes
     how           temperature, top_k and top_p, see draw
     """
     B, T, c = len(cond), model.config.grid**2, model.config.cond_tokens
@@ -156,8 +159,9 @@ def generate(
 
     # Code 0 follows from the condition.
     codes = torch.zeros(B, T, dtype=torch.int64, device=cond.device)
+    positions = c + T - 1  # the last code is never fed
     cache = model.new_cache(len(cond), positions=0)
-    fast.grow(cache, c, model.config)
+    fast.grow(cache, c, positions)
     logits = model.extend(model.cls_embedding(cond), 0, cache, mask)
     codes[:, 0] = choose(logits, 0)
 
@@ -169,7 +173,7 @@ def generate(
             guided = False
             cache[:] = [layer[:, :B].clone() for layer in cache]
             mask = None if mask is None else mask[:B]
-        fast.grow(cache, c + i, model.config)
+        fast.grow(cache, c + i, positions)
         codes[:, i] = step(codes[:, i - 1], i)
         bar.update()
     return codes
@@ -177,7 +181,8 @@ def generate(
 
 @torch.no_grad()
 def to_pixels(vq_model, codes, size=None):
-    """Codes (B, T) of square images -> uint8 (B, H, W, 3), resized (bicubic) if `size` is given."""
+    """Codes (B, T) of square images -> uint8 (B, H, W, 3), resized (bicubic, before rounding) to
+    `size` if there is one."""
     grid = int(codes.shape[1] ** 0.5)
     side = grid * vq_model.config.downsample
     few = max(1, 2**20 // side**2)  # a million pixels at once: 0.5 GB per tensor
@@ -194,9 +199,9 @@ def to_pixels(vq_model, codes, size=None):
 CHUNK = 256  # images in one part file, whatever the batch size and the number of processes
 
 
-def draw_pixels(model, vq_model, given, seeds, size=None, **settings):
-    """Images uint8 (B, H, W, 3) of given = [labels] or [features, mask], image i from seeds[i]."""
-    return to_pixels(vq_model, generate(model, *given, seeds=seeds, **settings), size)
+def draw_pixels(model, vq_model, cond, seeds, size=None, **settings):
+    """Images uint8 (B, H, W, 3) of cond = [labels] or [features, mask], image i from seeds[i]."""
+    return to_pixels(vq_model, generate(model, *cond, seeds=seeds, **settings), size)
 
 
 def write_npz(
@@ -205,98 +210,67 @@ def write_npz(
     vq_model,
     num_samples,
     *,
-    given=None,
+    cond=None,
     seed=0,
     batch_size=32,
     size=None,
     draw=draw_pixels,
     **settings,
 ):
-    """Write ADM's NPZ: arr_0 uint8 (N, H, W, 3) and labels int64 (N,), image i of class i %
-    num_classes from seed + i.
+    """Write ADM's NPZ: arr_0 uint8 (N, H, W, 3) and labels int64 (N,). Image i is sampled from seed
+    + i and condition i % n.
 
-    given: [features, mask] of n captions (captions.encode_captions); the label is then a caption's
-    number, i % n. Under torchrun the processes share the work and the file is the same whatever
-    their number. Parts stand in PATH.parts until all are done, so that a second start goes on where
-    the first ended. `settings` go to `draw`. Raises ValueError when PATH.parts was begun with other
-    settings, and where a caption model has no captions."""
-    if not given and model.config.caption_dim:
-        raise ValueError(
-            "the model draws captions, not classes; sample.py takes them from --prompts FILE"
-        )
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    cond      [features, mask] of n captions (captions.encode_captions), or [labels] of n classes;
+              default: all classes. The label of an image is the number of its condition.
+    settings  go to `draw`
+
+    Under torchrun the processes share the work. A second start makes the parts that are missing
+    in PATH.parts. Raises ValueError if these were begun with other settings."""
+    if cond is None:
+        if model.config.caption_dim:
+            raise ValueError("the model is for captions: give --prompts FILE")
+        cond = [torch.arange(model.config.num_classes)]
+    path, folder = Path(path), Path(f"{path}.parts")
     device = next(model.parameters()).device
-    path, parts = Path(path), Path(f"{path}.parts")
-    words = given and hashlib.sha256(given[0].float().numpy().tobytes()).hexdigest()
-    given = given or [torch.arange(model.config.num_classes)]
-    matters = {
-        name: value for name, value in settings.items() if name not in ("window", "compiled")
+    decides = {
+        "gpt": vq.weights_hash(model),
+        "vq": vq.weights_hash(vq_model),
+        "cond": hashlib.sha256(cond[0].float().numpy().tobytes()).hexdigest(),
+        "seed": seed,
+        "n": num_samples,
+        "size": size,
+        "batch_size": batch_size,
+        **{name: value for name, value in settings.items() if name != "compiled"},
     }
-    made_with = json.dumps(
-        {
-            "gpt": vq.weights_hash(model),
-            "vq": vq.weights_hash(vq_model),
-            "captions": words,
-            "seed": seed,
-            "n": num_samples,
-            "size": size,
-            "batch_size": batch_size,
-            **matters,
-        }
-    )
-    parts.mkdir(parents=True, exist_ok=True)
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group(
-            "gloo", timeout=timedelta(days=30)
-        )  # until the slowest is done, however long it takes
-    if rank == 0 and not (parts / "settings.json").exists():
-        (parts / "settings.json").write_text(made_with)
-    if world > 1:
-        dist.barrier()
-    if (parts / "settings.json").read_text() != made_with:
-        raise ValueError(
-            f"{parts} was begun with other settings or weights; delete it or choose another --out"
-        )
 
-    starts = range(rank * CHUNK, num_samples, world * CHUNK)
-    todo = [s for s in starts if not (parts / f"{s:07d}.npy").exists()]
-    total = sum(min(CHUNK, num_samples - s) for s in todo)
-    began = time.time()
-    with data.progress(total, "sample" + f" (process 1 of {world})" * (world > 1), rank) as bar:
-        for s in todo:
+    def sample_chunks(chunks, bar):
+        for chunk in chunks:
             pixels = []
-            for first in range(s, min(s + CHUNK, num_samples), batch_size):
-                ids = range(first, min(first + batch_size, s + CHUNK, num_samples))
-                batch = [x[[i % len(x) for i in ids]].to(device) for x in given]
-                pixels.append(
-                    draw(model, vq_model, batch, [seed + i for i in ids], size, **settings)
-                )
+            for first in range(0, len(chunk), batch_size):
+                ids = chunk[first : first + batch_size]
+                batch = [x[[i % len(x) for i in ids]].to(device) for x in cond]
+                seeds = [seed + i for i in ids]
+                pixels.append(draw(model, vq_model, batch, seeds, size, **settings))
                 bar.update(len(ids))
-            np.save(parts / f"{s:07d}.tmp.npy", np.concatenate(pixels))
-            os.replace(parts / f"{s:07d}.tmp.npy", parts / f"{s:07d}.npy")
-    if world > 1:
-        dist.barrier()
-    if rank == 0:
-        join(path, parts, np.arange(num_samples) % len(given[0]))
-        rate = f", {world * total / (time.time() - began):.1f} images/s" if total else ""
-        print(f"{path}: {num_samples:,} images{rate}")
-    if world > 1:
-        dist.barrier()
+            yield {"pixels": np.concatenate(pixels)}
+
+    part_files = parts.make("sample", folder, path, decides, num_samples, CHUNK, sample_chunks)
+    if part_files:
+        join(path, part_files, np.arange(num_samples) % len(cond[0]))
+        shutil.rmtree(folder, ignore_errors=True)
+        print(f"{path}: {num_samples:,} images")
+    parts.wait([path])
 
 
-def join(path, parts, labels):
-    """Stream the part files into one NPZ."""
-    files = sorted(parts.glob("[0-9]*.npy"))
-    shape = (len(labels), *np.load(files[0], mmap_mode="r", allow_pickle=False).shape[1:])
+def join(path, part_files, labels):
+    """Write the parts and the labels as one NPZ, with one part in memory at a time."""
+    shape = (len(labels), *next(parts.each(part_files, "pixels")).shape[1:])
     with zipfile.ZipFile(f"{path}.tmp", "w") as z:
         with z.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as f:
-            data.write_npy(
-                f, np.uint8, shape, (np.load(file, allow_pickle=False) for file in files)
-            )
+            files.write_npy(f, np.uint8, shape, parts.each(part_files, "pixels"))
         with z.open(zipfile.ZipInfo("labels.npy"), "w") as f:
-            data.write_npy(f, np.int64, labels.shape, [labels])
+            files.write_npy(f, np.int64, labels.shape, [labels])
     os.replace(f"{path}.tmp", path)
-    shutil.rmtree(parts)
 
 
 # ---- the command line --------------------------------------------------------------------------
@@ -308,8 +282,7 @@ def add_flags(p):
     flag("--vq", help="tokenizer checkpoint")
     flag("--gpt", help="GPT checkpoint")
     flag("--image-size", type=flags.pixels, help="of a released --gpt file (default: 256)")
-    flag("--classes", help="ids or names, separated by commas (default: the first ten, or eight "
-         "of ImageNet)")
+    flag("--classes", help="ids or names, with commas (default: the first ten, eight of ImageNet)")
     flag("--prompt", action="append", default=[], help="a caption; may be repeated")
     flag("--prompts", metavar="FILE", help="captions, one per line")
     flag("--t5", help="folder or Hugging Face name of the encoder of captions (default: the one "
@@ -329,8 +302,9 @@ def add_flags(p):
 
 def parse():
     """The command line: its parser, and the flags."""
-    raw = argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_flags(p)
     flag, number = p.add_argument, flags.at_least_one
     # fmt: off
@@ -356,6 +330,7 @@ def main():
     if device.type == "cuda":
         torch.cuda.set_device(device)  # the current device is where CUDA graphs are recorded
     try:
+        files.make_folder(Path(args.out).parent)
         model, vq_model = load_models(args, device)
         titles, cond = conditions(args, model, device)
     except (OSError, ValueError) as error:
@@ -376,10 +351,18 @@ def main():
         fast.pack(model)
 
     if args.num_samples:
-        npz = dict(seed=args.seed, batch_size=args.batch_size, size=args.resize)
-        npz["given"] = cond if captioned else None  # all classes
         try:
-            write_npz(args.out, model, vq_model, args.num_samples, **npz, **settings)
+            write_npz(
+                args.out,
+                model,
+                vq_model,
+                args.num_samples,
+                cond=cond if captioned else None,
+                seed=args.seed,
+                batch_size=args.batch_size,
+                size=args.resize,
+                **settings,
+            )
         except (OSError, ValueError) as error:
             parser.error(str(error))
         return
@@ -390,16 +373,16 @@ def main():
         few = rows[first : first + args.batch_size]
         batch = [x[few].to(device) for x in cond]
         seeds = [args.seed + first + i for i in range(len(few))]
-        more = dict(settings, progress=True)
-        pixels.append(draw_pixels(model, vq_model, batch, seeds, args.resize, **more))
+        codes = generate(model, *batch, seeds=seeds, progress=True, **settings)
+        pixels.append(to_pixels(vq_model, codes, args.resize))
     columns = args.count if args.count > 1 else min(len(rows), 10)
     data.save_grid(np.concatenate(pixels), args.out, columns, [titles[row] for row in rows])
-    rate = len(rows) / (time.time() - began)
-    print(f"{args.out}: {len(rows)} images, {rate:.2f} images/s")
+    print(f"{args.out}: {len(rows)} images, {len(rows) / (time.time() - began):.2f} images/s")
 
 
 def fetch_pretrained(name):
-    """Paths of a released tokenizer and GPT, fetched if missing, and the side of their images."""
+    """Paths of a released tokenizer and GPT, fetched if missing, and the side of their images in
+    pixels. name: as --pretrained takes it."""
     if name in TEXT_FILES:
         repository, kind, gpt_file = "peizesun/llamagen_t2i", "t2i", TEXT_FILES[name]
     else:
@@ -428,12 +411,10 @@ def conditions(args, model, device):
         prompts += captions.read_prompts(args.prompts)
     if model.config.caption_dim:
         if args.classes or not prompts:
-            raise ValueError(f"{args.gpt} draws from captions, not classes: give --prompt")
+            raise ValueError(f"{args.gpt} is for captions: give --prompt, not --classes")
         return prompts, captions.encode_captions(prompts, args.t5, device, model)
     if prompts:
-        raise ValueError(
-            f"{args.gpt} draws from classes, not captions: give --classes, not --prompt"
-        )
+        raise ValueError(f"{args.gpt} is for classes: give --classes, not --prompt")
     names = captions.class_names(model)
     if args.classes:
         labels = [captions.find_class(word, names) for word in args.classes.split(",")]
@@ -450,7 +431,8 @@ def choose_settings(args, captioned, paper=False):
     column = 1 if captioned else 0
     settings = {name: row[column] for name, row in SETTINGS.items()}
     if paper and not captioned:
-        settings |= {"cfg_scale": PAPER_CFG.get(args.pretrained, 2.0), "top_k": 0}
+        settings["cfg_scale"] = PAPER_CFG.get(args.pretrained, 2.0)
+        settings["top_k"] = 0
     for name in SETTINGS:
         if getattr(args, name) is not None:
             settings[name] = getattr(args, name)
@@ -473,27 +455,21 @@ def check_flags(parser, args):
         parser.error(f"--out {out}: give a name that ends in {ending}")
     if out.is_dir() or (args.num_samples and out.exists()):
         parser.error(f"--out {out} exists; delete it or choose another name")
-    try:
-        files.make_folder(out.parent)
-    except OSError as error:
-        parser.error(str(error))
 
 
 def check_pair(model, vq_model, gpt_path, vq_path, image_size=None):
     """Raise ValueError unless this GPT was trained on this tokenizer's codes, as far as the files
     tell, and makes images of this size."""
-    V, codebook = model.config.vocab_size, vq_model.config.codebook_size
-    if codebook != V:
-        raise ValueError(
-            f"{gpt_path} has {V:,} codes, {vq_path} {codebook:,}; they do not belong together"
-        )
+    ours, theirs = model.config.vocab_size, vq_model.config.codebook_size
+    if ours != theirs:
+        codes = f"{gpt_path} has {ours:,} codes, {vq_path} {theirs:,}"
+        raise ValueError(f"{codes}: they do not belong together")
     if model.tokenizer and model.tokenizer != vq.weights_hash(vq_model):
         raise ValueError(f"{gpt_path} was trained on codes of another tokenizer than {vq_path}")
-    side = model.config.grid * vq_model.config.downsample
-    if image_size and image_size != side:
-        raise ValueError(
-            f"--image-size {image_size}: with this tokenizer {gpt_path} draws {side} pixels a side"
-        )
+    if image_size:
+        side = model.config.grid * vq_model.config.downsample
+        if image_size != side:
+            raise ValueError(f"--image-size {image_size}: {gpt_path} makes {side} x {side} pixels")
 
 
 if __name__ == "__main__":

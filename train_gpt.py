@@ -1,4 +1,4 @@
-"""Train the Llama over image codes (gpt.py) on a folder of codes (vq.py encode), as LlamaGen does
+r"""Train the Llama over image codes (gpt.py) on a folder of codes (vq.py encode), as LlamaGen does
 (arXiv:2406.06525). The loss is plain cross-entropy: each code is predicted from its class or
 caption and the codes before it.
 
@@ -162,7 +162,6 @@ def main():
     if saved:
         step, images_seen = runs.restore_run(model, optimizer, ema, path, saved)
     saved = init = None  # frees their memory
-    first_step = step
     work = gpt.flops_per_image(config)
     log = runs.Log(out, step, max_steps, args.batch_size, rank, world, device, work)
     if rank == 0:
@@ -232,7 +231,7 @@ def main():
         # 5. Is all well? Then a line, a checkpoint, a picture. Asking makes the CPU wait for the
         #    GPU, so this asks rarely, and always before something is shown or saved.
         validating = len(codes.val_ids) > 0 and due(args.val_every)
-        logging = validating or step == first_step + 1 or due(args.log_every)
+        logging = validating or step == steps.start + 1 or due(args.log_every)
         if logging or due(args.save_every) or step % 10 == 0 or device.type == "cpu":
             finite, stop = runs.status([norm], bool(signals), world)
             if not finite:
@@ -411,10 +410,8 @@ def check_init(args, codes, config, init):
         if name not in free and value != getattr(config, name)
     ]
     if differing:
-        raise ValueError(
-            f"--init {args.init} does not fit --model {args.model} and {args.codes}: "
-            f"{', '.join(differing)}"
-        )
+        what = f"does not fit --model {args.model} and {args.codes}"
+        raise ValueError(f"--init {args.init} {what}: {', '.join(differing)}")
     if init.text and init.text["hash"] != codes.encoder["hash"]:
         raise ValueError(
             f"--init {args.init} was trained on captions of another encoder "

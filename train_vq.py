@@ -1,26 +1,24 @@
-"""Train the image tokenizer (vq.py) with the losses of LlamaGen (arXiv:2406.06525, section 2.2).
+r"""Train the image tokenizer (vq.py) with the losses of LlamaGen (arXiv:2406.06525, section 2.2):
+L2 + LPIPS + codebook + commitment, and from --disc-start on 0.5 x what a patch discriminator says.
 
-A small one on pictures that are drawn on the fly, on a laptop's CPU:
-$ python train_vq.py --data shapes --model VQ-demo --image-size 32 --batch-size 64 --lpips-weight 0 --max-steps 2000
-The paper's tokenizer, one node with 8 GPUs (the defaults are its recipe; --resume goes on after a
-stop):
-$ torchrun --nproc_per_node=8 train_vq.py --data imagenet/train --model VQ-16 --image-size 256 --out runs/vq
+A small one on shapes drawn on the fly, on a laptop's CPU:
+$ python train_vq.py --data shapes --model VQ-demo --image-size 32 --batch-size 64 \
+      --lpips-weight 0 --max-steps 2000
+The paper's tokenizer on 8 GPUs (the defaults are its recipe; add --resume after a stop):
+$ torchrun --nproc_per_node=8 train_vq.py --data imagenet/train
 On other data, from its weights and with the discriminator from the first step:
-$ torchrun --nproc_per_node=8 train_vq.py --data DIR --init runs/vq/ckpt.pt --disc-start 0 --out runs/vq-tuned
-
-Loss = L2 + LPIPS + codebook + commitment, and from --disc-start on also 0.5 x what a patch
-discriminator says.
+$ torchrun --nproc_per_node=8 train_vq.py --data DIR --init runs/vq/ckpt.pt --disc-start 0 \
+      --out runs/vq-tuned
 """
 
-# Shapes:  B images in a micro-batch   H, W pixels   C channels   h, w patches that the discriminator judges
+# Shapes:  B images in a micro-batch   H, W pixels   h, w patches that the discriminator judges
 import argparse
+import copy
 import math
 import os
 import random
 import sys
-import time
 from dataclasses import asdict, replace
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -31,159 +29,87 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
 
 import vq
-from nanollamagen import data, lpips, runs
+from nanollamagen import data, files, flags, lpips, runs
+
+GRAD_CLIP = 1.0  # largest norm of the gradient, for the tokenizer and the discriminator each
 
 
-# ---- flags -------------------------------------------------------------------------------------
+# ---- flags ---------------------------------------------------------------------------------------
 def parse(configs):
-    """The command line: its parser, and the flags."""
+    """The parser and the flags of the command line."""
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument(
-        "--data", required=True, help="a folder of class folders, or shapes (drawn on the fly)"
-    )
-    p.add_argument("--image-size", type=int, default=256, help="pixels a side")
-    p.add_argument(
-        "--init",
-        metavar="CKPT",
-        help="start from this tokenizer, and its discriminator if it is there",
-    )
-    p.add_argument("--out", default="runs/vq", help="run folder: ckpt.pt, log.jsonl, recon_*.png")
-    p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    flag = p.add_argument
+    one, switch = flags.at_least_one, argparse.BooleanOptionalAction
+    size, named = flags.bounded(int, 1, 2**16), next(iter(configs))
+    # fmt: off
+    flag("--data", required=True, help="a folder of class folders, or shapes (drawn on the fly)")
+    flag("--image-size", type=flags.pixels, default=256, help="pixels of a side")
+    flag("--init", metavar="CKPT", help="start from this tokenizer, and its discriminator if any")
+    flag("--out", default="runs/vq", help="run folder: ckpt.pt, log.jsonl, recon_*.png")
+    flag("--resume", action="store_true", help="continue from the newest checkpoint in --out")
     # the model and its recipe
-    p.add_argument(
-        "--model",
-        choices=configs,
-        default=next(iter(configs)),
-        help="named size, see VQ_CONFIGS in vq.py",
-    )
-    p.add_argument(
-        "--codebook-size", type=int, help="entries of the codebook, if not the model's own"
-    )
-    p.add_argument(
-        "--code-dim", type=int, help="numbers in an entry of the codebook, if not the model's own"
-    )
-    p.add_argument(
-        "--batch-size", type=int, default=128, help="images per step, summed over processes"
-    )
-    p.add_argument(
-        "--micro-batch",
-        type=int,
-        help="images that one process takes at once, if its share is too many",
-    )
-    p.add_argument("--epochs", type=float, default=40, help="passes over the data")
-    p.add_argument("--max-steps", type=int, help="steps, instead of --epochs")
-    p.add_argument("--lr", type=float, default=1e-4, help="AdamW's learning rate")
-    p.add_argument(
-        "--schedule", choices=["constant", "cosine"], default="constant", help="cosine ends at 0"
-    )
-    p.add_argument("--warmup-steps", type=int, default=0, help="steps of linear warm-up")
-    p.add_argument("--weight-decay", type=float, default=0.05)
-    p.add_argument("--grad-clip", type=float, default=1.0, help="largest gradient norm")
-    p.add_argument(
-        "--ema-decay",
-        type=float,
-        default=0.0,
-        help="averaged weights, 0.9999 say; 0: none (the paper)",
-    )
-    p.add_argument(
-        "--lpips-weight", type=float, default=1.0, help="0 trains without downloading VGG16"
-    )
-    p.add_argument(
-        "--disc-weight",
-        type=float,
-        default=0.5,
-        help="weight of the discriminator in both losses; 0: none",
-    )
-    p.add_argument(
-        "--disc-start", type=int, default=20_000, help="step at which the discriminator comes in"
-    )
-    p.add_argument(
-        "--entropy-weight",
-        type=float,
-        default=0.0,
-        help="reward for sure choices that use all codes",
-    )
+    flag("--model", choices=configs, default=named, help="size, see VQ_CONFIGS in vq.py")
+    flag("--codebook-size", type=size, help="entries of the codebook (default: the model's)")
+    flag("--code-dim", type=size, help="numbers in an entry of it (default: the model's)")
+    flag("--batch-size", type=flags.batch, default=128, help="images per step, over all processes")
+    flag("--micro-batch", type=flags.batch, help="images a process takes at once")
+    flag("--epochs", type=flags.positive, default=40, help="passes over the images")
+    flag("--max-steps", type=one, help="steps, instead of --epochs")
+    flag("--lr", type=flags.positive, default=1e-4, help="AdamW's learning rate")
+    flag("--schedule", choices=["constant", "cosine"], default="constant", help="cosine ends at 0")
+    flag("--warmup-steps", type=flags.count, default=0, help="steps of linear warm-up")
+    flag("--weight-decay", type=flags.weight, default=0.05, help="of all weights")
+    flag("--ema-decay", type=flags.fraction, default=0.0, help="of averaged weights; 0: none")
+    flag("--lpips-weight", type=flags.weight, default=1.0, help="0: VGG16 is not downloaded")
+    flag("--disc-weight", type=flags.weight, default=0.5, help="of adversarial losses; 0: none")
+    flag("--disc-start", type=flags.count, default=20_000, help="the discriminator's first step")
     # what a run shows and keeps
-    p.add_argument(
-        "--sample-every", type=int, default=5000, help="steps between recon_*.png; 0: none"
-    )
-    p.add_argument("--log-every", type=int, default=100, help="steps")
-    p.add_argument(
-        "--tensorboard", action="store_true", help="write what log.jsonl gets for TensorBoard too"
-    )
-    p.add_argument("--save-every", type=int, default=5000, help="steps between checkpoints")
-    p.add_argument(
-        "--keep",
-        type=int,
-        default=0,
-        help="older checkpoints to keep beside the newest, as ckpt_STEP",
-    )
+    flag("--log-every", type=one, default=100, help="steps between lines")
+    flag("--save-every", type=one, default=5000, help="steps between checkpoints and pictures")
+    flag("--keep", type=flags.count, default=0, help="older checkpoints to keep, as ckpt_STEP")
     # the machine
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument(
-        "--workers", type=int, help="processes that decode images (default: 8 on GPU, 0 on CPU)"
-    )
-    p.add_argument(
-        "--device",
-        type=data.device,
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="cuda or cpu (default: cuda where there is one)",
-    )
-    p.add_argument(
-        "--dtype", choices=["float32", "bfloat16"], help="arithmetic (default: bfloat16 on GPU)"
-    )
-    p.add_argument(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="torch.compile the model",
-    )
-    p.add_argument(
-        "--checkpoint-activations",
-        action="store_true",
-        help="compute each block again in the backward pass: less memory, a third more work",
-    )
-    p.add_argument(
-        "--timeout",
-        type=float,
-        default=10,
-        help="minutes a process waits for the others before it ends",
-    )
-    args = p.parse_args()
+    flag("--seed", type=flags.seed, default=0, help="of weights, order and crops")
+    flag("--workers", type=flags.count, help="processes that read images (default: GPU 8, CPU 0)")
+    flag("--device", type=flags.device, help="cuda or cpu (default: cuda where there is one)")
+    flag("--dtype", choices=["float32", "bfloat16"], help="arithmetic (default: bfloat16 on GPU)")
+    flag("--compile", action=switch, default=False, help="torch.compile the model")
+    # fmt: on
     p.usage = "python train_vq.py --data shapes|DIR ... (--help lists the flags)"
-    return p, args
+    return p, p.parse_args()
 
 
-# ---- losses ------------------------------------------------------------------------------------
+def learning_rate(args, step, max_steps):
+    """The optimizer's rate for a step, counted from 0."""
+    scale = 1.0
+    if step < args.warmup_steps:
+        scale = (step + 1) / args.warmup_steps  # not 0 in the first step
+    if args.schedule == "cosine":
+        scale *= 0.5 * (1 + math.cos(math.pi * step / max_steps))
+    return args.lr * scale
+
+
+# ---- losses --------------------------------------------------------------------------------------
 class PatchGAN(nn.Module):
-    """Judges overlapping patches: images (B, 3, H, W) -> scores (B, 1, h, w), large for real
-    (arXiv:1611.07004). Batch statistics are each process's own, as in the paper's code, and with
-    --micro-batch those of a micro-batch."""
+    """Judges overlapping patches (arXiv:1611.07004): images (B, 3, H, W) -> scores (B, 1, h, w),
+    large for real images. Batch statistics are those of a micro-batch on one process; they are not
+    averaged over processes, as in the paper's code."""
 
-    def __init__(self, width=64):
+    def __init__(self):
         super().__init__()
-        layers = [nn.Conv2d(3, width, 4, 2, 1), nn.LeakyReLU(0.2)]
-        for c_in, c, stride in (
-            (width, 2 * width, 2),
-            (2 * width, 4 * width, 2),
-            (4 * width, 8 * width, 1),
-        ):
-            layers += [
-                nn.Conv2d(c_in, c, 4, stride, 1, bias=False),
-                nn.BatchNorm2d(c),
-                nn.LeakyReLU(0.2),
-            ]
-        self.main = nn.Sequential(*layers, nn.Conv2d(8 * width, 1, 4, 1, 1))
-        for module in self.main:
-            if isinstance(module, nn.Conv2d):
-                nn.init.normal_(module.weight, 0, 0.02)
-            elif isinstance(module, nn.BatchNorm2d):
-                nn.init.normal_(module.weight, 1, 0.02)
+        layers = [nn.Conv2d(3, 64, 4, 2, 1), nn.LeakyReLU(0.2)]
+        for c_in, c, stride in ((64, 128, 2), (128, 256, 2), (256, 512, 1)):
+            layers.append(nn.Conv2d(c_in, c, 4, stride, 1, bias=False))
+            layers += [nn.BatchNorm2d(c), nn.LeakyReLU(0.2)]
+        self.main = nn.Sequential(*layers, nn.Conv2d(512, 1, 4, 1, 1))
+        for layer in self.main:
+            if isinstance(layer, nn.Conv2d):
+                nn.init.normal_(layer.weight, 0, 0.02)
+            elif isinstance(layer, nn.BatchNorm2d):
+                nn.init.normal_(layer.weight, 1, 0.02)
 
     def forward(self, images):
         return self.main(images)
@@ -195,428 +121,354 @@ def hinge(real, fake):
 
 
 def tokenizer_losses(args, x, recon, codebook, perceptual, disc):
-    """What the tokenizer learns from, each with its weight: a dict of scalars whose sum is the
-    loss. x and recon (B, 3, H, W), codebook the losses of the model's forward(); perceptual and disc may
-    be None."""
-    losses = {
-        "rec": F.mse_loss(recon.float(), x),
-        "vq": codebook["vq"],
-        "commit": codebook["commit"],
-    }
+    """What the tokenizer learns from, weighted: a dict of scalars whose sum is the loss.
+
+    x, recon           (B, 3, H, W) images and their reconstructions
+    codebook           the model's own losses
+    perceptual, disc   LPIPS and the discriminator; None without"""
+    losses = {"rec": F.mse_loss(recon.float(), x)}
+    losses |= {"vq": codebook["vq"], "commit": codebook["commit"]}
     if perceptual:
         losses["lpips"] = args.lpips_weight * perceptual(recon, x).mean()
-    if args.entropy_weight:
-        losses["entropy"] = args.entropy_weight * codebook["entropy"]
-    if disc:  # reconstructions that it takes for real ones score high
+    if disc:  # its scores are high for reconstructions that it takes for real images
         losses["adv"] = -args.disc_weight * disc(recon).mean()
     return losses
 
 
-def add(terms, losses, parts):
-    """Add the losses of one of so many equal parts of a batch to their means over the batch, for
-    the log."""
-    for name, loss in losses.items():
-        terms[name] = terms.get(name, 0) + loss.detach().float() / parts
+# ---- training ------------------------------------------------------------------------------------
+def main(tokenizer=vq.VQModel, configs=vq.VQ_CONFIGS):
+    """Flags, processes, data, model, optimizers, loop.
+
+    tokenizer, configs   a class that derives from VQModel, and its sizes by name"""
+    parser, args = parse(configs)
+    rank, world, device = runs.this_process(args.device)
+    signals = runs.catch_signals()
+    out = Path(args.out)
+    torch.manual_seed(args.seed)  # all processes start with the same weights
+
+    # ---- data: images on disk, or shapes ---------------------------------------------------------
+    try:
+        images = data.open_images(args.data)
+        config = configs[args.model]
+        if args.codebook_size:
+            config = replace(config, codebook_size=args.codebook_size)
+        if args.code_dim:
+            config = replace(config, code_dim=args.code_dim)
+        path, saved = runs.find_checkpoint(out)
+        init, init_disc = None, None
+        if args.init and not saved:
+            init, init_disc = load_init(args.init, tokenizer)
+        check(args, config, world, path, saved, init)
+        examples = load_examples(images, args)  # (n, 3, H, W)
+        perceptual = lpips.load().to(device) if args.lpips_weight else None
+        files.make_folder(out)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    max_steps = args.max_steps or math.ceil(args.epochs * len(images) / args.batch_size)
+    share = args.batch_size // world  # images of a batch that this process takes
+    micro = args.micro_batch or share  # images that it takes at once
+
+    # ---- models: on this process's device --------------------------------------------------------
+    bf16 = args.dtype == "bfloat16" if args.dtype else device.type == "cuda"
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
+    compiled = runs.can_compile(args.compile, device)
+    if world > 1:
+        runs.connect(device)
+    model, disc = tokenizer(config).to(device), PatchGAN().to(device)
+    if init:
+        model.load_state_dict(init.state_dict())
+    if init_disc:
+        disc.load_state_dict(init_disc)
+    forward = torch.compile(model) if compiled else model
+    if world > 1:  # DDP averages gradients; each process counts the codes that it uses itself
+        gpus = [device] if device.type == "cuda" else None
+        forward = DistributedDataParallel(forward, gpus, broadcast_buffers=False)
+
+    # ---- optimizers ------------------------------------------------------------------------------
+    adamw = {"lr": args.lr, "betas": (0.9, 0.95), "weight_decay": args.weight_decay, "fused": True}
+    optimizer = torch.optim.AdamW(model.parameters(), **adamw)
+    disc_optimizer = torch.optim.AdamW(disc.parameters(), **adamw)
+    ema = None  # averaged weights, by name
+    if args.ema_decay:
+        ema = {name: value.clone() for name, value in model.state_dict().items()}
+
+    # ---- resume ----------------------------------------------------------------------------------
+    parts = {"model": model, "optimizer": optimizer, "disc": disc, "disc_optimizer": disc_optimizer}
+    step, images_seen = 0, 0
+    if saved:
+        step, images_seen = restore(parts, ema, saved)
+    saved = init = None  # frees their memory
+    first_step = step
+    log = runs.Log(out, step, max_steps, args.batch_size, rank, world, device)
+    if rank == 0:
+        describe(args, images, model, init_disc, step, max_steps)
+        how = f"{'bfloat16' if bf16 else 'float32'}{', compiled' if compiled else ''}"
+        print(f"{world} process(es) on {device.type}, {how}, torch {torch.__version__}")
+
+    def due(every):
+        """Whether it is time for what happens every so many steps, and at the end."""
+        return step % every == 0 or step == max_steps
+
+    def store():
+        """Write a checkpoint. All processes call it."""
+        state = {name: part.state_dict() for name, part in parts.items()}
+        if ema:
+            state["ema"] = ema
+        plain = {"step": step, "images_seen": images_seen, "config": asdict(config)}
+        plain |= {"args": vars(args), "image_size": args.image_size}
+        try:
+            runs.save(state, plain, out, rank, args.keep)
+        except OSError as error:
+            runs.give_up(f"train_vq.py: {error}", rank)
+
+    # ---- loop ------------------------------------------------------------------------------------
+    model.train()
+    batches = load_batches(images, args, images_seen, rank, world, device)
+    stop = False
+    while step < max_steps and not stop:
+        # 1. The learning rate. As the images do, it follows from the step's number.
+        lr = learning_rate(args, step, max_steps)
+        for group in optimizer.param_groups + disc_optimizer.param_groups:
+            group["lr"] = lr
+
+        # 2. This process's share of the batch, which its workers read while the step before ran.
+        batch = next(batches).to(device, non_blocking=True).split(micro)  # each (B, 3, H, W)
+
+        # 3. Forward and backward, in micro-batches if the share does not fit in memory. First the
+        #    tokenizer, then the discriminator on the same images. The discriminator comes late,
+        #    because it would always win against an untrained tokenizer.
+        adversarial = args.disc_weight > 0 and step >= args.disc_start
+        judge = disc if adversarial else None
+        disc.requires_grad_(False)
+        recons = []
+        for x in batch:
+            if world > 1:
+                forward.require_backward_grad_sync = x is batch[-1]
+            with autocast():
+                recon, codebook = forward(x)
+                losses = tokenizer_losses(args, x, recon, codebook, perceptual, judge)
+            loss = sum(losses.values()) / len(batch)
+            loss.backward()
+            log.add(**losses)
+            recons.append(recon.detach())
+        if adversarial:
+            disc.requires_grad_(True)
+            for x, recon in zip(batch, recons):
+                with autocast():
+                    loss = args.disc_weight * hinge(disc(x), disc(recon))
+                (loss / len(batch)).backward()
+                log.add(disc=loss)
+
+        # 4. Clip and update. The averaged weights follow.
+        norms = [nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)]
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if adversarial:
+            average_over_processes(disc, world)
+            norms.append(nn.utils.clip_grad_norm_(disc.parameters(), GRAD_CLIP))
+            disc_optimizer.step()
+            disc_optimizer.zero_grad(set_to_none=True)
+        if ema:
+            state = model.state_dict()
+            weights = {name: x for name, x in state.items() if x.is_floating_point()}
+            runs.average_weights(ema, weights, args.ema_decay, step)
+        step += 1
+        images_seen += args.batch_size
+
+        # 5. Is all well? Then a line, a checkpoint, a picture. Asking makes the CPU wait for the
+        #    GPU, so this asks rarely, and always before something is shown or saved.
+        logging = step == first_step + 1 or due(args.log_every)
+        if logging or due(args.save_every) or step % 10 == 0 or device.type == "cpu":
+            finite, stop = runs.status(norms, bool(signals), world)
+            if not finite:
+                runs.give_up(f"train_vq.py: {runs.NOT_FINITE} at step {step}", rank)
+        if logging or stop:
+            log.write(step, usage=model.quantize.usage(), lr=lr, norm=norms[0].item())
+        if due(args.save_every) or stop:
+            store()
+        if rank == 0 and due(args.save_every):
+            weights = ema or model.state_dict()
+            picture(model, weights, examples.to(device), out / f"recon_{step:06d}.png")
+
+    if rank == 0 and step < max_steps:
+        print(f"stopped as asked; saved at step {step}. --resume continues")
+    elif rank == 0:
+        print(f"done: {out}/ckpt.pt")
+    runs.disconnect(device)
 
 
-# ---- data --------------------------------------------------------------------------------------
+# ---- data ----------------------------------------------------------------------------------------
 class TrainCrops(torch.utils.data.Dataset):
     """(epoch, index) -> float32 (3, size, size) in [-1, 1]: ADM's random crop, mirrored half the
-    time. The crop follows from (seed, epoch, index), so a resumed run sees exactly what an
-    uninterrupted one would."""
+    time. The crop follows from (seed, epoch, index), so a resumed run needs no stored random
+    state. An unreadable image is replaced by another one."""
 
     def __init__(self, images, size, seed):
-        self.images, self.size, self.seed, self.warned = images, size, seed, set()
+        self.images, self.size, self.seed = images, size, seed
+        self.warned = set()
 
     def __getitem__(self, key):
         rng = random.Random(f"{self.seed}/{key}")
-        index = key[1]
+        _, index = key
         for _ in range(100):
             try:
-                image = data.random_crop(self.images.load(index), self.size, rng)
-                image = image.transpose(Image.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else image
-                return vq.to_tensor(image)
+                image = self.images.load(index)
             except OSError as error:
                 if index not in self.warned:
                     print(f"warning: unreadable, another image is taken: {error}", file=sys.stderr)
                 self.warned.add(index)
                 index = rng.randrange(len(self.images))
+                continue
+            image = data.random_crop(image, self.size, rng)
+            if rng.random() < 0.5:
+                image = image.transpose(Image.FLIP_LEFT_RIGHT)
+            return vq.to_tensor(image)
         raise ValueError("100 unreadable images in a row")
 
 
-def own_group(_):
-    """For the loader's workers: torchrun signals a process and its group, and without them there is
-    no last step."""
+def load_batches(images, args, images_seen, rank, world, device):
+    """This process's share of each batch, endlessly: tensors (share, 3, H, W). Workers read ahead.
+
+    images_seen   how many images the steps before have used"""
+    share = args.batch_size // world
+    workers = args.workers
+    if workers is None:
+        workers = 8 if device.type == "cuda" else 0
+
+    def keys():
+        pairs = data.shuffled(len(images), args.seed, images_seen)
+        while True:
+            batch = [next(pairs) for _ in range(args.batch_size)]  # of (epoch, index)
+            yield batch[rank * share : (rank + 1) * share]
+
+    loader = torch.utils.data.DataLoader(
+        TrainCrops(images, args.image_size, args.seed),
+        batch_sampler=keys(),
+        num_workers=workers,
+        worker_init_fn=leave_group,
+        pin_memory=device.type == "cuda",
+    )
+    return iter(loader)
+
+
+def leave_group(_):
+    """Put a worker in a process group of its own. torchrun sends a signal to a process and its
+    group, and without workers there would be no last step."""
     os.setpgid(0, 0)
 
 
-def batches(n, seed, start, rank, world, per_rank):
-    """This process's share of every global batch, endlessly: lists of (epoch, index)."""
-    pairs = vq.shuffled(n, seed, start)
-    while True:
-        batch = [next(pairs) for _ in range(per_rank * world)]
-        yield batch[rank * per_rank : (rank + 1) * per_rank]
-
-
-def pictures_to_watch(images, args):
-    """Up to eight centre crops (n, 3, H, W), the same for a seed, less those that cannot be read.
-    Raises ValueError if none can."""
+def load_examples(images, args):
+    """Centre crops (n, 3, H, W) of up to eight images, for the pictures. The seed decides which.
+    Raises ValueError if none of them can be read."""
     crops, problem = [], None
     for i in random.Random(args.seed).sample(range(len(images)), min(8, len(images))):
         try:
             crops.append(vq.to_tensor(data.center_crop(images.load(i), args.image_size)))
-        except OSError as error:  # training will say so when it comes to this image
+        except OSError as error:  # training warns when it comes to this image
             problem = error
     if not crops:
         raise ValueError(f"--data {args.data}: none of the images tried can be read ({problem})")
     return torch.stack(crops)
 
 
-# ---- training ----------------------------------------------------------------------------------
-def main(tokenizer=vq.VQModel, configs=vq.VQ_CONFIGS):
-    """Flags, devices, data, model, optimizers, loop; for a tokenizer and its named sizes: vq.py's,
-    or those of a class that derives from it."""
-    parser, args = parse(configs)
-
-    # ---- devices, precision ---------------------------------------------------------------------
-    # torchrun starts this script once for each GPU, and tells each process its number in these
-    # variables
-    rank = int(os.environ.get("RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    check_flags(parser, args, world)
-    device = torch.device(args.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    bf16 = args.dtype == "bfloat16" if args.dtype else device.type == "cuda"
-    autocast = partial(
-        torch.autocast, device.type, torch.bfloat16, enabled=bf16
-    )  # weights stay float32
-    torch.manual_seed(args.seed)
-    out, signals = Path(args.out), runs.catch_signals()
-
-    def print0(text):
-        if rank == 0:
-            print(text, flush=True)
-
-    # ---- data -----------------------------------------------------------------------------------
-    # Images stay on disk, or are drawn when they are wanted. What does not go together is refused
-    # at once, by check_files().
-    try:
-        given = {"codebook_size": args.codebook_size, "code_dim": args.code_dim}
-        config = replace(
-            configs[args.model],
-            **{name: value for name, value in given.items() if value is not None},
-        )
-        images = data.open_images(args.data)
-        resumed = data.read_checkpoint(out / "ckpt.pt") if args.resume else None
-        init = vq.load_vq(args.init, tokenizer=tokenizer) if args.init and not resumed else None
-        check_files(args, config, resumed, init)
-        shown = pictures_to_watch(images, args)
-        perceptual = lpips.load().to(device) if args.lpips_weight else None
-        first, seen = (resumed["step"], resumed["images_seen"]) if resumed else (0, 0)
-        board = runs.open_log(out, first, args.tensorboard) if rank == 0 else None
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-
-    per_rank = args.batch_size // world  # images of a step that this process takes,
-    micro = args.micro_batch or per_rank  # so many at a time
-    max_steps = args.max_steps or math.ceil(args.epochs * len(images) / args.batch_size)
-    workers = args.workers if args.workers is not None else 8 * (device.type == "cuda")
-    loader = torch.utils.data.DataLoader(
-        TrainCrops(images, args.image_size, args.seed),
-        num_workers=workers,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=own_group,
-        batch_sampler=batches(len(images), args.seed, seen, rank, world, per_rank),
-    )
-
-    # ---- model ----------------------------------------------------------------------------------
-    if world > 1:  # the timeout: a process that waits for a dead one ends too
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=args.timeout)
-        )
-    model, disc = tokenizer(config).to(device), PatchGAN().to(device)
-    if init:
-        model.load_state_dict(init.state_dict())
-        saved = data.read_checkpoint(
-            args.init
-        )  # own and official files name the discriminator differently,
-        judge = saved.get("disc") or saved.get(
-            "discriminator"
-        )  # and released tokenizers came without theirs
-        disc.load_state_dict(judge or disc.state_dict())
-        init = saved = None  # lets go of their memory
-    for block in model.modules():
-        if args.checkpoint_activations and isinstance(block, (vq.ResBlock, vq.AttnBlock)):
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    forward = torch.compile(model) if args.compile else model
-    if (
-        world > 1
-    ):  # averages the gradients over the processes; the usage queue is each process's own
-        forward = DistributedDataParallel(
-            forward, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False
-        )
-
-    # ---- optimizers -----------------------------------------------------------------------------
-    adamw = dict(lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
-    optimizer = torch.optim.AdamW(model.parameters(), **adamw)
-    disc_optimizer = torch.optim.AdamW(disc.parameters(), **adamw)
-    ema = (
-        {name: value.clone() for name, value in model.state_dict().items()}
-        if args.ema_decay
-        else None
-    )
-    parts = {"model": model, "disc": disc, "optimizer": optimizer, "disc_optimizer": disc_optimizer}
-    if resumed:
-        for name, part in parts.items():
-            part.load_state_dict(resumed[name])
-        for name in ema or ():  # of a run that had no averages until now, they start here
-            ema[name].copy_((resumed["ema"] or resumed["model"])[name])
-        resumed = None  # lets go of its memory
-
-    print0(
-        f"torch {torch.__version__}, {world} process(es) on {device.type}, {'bfloat16' if bf16 else 'float32'}"
-    )
-    print0(
-        f"{args.model}: {sum(weight.numel() for weight in model.parameters()) / 1e6:.1f}M parameters, "
-        f"{args.image_size} pixels -> {model.codes_per_image(args.image_size)} codes of {config.codebook_size:,}"
-    )
-    print0(
-        f"{args.data}: {len(images):,} images; {max_steps:,} steps of {args.batch_size} images = "
-        f"{max_steps * args.batch_size / len(images):.1f} epochs -> {out}"
-    )
-    if first:
-        print0(f"resumed at step {first} from {out}/ckpt.pt")
-    elif args.init:
-        print0(
-            f"the first weights are those of {args.init}"
-            f"{' and its discriminator' if judge else ', which came without a discriminator: that one is new'}"
-        )
-
-    # ---- loop -----------------------------------------------------------------------------------
-    def due(every):
-        """Whether it is time for what happens every so many steps, and at the end."""
-        return every > 0 and (step % every == 0 or step == max_steps)
-
-    model.train()
-    step, stop = first, False
-    clock, clock_step = time.time(), first
-    coming = iter(loader)  # its workers read ahead
-    while step < max_steps and not stop:
-        # 1. Learning rate of this step, and its images: which they are and how they are cropped
-        #    follows from the step's
-        #    number, so that a resumed run needs no stored random state.
-        scale = min(1, (step + 1) / max(args.warmup_steps, 1))
-        if args.schedule == "cosine":
-            scale *= 0.5 * (1 + math.cos(math.pi * step / max_steps))
-        for group in optimizer.param_groups + disc_optimizer.param_groups:
-            group.update(lr=args.lr * scale, weight_decay=args.weight_decay)
-        batch = next(coming).to(device, non_blocking=True).split(micro)  # each (B, 3, H, W)
-
-        # 2. Tokenizer: forward, losses and backward over the micro-batches; gradients sync on the
-        #    last one. The
-        #    discriminator only judges here, and comes late: at first it would win against anything.
-        adversarial = args.disc_weight > 0 and step >= args.disc_start
-        disc.requires_grad_(False)
-        optimizer.zero_grad(set_to_none=True)
-        terms, restored = {}, []
-        for i, x in enumerate(batch):
-            if world > 1:
-                forward.require_backward_grad_sync = i + 1 == len(batch)
-            with autocast():
-                recon, codebook = forward(x, args.entropy_weight > 0)
-                losses = tokenizer_losses(
-                    args, x, recon, codebook, perceptual, disc if adversarial else None
-                )
-            (sum(losses.values()) / len(batch)).backward()
-            add(terms, losses, len(batch))
-            restored.append(recon.detach())
-        norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
-        optimizer.step()
-
-        # 3. Discriminator, on the same images. It is no part of DDP: its gradients are averaged
-        #    here.
-        if adversarial:
-            disc.requires_grad_(True)
-            disc_optimizer.zero_grad(set_to_none=True)
-            for x, recon in zip(batch, restored):
-                with autocast():
-                    losses = {"disc": args.disc_weight * hinge(disc(x), disc(recon))}
-                (losses["disc"] / len(batch)).backward()
-                add(terms, losses, len(batch))
-            for weight in disc.parameters() if world > 1 else ():
-                dist.all_reduce(weight.grad)
-                weight.grad /= world
-            norm = norm + 0 * nn.utils.clip_grad_norm_(
-                disc.parameters(), args.grad_clip
-            )  # NaN where this one is
-            disc_optimizer.step()
-
-        # 4. Averaged weights. They follow quickly at first: with a decay of 0.9999 from the start,
-        #    the random first
-        #    weights would be among them for ten thousand steps.
-        if ema:
-            decay = min(args.ema_decay, (1 + step) / (10 + step))
-            weights = model.state_dict()
-            names = [name for name, value in weights.items() if value.is_floating_point()]
-            torch._foreach_lerp_(
-                [ema[name] for name in names], [weights[name] for name in names], 1 - decay
-            )
-        step, seen = step + 1, seen + args.batch_size
-
-        # 5. One line, a picture, a checkpoint; but first: is all well? To learn it, the CPU waits
-        #    until a GPU has done
-        #    all its work. So it asks rarely, though always before it shows or saves something.
-        showing = any(map(due, (args.log_every, args.sample_every, args.save_every)))
-        if showing or step % 10 == 0 or step == first + 1 or device.type == "cpu":
-            finite, stop = runs.status(norm, bool(signals), world)
-            if not finite:
-                parser.exit(
-                    2,
-                    f"train_vq.py: the loss is not finite at step {step}; {out} holds the last good state. "
-                    "A lower --lr or --dtype float32 may help\n" * (rank == 0),
-                )
-        if due(args.log_every) or step == first + 1 or stop:
-            values = torch.stack([value.float() for value in terms.values()])
-            if world > 1:
-                dist.all_reduce(values)
-            seconds = (time.time() - clock) / (step - clock_step)
-            record = {
-                "step": step,
-                **dict(zip(terms, (values / world).tolist())),
-                "usage": model.quantize.usage(),
-                "lr": args.lr * scale,
-                "norm": float(norm),
-                "img_per_s": args.batch_size / seconds,
-            }
-            if rank == 0:
-                runs.log(record, out, board)
-                print_step(record, terms, seconds, max_steps)
-            clock, clock_step = time.time(), step
-        if rank == 0 and due(args.sample_every):
-            picture(model, ema, shown.to(device), out / f"recon_{step:06d}.png")
-        if rank == 0 and (due(args.save_every) or step == max_steps or stop):
-            state = {name: part.state_dict() for name, part in parts.items()}
-            state |= {
-                "ema": ema,
-                "step": step,
-                "images_seen": seen,
-                "config": asdict(config),
-                "image_size": args.image_size,
-                "args": vars(args),
-            }
-            try:
-                data.save_checkpoint(state, out / "ckpt.pt", args.keep)
-            except OSError as error:
-                parser.exit(2, f"train_vq.py: {error}\n")
-    print0(
-        f"asked to stop: saved at step {step}; --resume goes on"
-        if step < max_steps
-        else f"done: {out}/ckpt.pt"
-    )
-    if dist.is_initialized() and device.type == "cuda":
-        dist.destroy_process_group()
-    elif (
-        dist.is_initialized()
-    ):  # gloo, when it is taken down in order, hangs in one of 30 runs (torch 2.13)
-        os._exit(0)
+# ---- checkpoints, several processes --------------------------------------------------------------
+def load_init(path, tokenizer):
+    """The tokenizer of a file, and the weights of its discriminator, or None: the released files
+    have no discriminator. Files of the official training code call it "discriminator"."""
+    model = vq.load_vq(path, tokenizer=tokenizer)
+    checkpoint = files.read_checkpoint(path)
+    return model, checkpoint.get("disc") or checkpoint.get("discriminator")
 
 
-# ---- what cannot be ----------------------------------------------------------------------------
-def check_flags(parser, args, world):
-    """Refuse, with one sentence, what can be seen from the flags alone."""
-    data.within(
-        parser,
-        args,
-        image_size=(1, 8192),
-        codebook_size=(1, 2**20),
-        code_dim=(1, 4096),
-        seed=(0, 2**32),
-        batch_size=(1, 2**20),
-        micro_batch=(1, 2**20),
-        epochs=(1e-6, 1e6),
-        max_steps=(1, 1e9),
-        lr=(0, 10),
-        warmup_steps=(0, 1e9),
-        weight_decay=(0, 10),
-        grad_clip=(1e-9, 1e9),
-        ema_decay=(0, 0.9999999),
-        lpips_weight=(0, 1e6),
-        disc_weight=(0, 1e6),
-        disc_start=(0, 1e9),
-        entropy_weight=(0, 1e6),
-        sample_every=(0, 1e9),
-        log_every=(1, 1e9),
-        save_every=(0, 1e9),
-        keep=(0, 1e6),
-        workers=(0, 1024),
-        timeout=(0.01, 1e6),
-    )
-    per_rank = args.batch_size // world
-    if args.batch_size % world:
-        parser.error(
-            f"--batch-size {args.batch_size} does not split over {world} processes; "
-            f"try --batch-size {max(per_rank, 1) * world}"
-        )
-    if args.micro_batch and per_rank % args.micro_batch:
-        parser.error(
-            f"--micro-batch {args.micro_batch} does not divide the {per_rank} images of each process"
-        )
-    if args.image_size < 24 and args.disc_weight:
-        parser.error(
-            f"--image-size {args.image_size}: the discriminator needs 24 pixels; or take --disc-weight 0"
-        )
-    if args.compile and args.checkpoint_activations:
-        parser.error(
-            "--compile does not go with --checkpoint-activations; --micro-batch saves memory too"
-        )
+def restore(parts, ema, saved):
+    """Put a checkpoint's values into models, optimizers and averaged weights (None: there are
+    none). Returns (step, images seen so far)."""
+    for name, part in parts.items():
+        state = copy.deepcopy(saved[name])  # in memory, since the file will be replaced
+        if isinstance(part, torch.optim.Optimizer):  # rates and decay are those of today's flags
+            state["param_groups"] = part.state_dict()["param_groups"]
+        part.load_state_dict(state)
+    if ema:  # if until now the run had no averages, they start here
+        runs.fill(ema, saved["ema"] or saved["model"])
+    return saved["step"], saved["images_seen"]
 
 
-def check_files(args, config, resumed, init):
-    """Raise ValueError, with one sentence, if checkpoints and flags do not belong together."""
-    down, file = config.downsample, f"{args.out}/ckpt.pt"
-    if args.image_size % down:
-        raise ValueError(
-            f"--image-size {args.image_size} is not a multiple of the downsampling {down}; "
-            f"try --image-size {max(args.image_size // down, 1) * down}"
-        )
-    if not args.resume and Path(file).exists():
-        raise ValueError(
-            f"--out {args.out} holds a run; add --resume to go on with it, or choose another folder"
-        )
-    if args.resume and not (
-        isinstance(resumed, dict) and {"config", "disc", "disc_optimizer"} <= resumed.keys()
-    ):
-        raise ValueError(f"--resume: {file} was not written by train_vq.py")
-    if resumed and resumed["config"] != asdict(config):
-        raise ValueError(f"--model {args.model} is not what {file} holds: {resumed['config']}")
-    if init and init.config != config:
-        raise ValueError(
-            f"--model {args.model} is not what --init {args.init} holds: {asdict(init.config)}"
-        )
+def average_over_processes(disc, world):
+    """Average the discriminator's gradients. It is not within DDP, which expects one forward and
+    one backward pass of the same weights."""
+    if world > 1:
+        for weight in disc.parameters():
+            dist.all_reduce(weight.grad)
+            weight.grad /= world
 
 
-# ---- what a run shows --------------------------------------------------------------------------
-def print_step(record, terms, seconds, max_steps):
-    """One line. Each loss has its own place, since a sum would hide a discriminator that has
-    stalled."""
+# ---- what a run shows ----------------------------------------------------------------------------
+def describe(args, images, model, init_disc, step, max_steps):
+    """Print what is trained on what."""
+    parameters = sum(weight.numel() for weight in model.parameters())
+    T, V = model.codes_per_image(args.image_size), model.config.codebook_size
     print(
-        f"step {record['step']:06d}/{max_steps} | "
-        + " | ".join(f"{name} {record[name]:.4f}" for name in terms)
-        + f" | usage {record['usage']:.1%} | lr {record['lr']:.1e} | {record['img_per_s']:,.0f} img/s"
-        + f" | {(max_steps - record['step']) * seconds / 60:.1f} min left",
-        flush=True,
+        f"{args.model}: {parameters / 1e6:.1f}M parameters; {T} codes of {V:,} per image of "
+        f"{args.image_size} pixels"
     )
+    print(
+        f"{args.data}: {len(images):,} images; {max_steps:,} steps of {args.batch_size} images = "
+        f"{max_steps * args.batch_size / len(images):.1f} epochs -> {args.out}"
+    )
+    if step:
+        print(f"resumed at step {step}")
+    elif args.init:
+        also = " and its discriminator" if init_disc else "; the discriminator is new"
+        print(f"the first weights are those of {args.init}{also}")
 
 
 @torch.no_grad()
-def picture(model, ema, images, path):
-    """Write images above their reconstructions, with the averaged weights where there are some."""
-    shadow = type(model)(model.config).to(images.device).eval()
-    shadow.load_state_dict(ema or model.state_dict())
-    both = np.concatenate([vq.to_uint8(images), vq.to_uint8(shadow.decode(shadow.encode(images)))])
-    data.save_grid(both, path, columns=len(images))
+def picture(model, weights, images, path):
+    """Write images above their reconstructions by these weights."""
+    copied = type(model)(model.config).to(images.device).eval()
+    copied.load_state_dict(weights)
+    recons = copied.decode(copied.encode(images))
+    rows = np.concatenate([vq.to_uint8(images), vq.to_uint8(recons)])
+    data.save_grid(rows, path, columns=len(images))
     print(f"{path}: originals above, reconstructions below", flush=True)
+
+
+# ---- argument checks -----------------------------------------------------------------------------
+def check(args, config, world, path, saved, init):
+    """Raise ValueError with one sentence if flags and checkpoints do not fit together."""
+    share = args.batch_size // world
+    if args.batch_size % world:
+        raise ValueError(
+            f"--batch-size {args.batch_size} does not split over {world} processes; "
+            f"try --batch-size {max(share, 1) * world}"
+        )
+    if args.micro_batch and share % args.micro_batch:
+        raise ValueError(
+            f"--micro-batch {args.micro_batch} does not divide the {share} images of each process"
+        )
+    if args.image_size < 24 and args.disc_weight:
+        raise ValueError(
+            f"--image-size {args.image_size}: the discriminator needs 24 pixels; --disc-weight 0 "
+            "trains without it"
+        )
+    step = config.downsample
+    if args.image_size % step:
+        raise ValueError(
+            f"--image-size {args.image_size} is not a multiple of the downsampling {step}; "
+            f"try --image-size {max(args.image_size // step, 1) * step}"
+        )
+    if saved and not args.resume:
+        raise ValueError(
+            f"--out {args.out} holds a run; add --resume to continue it, or choose another folder"
+        )
+    if args.resume and not saved:
+        raise ValueError(f"--resume: {args.out} has no ckpt.pt")
+    if saved:
+        runs.check_same_run(path, saved, asdict(config), {})
+    if init and init.config != config:
+        raise ValueError(
+            f"--init {args.init} does not fit --model {args.model}: it is {asdict(init.config)}"
+        )
 
 
 if __name__ == "__main__":
@@ -624,5 +476,5 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         sys.exit(130)
-    except OSError as error:  # a full disk, say
+    except OSError as error:  # such as a full disk
         sys.exit(f"train_vq.py: {error}; the last checkpoint is untouched")

@@ -1,17 +1,20 @@
 """Judges for toy runs, where Inception would see nothing: how faithful a tokenizer is, how real
 samples are.
 
-$ python ablations/judge.py recon --ckpt runs/vq/ckpt.pt --data cifar10/test        # PSNR, share of the codebook used
+PSNR, and the share of the codebook that is used:
+$ python ablations/judge.py recon --vq runs/vq/ckpt.pt --data cifar10/test
+Accuracy and distance of samples:
 $ python ablations/judge.py samples samples.npz --data cifar10/train --net runs/judge.pt
 
 A small network learns the classes of --data once and is kept in --net. `accuracy` is how often it
-sees in a sample the class that was asked for, `distance` the Frechet distance of its features
-between samples and all images of --data. Started in a folder with changed scripts, it takes those:
-vq.py is that of the current folder. Prints one line of JSON.
+sees in a sample the class that was asked for. `distance` is the Frechet distance of its features
+between samples and all images of --data. Started in a folder with changed scripts, it takes the
+vq.py of that folder. Prints one line of JSON.
 """
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -20,10 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-sys.path[:0] = [str(Path.cwd()), str(Path(__file__).resolve().parent.parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path.cwd()))
 import evaluate
 import vq
-from nanollamagen import data
+from nanollamagen import data, files
 
 
 def pixels(images, size):
@@ -39,12 +43,14 @@ def to_input(images):
 @torch.no_grad()
 def recon(args):
     """PSNR in dB, and the share of the codebook that occurs in the codes of all images."""
-    model, images = vq.load_vq(args.ckpt), data.open_images(args.data)
-    originals, quality, codes = pixels(images, model.image_size), [], []
-    for batch in np.array_split(originals, -(-len(originals) // 100)):
-        codes.append(model.encode(to_input(batch)))
-        result = torch.from_numpy(vq.to_uint8(model.decode(codes[-1]))).permute(0, 3, 1, 2) / 255
-        quality.append(evaluate.psnr((to_input(batch) + 1) / 2, result))
+    model, images = vq.load_vq(args.vq), data.open_images(args.data)
+    originals = pixels(images, model.image_size)
+    quality, codes = [], []
+    for batch in np.array_split(originals, math.ceil(len(originals) / 100)):
+        x = to_input(batch)  # (B, 3, H, W)
+        codes.append(model.encode(x))
+        result = torch.from_numpy(vq.to_uint8(model.decode(codes[-1])))  # (B, H, W, 3)
+        quality.append(evaluate.psnr((x + 1) / 2, result.permute(0, 3, 1, 2) / 255))
     used = len(torch.cat(codes).unique()) / model.config.codebook_size
     return {"psnr": float(torch.cat(quality).mean()), "usage": used}
 
@@ -88,27 +94,29 @@ def train_network(images, labels, classes, epochs=8):
 
 
 def samples(args):
-    """Accuracy and distance of the samples in an NPZ; the network's own accuracy is on images that
-    it did not see."""
+    """Accuracy and distance of the samples in an NPZ. `judge` is the network's own accuracy, on
+    images that it did not learn from."""
     images = data.open_images(args.data)
     with np.load(args.npz, allow_pickle=False) as file:
-        drawn, wanted = to_input(file["arr_0"]), torch.from_numpy(file["labels"])
-    x, y = to_input(pixels(images, drawn.shape[-1])), torch.tensor(images.labels)
+        sampled, wanted = to_input(file["arr_0"]), torch.from_numpy(file["labels"])
+    x, y = to_input(pixels(images, sampled.shape[-1])), torch.tensor(images.labels)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    seen, unseen = order[len(x) // 10 :], order[: len(x) // 10]
-    net = network(len(images.classes))
+    test, train = order[: len(x) // 10], order[len(x) // 10 :]
     if Path(args.net).exists():
-        net.load_state_dict(data.read_checkpoint(args.net))
+        net = network(len(images.classes))
+        net.load_state_dict(files.read_checkpoint(args.net))
     else:
-        net = train_network(x[seen], y[seen], len(images.classes))
-        data.save_checkpoint(net.state_dict(), args.net)
+        net = train_network(x[train], y[train], len(images.classes))
+        files.save_checkpoint(net.state_dict(), args.net)
     net.eval()
+    features, classifier = net
     with torch.no_grad():
-        real, fake = (torch.cat([net[0](part) for part in z.split(500)]) for z in (x, drawn))
-        right = (net[1](real[unseen]).argmax(-1) == y[unseen]).float().mean()
-        agree = (net[1](fake).argmax(-1) == wanted).float().mean()
+        real = torch.cat([features(batch) for batch in x.split(500)])  # (N, 64)
+        fake = torch.cat([features(batch) for batch in sampled.split(500)])  # (M, 64)
+        right = (classifier(real[test]).argmax(-1) == y[test]).float().mean()
+        agree = (classifier(fake).argmax(-1) == wanted).float().mean()
     distance = evaluate.frechet_distance(
-        *(s for z in (real, fake) for s in evaluate.statistics(z.double().numpy()))
+        *evaluate.statistics(real.double().numpy()), *evaluate.statistics(fake.double().numpy())
     )
     return {"accuracy": float(agree), "distance": float(distance), "judge": float(right)}
 
@@ -119,17 +127,18 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = p.add_subparsers(required=True)
-    for run in (recon, samples):
-        command = commands.add_parser(run.__name__, help=run.__doc__)
-        command.set_defaults(run=run)
-        command.add_argument("--data", required=True, help="a folder of class folders, or shapes:N")
-        if run is recon:
-            command.add_argument("--ckpt", required=True, help="tokenizer checkpoint")
-        else:
-            command.add_argument("npz", help="NPZ of sample.py --num-samples")
-            command.add_argument(
-                "--net", default="runs/judge.pt", help="the network's weights, made if missing"
-            )
+    c = commands.add_parser("recon", help=recon.__doc__)
+    c.set_defaults(run=recon)
+    c.add_argument("--data", required=True, help="a folder of class folders, or shapes:N")
+    tokenizer = c.add_mutually_exclusive_group(required=True)
+    tokenizer.add_argument("--vq", help="tokenizer checkpoint")
+    tokenizer.add_argument("--ckpt", dest="vq", help=argparse.SUPPRESS)  # the old name
+
+    c = commands.add_parser("samples", help=samples.__doc__)
+    c.set_defaults(run=samples)
+    c.add_argument("npz", help="NPZ of sample.py --num-samples")
+    c.add_argument("--data", required=True, help="a folder of class folders, or shapes:N")
+    c.add_argument("--net", default="runs/judge.pt", help="the network's weights, made if missing")
     args = p.parse_args()
     try:
         print(json.dumps(args.run(args)))

@@ -11,28 +11,19 @@ from PIL import Image, ImageDraw, ImageFont
 
 HERE = Path(__file__).resolve().parent
 ASSETS = HERE.parent / "assets"
+# Of a measure: its words, its decimals.
 NAMES = {
     "val_loss": ("validation loss", 4),
     "psnr": ("PSNR", 2),
     "usage": ("codebook used", 3),
     "accuracy": ("accuracy", 3),
     "distance": ("distance", 2),
-}  # of a measure: its words, its decimals
-STUDENT = {
-    1: 12.7,
-    2: 4.30,
-    3: 3.18,
-    4: 2.78,
-    5: 2.57,
-    6: 2.45,
-    7: 2.36,
-    8: 2.31,
-    9: 2.26,
-    10: 2.23,
-    11: 2.20,
-    12: 2.18,
-    13: 2.16,
-}  # 95% of t lie within; by degrees of freedom
+}
+# By degrees of freedom, the |t| below which Student's distribution has 95% of its mass.
+# fmt: off
+STUDENT = {1: 12.7, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26,
+           10: 2.23, 11: 2.20, 12: 2.18, 13: 2.16}
+# fmt: on
 COLOURS = ["#1b6ca8", "#d1495b", "#3a7d44", "#edae49", "#6f4c9b"]
 
 
@@ -75,34 +66,41 @@ def variants(rows, idea):
 
 def spread(rows, ideas):
     """How far differences between ablation and baseline scatter from seed to seed: {(stage,
-    measure): (standard deviation, degrees of freedom)}, pooled over all ablations, since two or
-    three seeds of one say little."""
+    measure): (standard deviation, degrees of freedom)}. It is pooled over all ablations, because
+    two or three seeds of one say little."""
     found = {}
     for idea in ideas:
         for _, variant in variants(rows, idea):
             both = pairs(rows, variant)
-            for name in NAMES if len(both) > 1 else ():
+            for name in NAMES:
                 values = [b[name] - a[name] for a, b in both if name in a and name in b]
-                squares, freedom = found.get((idea["stage"], name), (0, 0))
                 if len(values) > 1:
+                    squares, freedom = found.get((idea["stage"], name), (0, 0))
                     new = statistics.variance(values) * (len(values) - 1)
                     found[idea["stage"], name] = squares + new, freedom + len(values) - 1
     return {key: ((squares / freedom) ** 0.5, freedom) for key, (squares, freedom) in found.items()}
 
 
 def verdict(expected, difference, error, freedom):
-    """A few honest words on a difference; `expected` is higher, lower, same, or nothing in
-    particular. It counts as seen where zero lies outside of the difference's 95% interval."""
+    """A few honest words on a difference. `expected` is higher, lower, same, or nothing in
+    particular. The difference counts if zero is outside of its 95% interval."""
     if error is None:
         return "one seed: no error known"
     if abs(difference) <= STUDENT.get(freedom, 2.3) * error:
-        return (
-            "agrees: no difference to be seen"
-            if expected == "same"
-            else "cannot be seen at this size"
-        )
-    seen = "higher" if difference > 0 else "lower"
-    return f"{seen}: {'agrees' if seen == expected else 'does not agree'}" if expected else seen
+        if expected == "same":
+            return "agrees: no difference to be seen"
+        return "cannot be seen at this size"
+    direction = "higher" if difference > 0 else "lower"
+    if not expected:
+        return direction
+    return f"{direction}: {'agrees' if direction == expected else 'does not agree'}"
+
+
+def error_of(differences, deviation):
+    """The error of a mean difference over seeds: their own, or that of all ablations if it is
+    larger. Some scatter more than others."""
+    own = mean_and_error(differences)[1] or 0
+    return max(own, deviation / len(differences) ** 0.5)
 
 
 def lines_of(rows, idea, scatter):
@@ -110,36 +108,34 @@ def lines_of(rows, idea, scatter):
     changed = f"+{idea['added']} -{idea['removed']}" if idea["added"] else "flags"
     head = f"| [{idea['name']}]({idea['path'].name}) | {changed} |"
     found = variants(rows, idea)
-    if not found or idea["stage"] == "sample":
-        return [
-            f"{head} | {'see the picture' if found else 'not run'} | | | | | |"
-        ]  # nothing to compare with
-    out = []
+    if found and idea["stage"] == "sample":  # there is no baseline to compare with
+        return [f"{head} | see the picture | | | | | |"]
+    lines = []
     for flags, variant in found:
-        for name in [name for name in idea["measure"] if name in NAMES]:
+        for name in idea["measure"]:
             both = [pair for pair in pairs(rows, variant) if name in pair[0] and name in pair[1]]
-            if not both:
+            if name not in NAMES or not both:
                 continue
             words, decimals = NAMES[name]
-            base, mine = ([pair[i][name] for pair in both] for i in (0, 1))
+            base, mine = [a[name] for a, _ in both], [b[name] for _, b in both]
             difference = statistics.mean(mine) - statistics.mean(base)
             deviation, freedom = scatter.get((idea["stage"], name), (None, 0))
-            own = mean_and_error([b - a for a, b in zip(base, mine)])[1] or 0
-            error = (
-                None if deviation is None else max(own, deviation / len(both) ** 0.5)
-            )  # some scatter more
-            expected = idea["expect"].split()[0].strip(":,;") if name == idea["measure"][0] else ""
+            error = None
+            if deviation is not None:
+                error = error_of([b - a for a, b in zip(base, mine)], deviation)
+            first = name == idea["measure"][0]  # what is expected is about the first measure
+            expected = idea["expect"].split()[0].strip(":,;") if first else ""
             expected = expected if expected in ("higher", "lower", "same") else ""
             cells = [
-                f"`{flags}`" if flags and name == idea["measure"][0] else "",
+                f"`{flags}`" if flags and first else "",
                 f"{words} {written(*mean_and_error(base), decimals)}",
                 written(*mean_and_error(mine), decimals),
                 written(difference, error, decimals, "+"),
                 str(len(both)),
                 verdict(expected, difference, error, freedom),
             ]
-            out.append(f"{'| | |' if out else head} {' | '.join(cells)} |")
-    return out or [f"{head} | not run | | | | | |"]
+            lines.append(f"{'| | |' if lines else head} {' | '.join(cells)} |")
+    return lines or [f"{head} | not run | | | | | |"]
 
 
 # ---- pictures, drawn at twice their size and halved at the end ---------------------------------
@@ -195,23 +191,23 @@ def scaling(points, path):
     power_law's."""
     a, b, r = power_law(*zip(*points))
     image, draw = blank(640, 400)
-    (x0, x1), (y0, y1) = ([math.log(f(p[i] for p in points)) for f in (min, max)] for i in (0, 1))
+    x = [math.log(size) for size, _ in points]
+    y = [math.log(loss) for _, loss in points]
 
     def place(size, loss):
-        return 220 + 860 * (math.log(size) - x0) / (x1 - x0), 640 - 460 * (math.log(loss) - y0) / (
-            y1 - y0
-        )
+        right = (math.log(size) - min(x)) / (max(x) - min(x))
+        up = (math.log(loss) - min(y)) / (max(y) - min(y))
+        return 220 + 860 * right, 640 - 460 * up
 
     title = f"validation loss = {a:.3g} x weights^({b:.4f}); correlation of the logarithms {r:.3f}"
     draw.text((40, 50), title, "#333", FONT, "lm")
     draw.line([place(size, a * size**b) for size, _ in points], COLOURS[1], 4)
     for size, loss in points:
-        x, y = place(size, loss)
-        dot(draw, x, y, COLOURS[0])
-        draw.text((x, 720), f"{size / 1e6:.2g}M", "#777", FONT, "mm")
-        draw.text(
-            (x + 24, y + (28 if loss < a * size**b else -28)), f"{loss:.3f}", "#333", FONT, "lm"
-        )
+        px, py = place(size, loss)
+        dot(draw, px, py, COLOURS[0])
+        draw.text((px, 720), f"{size / 1e6:.2g}M", "#777", FONT, "mm")
+        below = 28 if loss < a * size**b else -28  # on the side away from the line
+        draw.text((px + 24, py + below), f"{loss:.3f}", "#333", FONT, "lm")
     save(image, path)
     return a, b, r
 
@@ -220,15 +216,15 @@ def guidance(cells, path):
     """Distance and accuracy over guidance, a line for each top-k: cells are (scale, k, distance,
     accuracy)."""
     image, draw = blank(1120, 420)
-    scales, ks = (sorted({cell[i] for cell in cells}) for i in (0, 1))
+    scales, ks = sorted({cell[0] for cell in cells}), sorted({cell[1] for cell in cells})
     for left, what, title in ((160, 2, "distance of samples"), (1280, 3, "accuracy of samples")):
-        low, high = (f(cell[what] for cell in cells) for f in (min, max))
+        values = [cell[what] for cell in cells]
+        low, high = min(values), max(values)
         draw.text((left, 50), f"{title} over guidance; top-k:", "#333", FONT, "lm")
         for n in range(5):
-            draw.line((left, 700 - 140 * n, left + 840, 700 - 140 * n), "#ddd", 2)
-            draw.text(
-                (left - 16, 700 - 140 * n), f"{low + n / 4 * (high - low):.3g}", "#777", FONT, "rm"
-            )
+            y = 700 - 140 * n
+            draw.line((left, y, left + 840, y), "#ddd", 2)
+            draw.text((left - 16, y), f"{low + n / 4 * (high - low):.3g}", "#777", FONT, "rm")
         middle = {scale: left + 840 * (i + 0.5) / len(scales) for i, scale in enumerate(scales)}
         for scale, x in middle.items():
             draw.text((x, 760), f"{scale:g}", "#777", FONT, "mm")
@@ -247,7 +243,7 @@ def guidance(cells, path):
 
 # ---- all of it ---------------------------------------------------------------------------------
 def write(results, ideas):
-    """Replace the table in README.md and draw the pictures. Raises ValueError where nothing was
+    """Replace the table in README.md and draw the pictures. Raises ValueError if nothing was
     measured."""
     if not results.exists():
         raise ValueError(f"--results {results}: no such file; nothing was measured yet")
@@ -257,69 +253,69 @@ def write(results, ideas):
         key=lambda idea: (idea["stage"] != "gpt", idea["stage"], idea["path"].suffix),
     )
     scatter = spread(rows, ordered)
-    words = ["ablation", "what changes", "from", "reported there", "expected"]
-    about = [f"| {' | '.join(words)} |", "|---" * len(words) + "|"]
-    about += [
-        f"| [{idea['name']}]({idea['path'].name}) | {idea['title']} | {idea['source']} | {idea['reported']} | "
-        f"{idea['expect']} |"
-        for idea in ordered
-    ]
-    words = ["ablation", "lines", "flags", "baseline", "with it", "difference", "seeds", "verdict"]
-    table = [f"| {' | '.join(words)} |", "|---" * len(words) + "|"]
-    for idea in ordered:
-        table += lines_of(rows, idea, scatter)
     readme = HERE / "README.md"
+    lines = tables(rows, ordered, scatter)
     before, _, rest = readme.read_text().partition("<!-- table -->\n")
     after = rest.partition("<!-- /table -->\n")[2]
-    readme.write_text(
-        f"{before}<!-- table -->\n"
-        + "\n".join([*table, "", *about])
-        + f"\n<!-- /table -->\n{after}"
-    )
+    table = "\n".join(lines)
+    readme.write_text(f"{before}<!-- table -->\n{table}\n<!-- /table -->\n{after}")
 
     panels = []
-    for title, more, stage, name in (
-        ("validation loss, ablation - baseline", False, "gpt", "val_loss"),
-        ("PSNR in dB, ablation - baseline", True, "vq", "psnr"),
-    ):
-        deviation, _ = scatter.get((stage, name), (0, 0))
-        items = []
-        for idea in ideas.values():
-            for flags, variant in (
-                variants(rows, idea) if idea["stage"] == stage and name in idea["measure"] else ()
-            ):
-                both = pairs(rows, variant)
-                values = [b[name] - a[name] for a, b in both]
-                label = idea["name"] + (f" {flags.split()[-1]}" if len(idea["flags"]) > 1 else "")
-                error = max(
-                    mean_and_error(values)[1] or 0, deviation / len(values) ** 0.5
-                )  # as in the table
-                items.append((label, statistics.mean(values), error))
-        panels += [(title, more, items)] if items else []
+    title = "validation loss, ablation - baseline"
+    if items := differences(rows, ideas, scatter, "gpt", "val_loss"):
+        panels.append((title, False, items))
+    title = "PSNR in dB, ablation - baseline"
+    if items := differences(rows, ideas, scatter, "vq", "psnr"):
+        panels.append((title, True, items))
     if panels:
         bars(panels, ASSETS / "ablations.png")
 
     sizes = [variant for _, variant in variants(rows, ideas["model_size"])]
     if sizes:
-        sizes.append([a for a, _ in pairs(rows, sizes[0])])
-        points = sorted(
-            (v[0]["parameters"], statistics.mean(r["val_loss"] for r in v)) for v in sizes
-        )
-        print(
-            "loss = {:.4g} * weights^{:.4f}, correlation {:.4f}".format(
-                *scaling(points, ASSETS / "scaling.png")
-            )
-        )
+        sizes.append([base for base, _ in pairs(rows, sizes[0])])
+        points = []
+        for variant in sizes:
+            loss = statistics.mean(row["val_loss"] for row in variant)
+            points.append((variant[0]["parameters"], loss))
+        a, b, r = scaling(sorted(points), ASSETS / "scaling.png")
+        print(f"loss = {a:.4g} * weights^{b:.4f}, correlation {r:.4f}")
+
     cells = []
     for flags, variant in variants(rows, ideas["guidance"]):
-        scale, k = (float(word) for word in flags.split()[1::2])
-        cells.append(
-            (
-                scale,
-                k,
-                *(statistics.mean(r[name] for r in variant) for name in ("distance", "accuracy")),
-            )
-        )
+        _, scale, _, k = flags.split()  # --cfg-scale 2 --top-k 64
+        distance = statistics.mean(row["distance"] for row in variant)
+        accuracy = statistics.mean(row["accuracy"] for row in variant)
+        cells.append((float(scale), float(k), distance, accuracy))
     if cells:
         guidance(cells, ASSETS / "guidance.png")
-    print(f"{readme}: {len(table) - 2} lines from {len(rows)} runs; the pictures are in {ASSETS}")
+    print(f"{readme}: a table from {len(rows)} runs; the pictures are in {ASSETS}")
+
+
+def tables(rows, ideas, scatter):
+    """The lines of both tables: what was measured, and what each ablation is about."""
+    words = ["ablation", "lines", "flags", "baseline", "with it", "difference", "seeds", "verdict"]
+    lines = [f"| {' | '.join(words)} |", "|---" * len(words) + "|"]
+    for idea in ideas:
+        lines += lines_of(rows, idea, scatter)
+    words = ["ablation", "what changes", "from", "reported there", "expected"]
+    lines += ["", f"| {' | '.join(words)} |", "|---" * len(words) + "|"]
+    for idea in ideas:
+        cells = [f"[{idea['name']}]({idea['path'].name})", idea["title"], idea["source"]]
+        lines.append(f"| {' | '.join([*cells, idea['reported'], idea['expect']])} |")
+    return lines
+
+
+def differences(rows, ideas, scatter, stage, name):
+    """What bars() draws of one measure: [(label, difference, error)]."""
+    deviation, _ = scatter.get((stage, name), (0, 0))
+    items = []
+    for idea in ideas.values():
+        if idea["stage"] != stage or name not in idea["measure"]:
+            continue
+        for flags, variant in variants(rows, idea):
+            values = [mine[name] - base[name] for base, mine in pairs(rows, variant)]
+            label = idea["name"]
+            if len(idea["flags"]) > 1:
+                label += f" {flags.split()[-1]}"
+            items.append((label, statistics.mean(values), error_of(values, deviation)))
+    return items

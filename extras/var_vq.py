@@ -1,11 +1,13 @@
 """VAR's tokenizer (arXiv:2404.02905, section 3.2): an image as ever finer grids of codes, each of
-what is left over.
+what the coarser ones left over.
 
-extras/train_var.py trains it, in train_vq.py's own loop; extras/var.py draws with it.
+extras/train_var.py trains it, in train_vq.py's own loop; extras/var.py samples with it. The file in
+order: sizes, quantizer, tokenizer, released files.
 """
 
-# Shapes:  B images   S scales, the s-th a grid of p x p codes   L codes of an image, the sum of all p * p
-#          h, w the latent grid, as the last scale   V codebook entries   D code dimension
+# Shapes:  B images   S scales, the s-th a grid of p x p codes   L codes per image, the sum of all
+#          p * p   h, w the latent grid, which is the last scale   V codebook entries
+#          D code dimension
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,175 +20,153 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts at the top
 import vq
 
+# ---- sizes -------------------------------------------------------------------------------------
 SCALES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)  # 680 codes
 SCALES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)  # 2,240 codes
 
 
 @dataclass
 class ScaleVQConfig(vq.VQConfig):
-    """What fixes the shapes of a tokenizer. The defaults are VAR's as released (109M
-    parameters)."""
+    """What fixes the shapes of a tokenizer. The defaults are VAR's as released, 109M parameters."""
 
     ch: int = 160
     z_channels: int = 32
     codebook_size: int = 4096
     code_dim: int = 32
-    scales: tuple = (
-        SCALES_256  # rows (= columns) of codes at each scale; the last one is the latent grid
-    )
+    scales: tuple = SCALES_256  # rows = columns of codes at each; the last is the latent grid
 
 
+SMALL = dict(ch=32, ch_mult=(1, 1, 2), res_blocks=1, z_channels=64)  # 0.9M, for laptops
 TOKENIZERS = {
     "VAR-256": ScaleVQConfig(),
     "VAR-512": ScaleVQConfig(scales=SCALES_512),
-    "VAR-demo": ScaleVQConfig(
-        ch=32,
-        ch_mult=(1, 1, 2),
-        res_blocks=1,
-        z_channels=64,
-        codebook_size=256,
-        code_dim=8,
-        scales=(1, 2, 3, 4, 6),
-    ),  # for 24 pixels
-    "VAR-32": ScaleVQConfig(
-        ch=32,
-        ch_mult=(1, 1, 2),
-        res_blocks=1,
-        z_channels=64,
-        codebook_size=512,
-        code_dim=16,
-        scales=(1, 2, 3, 4, 6, 8),
-    ),  # for 32 pixels
-}
+    "VAR-demo": ScaleVQConfig(**SMALL, codebook_size=256, code_dim=8, scales=(1, 2, 3, 4, 6)),
+    "VAR-32": ScaleVQConfig(**SMALL, codebook_size=512, code_dim=16, scales=(1, 2, 3, 4, 6, 8)),
+}  # VAR-demo is for 24 pixels, VAR-32 for 32
 
 
+# ---- quantizer ---------------------------------------------------------------------------------
 class ScaleQuantizer(nn.Module):
     """Latents as a sum of S upsampled grids of codes, coarse to fine; each scale quantizes what the
     ones before it left over (paper, algorithms 1 and 2)."""
 
     def __init__(self, config):
         super().__init__()
-        self.embedding = nn.Embedding(config.codebook_size, config.code_dim)
-        nn.init.uniform_(
-            self.embedding.weight, -(config.code_dim**-0.5) / 36, config.code_dim**-0.5 / 36
-        )
-        # four convolutions, φ, mend what upsampling blurs; neighbouring scales share one
-        convs = nn.ModuleList(
-            nn.Conv2d(config.code_dim, config.code_dim, 3, padding=1) for _ in range(4)
-        )
+        V, D = config.codebook_size, config.code_dim
+        self.embedding = nn.Embedding(V, D)
+        nn.init.uniform_(self.embedding.weight, -(D**-0.5) / 36, D**-0.5 / 36)
+        # four convolutions, φ, sharpen what upsampling blurs; neighbouring scales share one
+        convs = nn.ModuleList(nn.Conv2d(D, D, 3, padding=1) for _ in range(4))
         self.quant_resi = nn.ModuleDict({"qresi_ls": convs})
-        self.register_buffer(
-            "ema_vocab_hit_SV", torch.zeros(len(config.scales), config.codebook_size)
-        )
-        self.visits, self.positions = (
-            0,
-            0,
-        )  # scales counted in training; B * h * w of the last batch
+        self.register_buffer("ema_vocab_hit_SV", torch.zeros(len(config.scales), V))
+        self.visits = 0  # scales counted in training
+        self.positions = 0  # B * h * w of the last batch
         self.use(config.scales)
 
     def use(self, scales):
         """Set the scales. No weight depends on them, so the released tokenizer serves 256 and 512
         pixels."""
         self.scales = tuple(scales)
-        # Which φ a scale takes: the nearest of four ticks. For ten scales, two lie half-way between
-        # ticks, and the rounding of NumPy's float64 decides; float32 or exact arithmetic would
+        # Which φ a scale takes: the nearest of four ticks. Two of ten scales lie half-way between
+        # ticks, where the rounding of NumPy's float64 decides. Float32 or exact arithmetic would
         # change half of all codes.
-        ticks, last = np.linspace(1 / 12, 11 / 12, 4), max(len(scales) - 1, 1)
+        ticks = np.linspace(1 / 12, 11 / 12, 4)
+        last = max(len(scales) - 1, 1)
         self.phi = [int(np.argmin(np.abs(ticks - s / last))) for s in range(len(scales))]
 
     def shrink(self, f, s):
         """Latents (B, D, h, w) at the size of scale s: (B, D, p, p)."""
-        return (
-            f
-            if s == len(self.scales) - 1
-            else F.interpolate(f, (self.scales[s], self.scales[s]), mode="area")
-        )
+        if s == len(self.scales) - 1:
+            return f
+        p = self.scales[s]
+        return F.interpolate(f, (p, p), mode="area")
 
     def embed(self, codes, s):
         """Codes (B, p * p) of scale s -> their entries (B, D, p, p)."""
-        return self.embedding(codes).transpose(1, 2).unflatten(2, (self.scales[s], self.scales[s]))
+        p = self.scales[s]
+        return self.embedding(codes).transpose(1, 2).unflatten(2, (p, p))
 
     def grow(self, entries, s):
-        """What entries (B, D, p, p) of scale s add to the latents: (B, D, h, w), upsampled, then
-        half mended by φ."""
+        """What entries (B, D, p, p) of scale s add to the latents: (B, D, h, w). They are
+        upsampled, then half of them goes through φ."""
         side = self.scales[-1]
         if s < len(self.scales) - 1:
             entries = F.interpolate(entries, (side, side), mode="bicubic")
-        return 0.5 * entries + 0.5 * self.quant_resi.qresi_ls[self.phi[s]](entries)
+        phi = self.quant_resi.qresi_ls[self.phi[s]]
+        return 0.5 * entries + 0.5 * phi(entries)
 
     def nearest(self, z):
         """Vectors (B, D, p, p) -> codes (B, p * p) of the nearest entries: plain distance, not
-        vq.py's cosine. In chunks, because all B * p * p * V distances at once would fill
-        gigabytes."""
-        rows, book = z.flatten(2).transpose(1, 2).flatten(0, 1), self.embedding.weight.detach()
-        squares = book.square().sum(1)  # of the row's own square every entry has the same
-        chunk = max(1, 2**24 // len(book))
+        vq.py's cosine."""
+        rows = z.flatten(2).transpose(1, 2).flatten(0, 1)  # (B * p * p, D)
+        book = self.embedding.weight.detach()
+        squares = book.square().sum(1)  # the row's own square is the same for every entry
+        chunk = max(1, 2**24 // len(book))  # all B * p * p * V distances would fill gigabytes
         codes = [
-            torch.addmm(squares, part, book.T, alpha=-2).argmin(1) for part in rows.split(chunk)
+            torch.addmm(squares, some, book.T, alpha=-2).argmin(1) for some in rows.split(chunk)
         ]
         return torch.cat(codes).view(len(z), -1)
 
     def forward(self, f, entropy=False):
-        """f (B, D, h, w) float32 -> quantized (B, D, h, w), losses {vq, commit, entropy}, codes (B,
-        L).
+        """f (B, D, h, w) float32 -> quantized (B, D, h, w), losses {vq, commit, entropy}, codes
+        (B, L).
 
-        Gradients pass straight through. The losses are means over the scales: every partial sum is
-        drawn to f. `entropy` is vq.py's; here it is always 0."""
-        if f.shape[2:] != (self.scales[-1], self.scales[-1]):
+        Gradients pass straight through. The losses are means over the scales, because every partial
+        sum is pulled to f. `entropy` is vq.py's; here it is always 0."""
+        S, side = len(self.scales), self.scales[-1]
+        if f.shape[2:] != (side, side):
             raise ValueError(
-                f"the scales {self.scales} do not end at the latent grid, {f.shape[2]} x {f.shape[3]}"
+                f"the scales {self.scales} do not end at the latent grid, "
+                f"{f.shape[2]} x {f.shape[3]}"
             )
-        rest, f_hat, codes, S = f.detach(), torch.zeros_like(f), [], len(self.scales)
+        rest = f.detach()  # what the scales so far left over
+        f_hat = torch.zeros_like(f)  # their sum
+        codes = []
         losses = dict.fromkeys(("vq", "commit", "entropy"), f.new_zeros(()))
         for s in range(S):
             codes.append(self.nearest(self.shrink(rest, s)))
             grown = self.grow(self.embed(codes[-1], s), s)
-            f_hat, rest = f_hat + grown, rest - grown.detach()
+            f_hat = f_hat + grown
+            rest = rest - grown.detach()
             losses["vq"] = losses["vq"] + F.mse_loss(f_hat, f.detach()) / S
             losses["commit"] = losses["commit"] + 0.25 * F.mse_loss(f_hat.detach(), f) / S
         if self.training:
             self.count(codes, f)
-            # few scales leave a φ out; DDP waits for the gradient of every parameter, so it gets
-            # one of zeros
-            idle = [conv for i, conv in enumerate(self.quant_resi.qresi_ls) if i not in self.phi]
-            losses["vq"] = losses["vq"] + 0 * sum(
-                q.sum() for conv in idle for q in conv.parameters()
-            )
+            # Few scales leave a φ out. DDP waits for the gradient of every parameter, so those of
+            # an idle φ get zeros.
+            for i, conv in enumerate(self.quant_resi.qresi_ls):
+                if i not in self.phi:
+                    losses["vq"] = losses["vq"] + 0 * (conv.weight.sum() + conv.bias.sum())
         return f + (f_hat - f).detach(), losses, torch.cat(codes, 1)
 
     @torch.no_grad()
     def count(self, codes, f):
-        """Follow how often each scale takes each entry, by a moving average over (scale) visits as
-        the official one."""
+        """Follow how often each scale takes each entry, by the official moving average over visits
+        of scales."""
         self.positions = f.numel() // f.shape[1]
-        self.visits = self.visits or 100 * bool(
-            self.ema_vocab_hit_SV.any()
-        )  # goes on, when resumed, as after 100
-        for hits, some in zip(self.ema_vocab_hit_SV, codes):
+        if self.visits == 0 and self.ema_vocab_hit_SV.any():  # a resumed run has had a hundred
+            self.visits = 100
+        for hits, codes_of_scale in zip(self.ema_vocab_hit_SV, codes):
             decay = 0 if self.visits == 0 else 0.9 if self.visits < 100 else 0.99
-            hits.lerp_(torch.bincount(some.flatten(), minlength=len(hits)).float(), 1 - decay)
+            counts = torch.bincount(codes_of_scale.flatten(), minlength=len(hits)).float()
+            hits.lerp_(counts, 1 - decay)
             self.visits += 1
 
-    def usage_of_scales(self):
-        """Fraction of the codebook that each scale uses (S,): entries hit at least 0.08 times as
-        often as they would be by B * h * w even draws. A coarse scale has few positions and cannot
+    def used(self):
+        """Which entries each scale uses, bool (S, V): those hit at least 0.08 times as often as if
+        all B * h * w positions took each entry equally. A coarse scale has few positions and cannot
         use all. Counts this process's images."""
-        return (
-            (self.ema_vocab_hit_SV >= 0.08 * self.positions / len(self.embedding.weight))
-            .float()
-            .mean(1)
-        )
+        return self.ema_vocab_hit_SV >= 0.08 * self.positions / len(self.embedding.weight)
 
     def usage(self):
         """Fraction of the codebook that some scale uses."""
-        used = self.ema_vocab_hit_SV >= 0.08 * self.positions / len(self.embedding.weight)
-        return float(used.any(0).float().mean())
+        return float(self.used().any(0).float().mean())
 
     def sums(self, codes):
         """Codes (B, L) -> the latents after each scale in turn, (B, D, h, w) each."""
         f_hat = 0
-        for s, some in enumerate(codes.split([p * p for p in self.scales], dim=1)):
-            f_hat = f_hat + self.grow(self.embed(some, s), s)
+        for s, codes_of_scale in enumerate(codes.split([p * p for p in self.scales], dim=1)):
+            f_hat = f_hat + self.grow(self.embed(codes_of_scale, s), s)
             yield f_hat
 
     @torch.no_grad()
@@ -194,16 +174,18 @@ class ScaleQuantizer(nn.Module):
         """Codes (B, L) -> what the transformer reads (B, L - 1, D): at the positions of each scale
         but the first, the sum of all scales before it, shrunk to its size."""
         sums = list(self.sums(codes))[:-1]
-        return torch.cat(
-            [self.shrink(f_hat, s).flatten(2) for s, f_hat in enumerate(sums, 1)], 2
-        ).transpose(1, 2)
+        shrunk = [self.shrink(f_hat, s).flatten(2) for s, f_hat in enumerate(sums, 1)]
+        return torch.cat(shrunk, 2).transpose(1, 2)
 
 
+# ---- tokenizer ---------------------------------------------------------------------------------
 class ScaleVQ(vq.VQModel):
-    """vq.py's encoder and decoder around the quantizer above; train_vq.py's loop trains it as any
+    """vq.py's encoder and decoder around the quantizer above. train_vq.py's loop trains it like any
     other tokenizer."""
 
-    config_class, multi_scale, released_config = ScaleVQConfig, True, TOKENIZERS["VAR-256"]
+    config_class = ScaleVQConfig
+    multi_scale = True
+    released_config = TOKENIZERS["VAR-256"]
 
     def __init__(self, config):
         super().__init__(config)
@@ -239,18 +221,17 @@ class ScaleVQ(vq.VQModel):
 
     @classmethod
     def released(cls, state):
-        """Config and weights, under our names, of the released file: blocks have other names there,
-        and q, k and v of an attention block stand in one tensor there."""
-        out = {}
+        """Config and weights, under our names, of the released file. Its blocks have other names,
+        and it keeps q, k and v of an attention block in one tensor."""
+        weights = {}
         for name, value in state.items():
+            ours = our_name(name)
             if ".qkv." in name:
-                out |= {
-                    released_name(name).replace("qkv", part): x
-                    for part, x in zip("qkv", value.chunk(3))
-                }
+                for part, third in zip("qkv", value.chunk(3)):
+                    weights[ours.replace("qkv", part)] = third
             else:
-                out[released_name(name)] = value
-        return cls.released_config, out
+                weights[ours] = value
+        return cls.released_config, weights
 
 
 class ScaleVQ512(ScaleVQ):
@@ -259,30 +240,35 @@ class ScaleVQ512(ScaleVQ):
     released_config = TOKENIZERS["VAR-512"]
 
 
-def released_name(name):
+# ---- released files ----------------------------------------------------------------------------
+def our_name(name):
     """A name of the released tokenizer -> ours."""
-    words = (
-        name.replace(".block.", ".res.")
-        .replace("mid.block_1", "mid.0")
-        .replace("mid.attn_1", "mid.1")
-        .replace("mid.block_2", "mid.2")
-        .split(".")
-    )
-    if words[1] in ("down", "up"):  # the decoder's levels are numbered from the finest one there
-        words[2] = words[2] if words[1] == "down" else str(4 - int(words[2]))
+    for theirs, ours in (
+        (".block.", ".res."),
+        ("mid.block_1", "mid.0"),
+        ("mid.attn_1", "mid.1"),
+        ("mid.block_2", "mid.2"),
+    ):
+        name = name.replace(theirs, ours)
+    words = name.split(".")
+    if words[1] == "down":
         words[1] = "conv_blocks"
+    elif words[1] == "up":  # the decoder's levels are numbered from the finest one there
+        words[1:3] = ["conv_blocks", str(4 - int(words[2]))]
     return ".".join(words)
 
 
 def load_tokenizer(path, device="cpu", scales=None):
-    """A tokenizer from a released file or one of train_var.py's, as vq.load_vq. scales: those of
-    the transformer that it is for; the released tokenizer takes either set of released ones. Raises
-    OSError or ValueError with one sentence."""
+    """A tokenizer from a released file or one of train_var.py's, as vq.load_vq. `scales` are those
+    of the transformer that it is for; the released tokenizer takes either set of released ones.
+    Raises OSError or ValueError that names the file."""
     model = vq.load_vq(path, device, ScaleVQ)
-    own, scales = model.config.scales, scales or model.config.scales
+    own = model.config.scales
+    scales = scales or own
     if scales != own and not {own, scales} <= {SCALES_256, SCALES_512}:
         raise ValueError(
-            f"{path} has the scales {own}, but the transformer {scales}; they do not belong together"
+            f"{path} has the scales {own}, but the transformer {scales}; "
+            "they do not belong together"
         )
     model.quantize.use(scales)
     return model

@@ -1,18 +1,17 @@
-"""Several codes of an image at once: the same picture as sample.py's, in fewer steps. This pays for
-one image at a time, where a step with eight codes takes little longer than a step with one.
+"""Sample one image faster: several codes at once, the same picture as sample.py in fewer steps.
 
-$ python extras/window.py --vq runs/vq/ckpt.pt --gpt runs/gpt/ckpt.pt --classes star --window 8
-$ python extras/window.py --pretrained t2i-256 --prompt "a red fox in the snow" --out fox.png
+$ python extras/window.py --vq CKPT --gpt CKPT --classes star --window 8 --out window.png
 
-The next W codes are guesses. They are fed together, and the code after each is chosen again,
-with the noise of its place. The first of these is final: it is what sample.py chooses. If it equals
-the guess, then what was fed next was right, and the second is final too, and so on. The others are
-better guesses for the next step (Jacobi iteration, with noise that is fixed for each code: Teng et
-al., arXiv:2410.01699).
+Flags, seeds and pictures are those of sample.py. Several classes or captions are sampled one image
+after the other. A step of one image mostly waits for the weights to be read, so eight codes take
+little longer than one. A batch of images uses that time already: there sample.py is faster.
+
+A code follows from the codes before it and from its own noise, which is fixed: it never changes
+from step to step. So a step may guess the next codes, and the following step tells which were
+right. This is Jacobi iteration (Teng et al., arXiv:2410.01699).
 """
 
-# Shapes:  T codes per image   c condition tokens   W window   V codebook entries   C model width
-#          R rows of the cache: 1, or 2 for guidance, with the condition and without
+# Shapes:  T codes per image   W codes in one step   c condition tokens   V codebook entries
 import argparse
 import sys
 import time
@@ -27,111 +26,103 @@ from nanollamagen import data, fast, files, flags
 
 
 @torch.no_grad()
-def generate(
-    model, cond, mask=None, *, seed, window=8, cfg_scale=1.0, cfg_interval=-1, trace=None, **how
+def window_codes(
+    model, cond, mask=None, *, window=8, seed=0, cfg_scale=1.0, cfg_interval=-1, trace=None, **how
 ):
-    """Codes (1, T) int64 of one image: those of sample.generate with this seed.
+    """Codes of one image and the number of steps it took: int64 (1, T), int.
 
-    cond, mask  of one image; these, cfg_scale and the rest are as in sample.generate
-    window      W, codes that are computed at once
-    trace       a list to which each step appends (how many codes are final, codes and guesses (T,))
-    """
+    window   W, the codes of one step. The codes are those of sample.generate, whatever it is.
+    trace    a list; every step but that of code 0 adds (number of the first code that it computed,
+             all codes (T,) after it)
+    cond (1,) or (1, c, D), mask (1, c), seed and the rest are those of sample.generate
+
+    A step feeds the last final code and W - 1 guesses, and computes the code after each. The first
+    of these follows from final codes alone: it is final. If it equals its guess, then what was fed
+    next was right too, and the second is final as well, and so on. The others are better guesses
+    for the next step. It overwrites what wrong guesses left in the cache before it reads it."""
     T, c = model.config.grid**2, model.config.cond_tokens
-    window = min(window, T - 1)
-    seeds = torch.tensor([seed % 2**63], device=cond.device)
+    seed = torch.tensor(seed % 2**63, device=cond.device)
+    codes = torch.zeros(T, dtype=torch.int64, device=cond.device)  # the first guess is 0
     guided = cfg_scale > 1
-    if guided:
+    if guided:  # row 0 has the condition, row 1 has none
         cond, mask = sample.add_uncond(model, cond, mask)
 
     def choose(logits, numbers):
-        """The codes `numbers`, (W,), from the logits that predict them, (R, W, V)."""
-        chosen_from = logits[0].float()
+        """The codes `numbers`, (L,), from the logits that predict them, (1 or 2, L, V)."""
+        chosen = logits[0].float()  # (L, V)
         if guided:
-            chosen_from = sample.guide(logits, cfg_scale)[0]  # (W, V)
-        if guided and cfg_interval >= 0:  # the interval may end within the window
-            inside = (numbers <= cfg_interval + 1)[:, None]
-            chosen_from = torch.where(inside, chosen_from, logits[0].float())
-        gumbel = sample.gumbel_noise(seeds, numbers, chosen_from.shape[-1])
-        return sample.draw(chosen_from, gumbel, **how)
-
-    def next_codes(codes, final):
-        """Codes and guesses (T,) with W of them chosen again. The first `final` stay. A GPU records
-        this once: final is a tensor, and no shape depends on it."""
-        first = final.clamp(max=T - window)  # in the end the window reaches back to final codes
-        numbers = first + torch.arange(window, device=codes.device)  # (W,)
-        x = model.tok_embeddings(codes[numbers - 1])[None]  # (1, W, C)
-        if guided:
-            x = x.repeat(2, 1, 1)  # both rows see the same codes
-        logits = model.extend(x, c + first - 1, cache, mask, last=window)  # (R, W, V)
-        chosen = torch.where(numbers < final, codes[numbers], choose(logits, numbers))
-        return codes.index_copy(0, numbers, chosen)
+            with_guidance = sample.guide(logits, cfg_scale)[0]
+            here = (numbers <= cfg_interval + 1) | (cfg_interval < 0)
+            chosen = torch.where(here[:, None], with_guidance, chosen)
+        return sample.draw(chosen, sample.gumbel_noise(seed, numbers, chosen.shape[-1]), **how)
 
     # Code 0 follows from the condition.
-    codes = torch.zeros(T, dtype=torch.int64, device=cond.device)
     cache = model.new_cache(len(cond), positions=0)
-    fast.grow(cache, c, model.config)
+    fast.grow(cache, c, c + T - 1)
     logits = model.extend(model.cls_embedding(cond), 0, cache, mask)
-    codes[:1] = choose(logits, torch.zeros_like(codes[:1]))
+    codes[:1] = choose(logits, torch.arange(1, device=cond.device))
 
-    # What the cache holds of wrong guesses is overwritten before anything final attends to it.
-    step, final = fast.Recorded(next_codes, cache), 1
+    final, steps = 1, 1  # the first `final` codes are final
     while final < T:
-        if guided and 0 <= cfg_interval < final - 1:  # the row without condition is done
-            guided = False
-            cache[:] = [layer[:, :1].clone() for layer in cache]
-            mask = None if mask is None else mask[:1]
-        first = min(final, T - window)
-        fast.grow(cache, c + first + window - 1, model.config)
-        before, codes = codes, step(codes, final).clone()
-        # Code `first` is final now. A code after it is final if all guesses before it were right.
-        right = (codes == before)[first : first + window - 1]
-        final = first + 1 + int(right.long().cumprod(0).sum())
+        end = min(final + window, T)
+        numbers = torch.arange(final, end, device=cond.device)  # (W,), fewer at the end
+        x = model.tok_embeddings(codes[final - 1 : end - 1]).expand(len(cond), -1, -1)
+        fast.grow(cache, c + end - 1, c + T - 1)
+        logits = model.extend(x, c + final - 1, cache, mask, last=len(numbers))
+        chosen = choose(logits, numbers)
+        right = chosen[:-1] == codes[final : end - 1]
+        codes[final:end] = chosen
         if trace is not None:
-            trace.append((final, codes))
-    return codes[None]
+            trace.append((final, codes.clone()))
+        final += 1 + int(right.long().cumprod(0).sum())  # those before the first wrong guess
+        steps += 1
+    return codes[None], steps
+
+
+# ---- the command line --------------------------------------------------------------------------
+def parse():
+    """The command line: its parser, and the flags."""
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    sample.add_flags(p)
+    p.add_argument("--window", type=flags.at_least_one, default=8, help="codes of one step")
+    p.add_argument("--out", default="window.png", help="PNG")
+    p.set_defaults(num_samples=None)  # a flag of sample.py that its checks look at
+    p.usage = "python extras/window.py --vq CKPT --gpt CKPT ... (--help lists the flags)"
+    return p, p.parse_args()
 
 
 def main():
-    """Flags, models, conditions, then the images, one after the other."""
-    raw = argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    sample.add_flags(p)
-    p.add_argument(
-        "--window", type=flags.at_least_one, default=8, help="codes computed at once (default: 8)"
-    )
-    p.add_argument("--out", default="window.png", help="PNG, one image for each class or caption")
-    p.set_defaults(num_samples=None)
-    p.usage = "python extras/window.py --vq CKPT --gpt CKPT ... (--help lists the flags)"
-    args = p.parse_args()
-    sample.check_flags(p, args)
+    """Flags, models, conditions, settings, then one image after the other."""
+    parser, args = parse()
+    sample.check_flags(parser, args)
     device = torch.device(args.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # the current device is where CUDA graphs are recorded
     try:
+        files.make_folder(Path(args.out).parent)
         model, vq_model = sample.load_models(args, device)
         titles, cond = sample.conditions(args, model, device)
     except (OSError, ValueError) as error:
-        p.error(str(error))
+        parser.error(str(error))
+
     settings = sample.choose_settings(args, captioned=model.config.caption_dim > 0)
+    words = ", ".join(f"{name} {value}" for name, value in settings.items())
+    print(f"{args.gpt}: {words}, seed {args.seed}, window {args.window}")
     if args.dtype == "bfloat16":
         model = model.bfloat16()
     if device.type == "cpu":
         fast.pack(model)
 
-    began, pixels, trace = time.time(), [], []
-    with files.progress(len(titles), "sample") as bar:
-        for i in range(len(titles)):
-            one = [x[i : i + 1].to(device) for x in cond]
-            how = dict(seed=args.seed + i, window=args.window, trace=trace)
-            codes = generate(model, *one, **how, **settings)
-            pixels.append(sample.to_pixels(vq_model, codes, args.resize))
-            bar.update()
+    pixels = []
+    for i, title in enumerate(titles):
+        one = [x[i : i + 1].to(device) for x in cond]
+        began = time.time()
+        codes, steps = window_codes(model, *one, window=args.window, seed=args.seed + i, **settings)
+        spent = time.time() - began
+        print(f"{title}: {codes.shape[1]} codes in {steps} steps, {spent:.2f} s", flush=True)
+        pixels.append(sample.to_pixels(vq_model, codes, args.resize))
     data.save_grid(np.concatenate(pixels), args.out, min(len(titles), 10), titles)
-    rate = len(titles) / (time.time() - began)
-    print(
-        f"{args.out}: {len(titles)} images, {rate:.2f} images/s; "
-        f"{len(titles) * codes.shape[1]} codes in {len(titles) + len(trace)} steps"
-    )
+    print(f"{args.out}: {len(titles)} images")
 
 
 if __name__ == "__main__":

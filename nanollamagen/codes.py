@@ -1,11 +1,8 @@
 """A folder of codes as the GPT is trained on it: codes, and what they are conditioned on.
 
-    codes = Codes("codes", val_images=1000)
-    config = GPTConfig(**codes.config)                   # vocab_size, grid, and the condition
-    for tokens, *cond in codes.batches(range(1000), batch_size=256, seed=0): ...
-
-Which images a step takes, and which crop of each, follows from the seed and the step's number. So a
-resumed run needs no stored random state, and the batch is the same for any number of processes.
+codes = Codes("codes", val_images=1000)
+config = GPTConfig(**codes.config)                   # vocab_size, grid, and the condition
+for tokens, *cond in codes.batches(range(1000), batch_size=256, seed=0): ...
 """
 
 # Shapes:  B images   T codes per image   N images in the folder   A crops   c condition tokens
@@ -40,9 +37,7 @@ class Codes:
             grid = f"{meta['h']} x {meta['w']}"
             raise ValueError(f"--codes {folder}: {grid} codes per image; the grid must be square")
         if meta["codes"] != meta["h"] ** 2:
-            raise ValueError(
-                f"--codes {folder}: grids of several sizes are for extras/train_var.py"
-            )
+            raise ValueError(f"--codes {folder}: codes of several grids are for train_var.py")
 
         usable = np.arange(len(self.codes))
         self.config = {"vocab_size": meta["codebook_size"], "grid": meta["h"]}
@@ -52,21 +47,12 @@ class Codes:
         else:
             self.text, self.spans, self.encoder = captions.load_text(folder)
             usable = np.flatnonzero(self.spans[:, 0, 1] > self.spans[:, 0, 0])  # with a caption
-            self.config |= {
-                "num_classes": 0,
-                "cond_tokens": captions.CAPTION_TOKENS,
-                "caption_dim": self.encoder["dim"],
-            }
+            self.config |= {"num_classes": 0, "cond_tokens": captions.CAPTION_TOKENS}
+            self.config |= {"caption_dim": self.encoder["dim"]}
         if val_images >= len(usable):
             raise ValueError(f"--val-images {val_images}: the folder has {len(usable)} images")
-        self.origin = {
-            "classes": self.classes,
-            "tokenizer": meta["tokenizer"],
-            "image_size": meta["image_size"],
-            "crops": meta.get("crops"),
-            "images": len(self.codes),
-            "text": self.encoder,
-        }
+        self.origin = {k: meta.get(k) for k in ("classes", "tokenizer", "image_size", "crops")}
+        self.origin |= {"images": len(self.codes), "text": self.encoder}
         order = usable[np.random.RandomState(0).permutation(len(usable))]
         self.train_ids = order[val_images:]
         self.val_ids = np.sort(order[:val_images])
@@ -82,9 +68,8 @@ class Codes:
     def load(self, ids, crops, short, full_length=False):
         """[tokens (B, T) int64, labels (B,) int64], or [tokens, features (B, c, D), mask (B, c)].
 
-        ids, crops    (B,) numbers of images, and which crop of each
-        short         (B,) bool, whether to take the image's short caption, if it has one
-        full_length   pad captions to all c = 120 positions, and not only to the longest of them"""
+        ids, crops, short   (B,) images, which crop of each, and whether to take the short caption
+        full_length         pad captions to c = 120 positions, not only to the longest of them"""
         tokens = torch.from_numpy(self.codes[ids, crops].astype(np.int64))
         if self.labels is not None:
             return [tokens, torch.from_numpy(self.labels[ids].astype(np.int64))]
@@ -95,8 +80,7 @@ class Codes:
     def batches(
         self, steps, batch_size, seed, images_seen=0, rank=0, world=1, full_length=False, pin=False
     ):
-        """This process's share of the batch of each step, as `load` gives it. The next batch is
-        read while the current one is in use.
+        """This process's share of the batch of each step, as `load` gives it, read one step ahead.
 
         steps        a range of step numbers
         images_seen  how many images the steps before have used
@@ -106,7 +90,6 @@ class Codes:
 
         def read():
             for step in steps:
-                # every process samples for the whole batch, then reads its share
                 ids = self.train_ids[[i for _, i in itertools.islice(images, batch_size)]]
                 rng = np.random.RandomState((seed * 1_000_003 + step) % 2**32)
                 crops = rng.randint(self.codes.shape[1], size=batch_size)

@@ -1,43 +1,36 @@
-"""What makes cached decoding fast and changes no code: a growing cache, recorded steps, packed
-weights, compiled models.
+"""What makes cached decoding fast and changes no code.
 
-fast.pack(model)                        # on a CPU: weights laid out for products with few rows
-fast.grow(cache, 65, model.config)      # room for 65 positions, or more
-step = fast.Recorded(next_code, cache)  # on a GPU: each step is one launch
-code = step(code, i)                    # code i - 1 -> code i
+fast.pack(model)                              # a CPU's weights, laid out for products with few rows
+fast.grow(cache, 65, most=256)                # room for 65 of at most 256 positions
+step = fast.Recorded(next_code, cache)        # a GPU starts each step with one launch
+code = step(code, i)                          # code i - 1 -> code i
 """
 
-import math
 import sys
 
 import torch
 import torch.nn.functional as F
 
 
-def grow(cache, needed, config):
+def grow(cache, needed, most):
     """Make room for `needed` positions in each layer (2, B, n, positions, d) of a cache, in place.
-
-    Attention reads the whole cache, filled or not. So the cache grows in about four steps: little
-    is read for nothing, and the shapes that a GPU records or compiles rarely change."""
+    Attention reads the whole cache, filled or not: it grows in four steps or more up to `most`."""
     room = cache[0].shape[3]
     if needed > room:
-        block = max(64, math.ceil(config.positions / 256) * 64)
-        blocks = math.ceil(needed / block)
-        more = min(blocks * block, config.positions) - room
+        block = max(64, -(-most // 256) * 64)
+        blocks = -(-needed // block)
+        more = min(blocks * block, most) - room
         for i, layer in enumerate(cache):  # one after the other: there is no second cache in memory
             cache[i] = F.pad(layer, (0, 0, 0, more))
 
 
 class Recorded:
     """A step(state, number) -> state of the same shape, such as code i - 1 and i -> code i. A GPU
-    records it as a CUDA graph and replays it: one launch instead of a thousand.
-
-    A graph keeps shapes and addresses. So the step gets `number` as a tensor of one, and it is
-    recorded again when the layers of the cache are other tensors than before."""
+    records it as a CUDA graph and replays it: one launch instead of a thousand. A graph keeps
+    shapes and addresses: `number` is a tensor, and a grown cache makes it record again."""
 
     def __init__(self, step, cache):
-        self.step = step
-        self.cache = cache
+        self.step, self.cache = step, cache
         self.layer = None  # the cache's first layer when the step was recorded
         self.state = None
 
@@ -54,7 +47,7 @@ class Recorded:
             self.layer = self.cache[0]
             self.replay = None  # frees the old graph's memory
             self.run()  # as it is, which warms up all that it calls
-            self.replay = record(self.run, state.device)
+            self.replay = record(self.run) if state.is_cuda else self.run
         return self.state
 
     def run(self):
@@ -62,10 +55,8 @@ class Recorded:
         self.state.copy_(self.step(self.state, self.number))
 
 
-def record(run, device):
-    """A function that replays run() as a CUDA graph. On a CPU, and where that fails, run itself."""
-    if device.type == "cpu":
-        return run
+def record(run):
+    """A function that replays run() as a CUDA graph, or run itself where it cannot be recorded."""
     graph = torch.cuda.CUDAGraph()
     try:
         # other threads may pin memory meanwhile
@@ -86,8 +77,7 @@ def compiled(extend):
 
 
 class PackedLinear(torch.nn.Module):
-    """A linear layer whose weights oneDNN has laid out for products with few rows, two to three
-    times as fast."""
+    """A linear layer with weights laid out by oneDNN for few rows, two to three times as fast."""
 
     def __init__(self, linear):
         super().__init__()
@@ -100,8 +90,7 @@ class PackedLinear(torch.nn.Module):
 
 def pack(model):
     """Make the linear layers of a GPT faster on a CPU, in place; afterwards it can only sample.
-    Each layer's own weights are freed at once, so that nothing is in memory twice. Where torch
-    lacks these operators nothing changes."""
+    Where torch lacks these operators nothing changes."""
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if isinstance(child, torch.nn.Linear) and child.weight.device.type == "cpu":

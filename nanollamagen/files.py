@@ -1,7 +1,7 @@
-"""Files: checkpoints, downloads, arrays on disk, progress.
+"""Files: checkpoints, arrays on disk, folders, progress, downloads.
 
 state = files.read_checkpoint("runs/gpt/ckpt.pt")            # nothing in the file is executed
-files.save_checkpoint(state, "runs/gpt/ckpt.pt")             # a temporary name, then renamed
+files.save_checkpoint(state, "runs/gpt/ckpt.pt")             # written under a temporary name first
 path = files.pretrained("vq_ds16_c2i.pt")                    # fetched once from Hugging Face
 """
 
@@ -18,65 +18,54 @@ import torch
 from tqdm import tqdm
 
 
-# ---- checkpoints and downloads ------------------------------------------------------------
 def read_checkpoint(path, mmap=False):
-    """A checkpoint as a dict of plain values and tensors on the CPU; nothing in the file is
-    executed. With mmap, tensors are read from disk when they are used.
-
-    Raises OSError for a missing file and ValueError for one that is damaged or holds other
-    objects."""
+    """A checkpoint as a dict of plain values and tensors on the CPU. Nothing in the file is run.
+    Raises OSError for a missing file, ValueError for one that is damaged or holds other objects."""
+    flags_of_released_files = [argparse.Namespace]
     try:
-        with torch.serialization.safe_globals(
-            [argparse.Namespace]
-        ):  # released training files hold their flags so
+        with torch.serialization.safe_globals(flags_of_released_files):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except OSError as error:
         raise OSError(f"{path}: {error.strerror or error}") from None
-    except Exception as error:  # the bytes of a broken file can make the reader stumble in any way
-        code = any(f"Unsupported {kind}" in str(error) for kind in ("global", "class"))
-        raise ValueError(
-            f"{path} holds Python objects beside tensors and is refused: it could run code"
-            if code
-            else f"{path} is truncated, or not a PyTorch checkpoint"
-        ) from None
+    except Exception as error:  # a broken file can make the reader fail in any way
+        reason = "is truncated, or not a PyTorch checkpoint"
+        if "Unsupported global" in str(error) or "Unsupported class" in str(error):
+            reason = "holds Python objects, not only tensors, and is refused: it could run code"
+        raise ValueError(f"{path} {reason}") from None
 
 
 def weights_of(checkpoint, path):
-    """The weights among what read_checkpoint found, in whatever wrapper. Our own files, which hold
-    a "config", give the averaged ones where there are some; released files those that the official
-    code samples from. Raises ValueError with one sentence."""
+    """The weights in a checkpoint, whatever they are wrapped in: of our own files, which hold a
+    "config", the averaged ones if there are any; of released files those that the official code
+    samples from. Raises ValueError if there are none."""
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} holds a {type(checkpoint).__name__}, not the weights of a model")
-    places = (
-        ("ema", "model") if "config" in checkpoint else ("model", "module", "state_dict", "ema")
-    )
-    return next((checkpoint[place] for place in places if checkpoint.get(place)), checkpoint)
+    released = ["model", "module", "state_dict", "ema"]
+    for wrapper in ["ema", "model"] if "config" in checkpoint else released:
+        if checkpoint.get(wrapper):
+            return checkpoint[wrapper]
+    return checkpoint
 
 
 def load_weights(model, weights, path, assign=False):
-    """Put named weights into a model; those that it does not know are passed over with a warning.
-    Raises ValueError with one sentence if some are missing or of another shape."""
-    wanted = model.state_dict()
-    unknown = sorted(weights.keys() - wanted.keys())
+    """Put named weights into a model. Those that it does not know are ignored with a warning.
+    Raises ValueError if some are missing or of another shape."""
+    names = model.state_dict().keys()
+    unknown = sorted(weights.keys() - names)
     if unknown:
-        print(
-            f"warning: {path}: {len(unknown)} unknown weights are passed over, the first is {unknown[0]}",
-            file=sys.stderr,
-        )
+        first = f"{len(unknown)} unknown weights are ignored, the first is {unknown[0]}"
+        print(f"warning: {path}: {first}", file=sys.stderr)
+    known = {name: weights[name] for name in names & weights.keys()}
     try:
-        model.load_state_dict(
-            {name: weights[name] for name in wanted.keys() & weights.keys()}, assign=assign
-        )
+        model.load_state_dict(known, assign=assign)
     except RuntimeError as error:
-        raise ValueError(
-            f"{path} does not fit the model: {str(error).splitlines()[1].strip()}"
-        ) from None
+        reason = str(error).splitlines()[1].strip()
+        raise ValueError(f"{path} does not fit the model: {reason}") from None
 
 
-def save_checkpoint(state, path, keep=0):
-    """Write a dict to `path` by way of a temporary name, so that a full disk or a crash keeps the
-    previous file. With `keep` the file is also called PATH_STEP, and so many older ones of such
-    names stay beside the newest. Raises OSError with one sentence."""
+def save_checkpoint(state, path):
+    """Write a dict to `path`, under a temporary name first, so that a full disk or a crash leaves
+    the previous file. Raises OSError."""
     path = Path(path)
     tmp = path.with_name(path.name + ".tmp")
     try:
@@ -85,24 +74,15 @@ def save_checkpoint(state, path, keep=0):
     except (OSError, RuntimeError) as error:
         tmp.unlink(missing_ok=True)
         reason = str(error).splitlines()[0]
-        raise OSError(
-            f"could not save {path} ({reason}); an earlier file there is untouched"
-        ) from None
-    if keep:
-        named = path.with_stem(f"{path.stem}_{state['step']:08d}")
-        named.unlink(missing_ok=True)
-        os.link(path, named)
-        for old in sorted(path.parent.glob(f"{path.stem}_[0-9]*"), reverse=True)[keep + 1 :]:
-            old.unlink()
+        what = f"could not save {path} ({reason})"
+        raise OSError(f"{what}; an earlier file there is untouched") from None
 
 
 def write_npy(f, dtype, shape, blocks):
-    """Write arrays, one after the other, to an open file as one .npy of this shape, so that memory
-    does not grow with it. (Through a memory map, which would not need them in order, a full disk is
-    a bus error.)"""
-    np.lib.format.write_array_header_1_0(
-        f, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
-    )
+    """Write arrays, one after the other, to an open file as one .npy of this shape. Memory holds
+    one of them at a time. In a memory map, which would also do, a full disk is a bus error."""
+    header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(f, header)
     for block in blocks:
         f.write(block.astype(dtype).tobytes())
 
@@ -113,15 +93,32 @@ def file_hash(path):
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+def make_folder(path, flag="--out"):
+    """Make the folder that a flag names, unless it exists. Raises OSError if that fails, or if
+    nothing can be written to it."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"{flag} {path}: no folder can be made there ({error.strerror})") from None
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise OSError(f"{flag} {path}: nothing can be written there")
+
+
+def progress(total, what, rank=0, unit=" images"):
+    """A tqdm bar on process 0. In a log file it writes at most one line every 15 seconds."""
+    often = {"smoothing": 0.1, "mininterval": 0.2 if sys.stderr.isatty() else 15}
+    scaled = unit == "B"
+    return tqdm(total=total, desc=what, unit=unit, unit_scale=scaled, disable=rank > 0, **often)
+
+
 def cache_dir():
     """Where downloaded weights live: $NANOLLAMAGEN_CACHE, or ~/.cache/nanollamagen."""
     return Path(os.environ.get("NANOLLAMAGEN_CACHE", Path.home() / ".cache" / "nanollamagen"))
 
 
 def download(url, path, sha256=""):
-    """Fetch `url` to `path` unless it is there, with a progress bar, by way of a temporary name;
-    returns the path. Of several processes one fetches it while the others wait. `sha256` is the
-    start of the file's hexadecimal digest. Raises OSError with one sentence."""
+    """Fetch `url` to `path` unless that exists; returns the path. Of several processes one fetches
+    it and the others wait. `sha256`: the start of the file's hexadecimal digest. Raises OSError."""
     path = Path(path)
     if path.exists():
         return path
@@ -139,47 +136,21 @@ def download(url, path, sha256=""):
                         f.write(block)
                         bar.update(len(block))
             if size and tmp.stat().st_size != size:
-                raise OSError(f"{tmp.stat().st_size:,} of {size:,} bytes came")
+                raise OSError(f"only {tmp.stat().st_size:,} of {size:,} bytes arrived")
             if not file_hash(tmp).startswith(sha256):
                 raise OSError("its SHA-256 is not the expected one")
             os.replace(tmp, path)
     except OSError as error:
-        if os.path.isfile(tmp):
+        if tmp.is_file():
             tmp.unlink()
         reason = getattr(error, "reason", error)
-        raise OSError(
-            f"could not download {url} ({reason}); fetch it elsewhere and put it at {path}"
-        ) from None
+        fix = f"fetch it elsewhere and put it at {path}"
+        raise OSError(f"could not download {url} ({reason}); {fix}") from None
     return path
 
 
 def pretrained(name, repository="FoundationVision/LlamaGen"):
-    """Path of an officially released file such as "vq_ds16_c2i.pt", fetched once from Hugging Face
-    ($HF_ENDPOINT names a mirror)."""
+    """Path of an officially released file such as "vq_ds16_c2i.pt". It is fetched once from Hugging
+    Face; $HF_ENDPOINT names a mirror."""
     host = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     return download(f"{host}/{repository}/resolve/main/{name}", cache_dir() / name)
-
-
-def progress(total, what, rank=0, unit=" images"):
-    """A tqdm bar on process 0; where standard error is not a terminal it writes a line every 15
-    seconds at most."""
-    return tqdm(
-        total=total,
-        desc=what,
-        unit=unit,
-        unit_scale=unit == "B",
-        disable=rank > 0,
-        smoothing=0.1,
-        mininterval=0.2 if sys.stderr.isatty() else 15,
-    )
-
-
-def make_folder(path, flag="--out"):
-    """Make the folder that a flag names, unless it is there; raises OSError with one sentence if it
-    cannot be made or written to."""
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"{flag} {path}: no folder can be made there ({error.strerror})") from None
-    if not os.access(path, os.W_OK | os.X_OK):
-        raise OSError(f"{flag} {path}: nothing can be written there")

@@ -36,29 +36,14 @@ weight = bounded(float, 0, 1e6)  # of a loss, of decay
 fraction = bounded(float, 0, 1)
 
 
-def within(parser, args, **limits):
-    """Refuse the first flag that is out of its range: within(parser, args, batch_size=(1, 1e6)). A
-    flag that was not given, or that this command does not have, passes; nan does not, and of
-    several numbers all must fit."""
-    for name, (low, high) in limits.items():
-        value = getattr(args, name, None)
-        for number in value if isinstance(value, list) else [value]:
-            if number is not None and not low <= number <= high:
-                parser.error(
-                    f"--{name.replace('_', '-')} {number} is not between {low:,} and {high:,}"
-                )
-
-
 def device(name):
-    """A type for --device: its text, for "cuda" with the number of this process's GPU (under
-    torchrun each has one); or argparse's error with one sentence where torch has no such device."""
+    """A type for --device: its text, for "cuda" with the number of this process's GPU."""
     try:
         wanted = torch.device(name)
     except RuntimeError:
         raise argparse.ArgumentTypeError(f"{name} is not a device; cuda and cpu are") from None
     number = int(os.environ.get("LOCAL_RANK", 0)) if wanted.index is None else wanted.index
     if wanted.type == "cuda" and number >= torch.cuda.device_count():
-        raise argparse.ArgumentTypeError(
-            f"{name}: torch sees {torch.cuda.device_count()} GPUs here; cpu needs none"
-        )
+        gpus = f"torch sees {torch.cuda.device_count()} GPUs here"
+        raise argparse.ArgumentTypeError(f"{name}: {gpus}; cpu needs none")
     return f"cuda:{number}" if wanted.type == "cuda" else name

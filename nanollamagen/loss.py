@@ -17,9 +17,8 @@ import torch
 def cross_entropy(logits, targets, reduction="mean"):
     """Mean (or "sum") of -log p(target): logits (N, V) and targets (N,) int64 -> float32 ().
 
-    As F.cross_entropy(logits, targets, reduction=...). Its backward overwrites the logits, so
-    compute before it whatever else needs them. A second loss on the same logits gets the right
-    gradient, or torch refuses with "modified by an inplace operation": create it after this one."""
+    As F.cross_entropy(logits, targets, reduction=...), but backward overwrites the logits: compute
+    before it whatever needs them. Create a second loss on the same logits after this one."""
     scale = 1 if reduction == "sum" else 1 / len(logits)
     return CrossEntropy.apply(logits, targets, scale)
 
@@ -39,9 +38,8 @@ class CrossEntropy(torch.autograd.Function):
         largest = logits.new_empty(len(logits), 1, dtype=torch.float32)
         log_sums = torch.empty_like(largest)  # log of sum exp(logit - largest)
         total = torch.zeros((), device=logits.device)
-        for rows, target, top, log_sum in CrossEntropy.chunks(
-            logits, targets[:, None], largest, log_sums
-        ):
+        chunks = CrossEntropy.chunks(logits, targets[:, None], largest, log_sums)
+        for rows, target, top, log_sum in chunks:
             log_p = rows.float().log_softmax(1)
             top.copy_(rows.amax(1, keepdim=True))
             log_sum.copy_(-log_p.amax(1, keepdim=True))
@@ -53,9 +51,8 @@ class CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         logits, targets, largest, log_sums = ctx.saved_tensors
-        for rows, target, top, log_sum in CrossEntropy.chunks(
-            logits, targets[:, None], largest, log_sums
-        ):
+        chunks = CrossEntropy.chunks(logits, targets[:, None], largest, log_sums)
+        for rows, target, top, log_sum in chunks:
             gradient = (rows.float() - top).sub_(log_sum).exp_()  # softmax, minus 1 at the target
             gradient.scatter_add_(1, target, gradient.new_full(target.shape, -1))
             rows.copy_(gradient.mul_(grad * ctx.scale))

@@ -1,9 +1,6 @@
 """Random numbers without a state: each follows from a seed, a position and its own number.
 
-uniform = noise.uniform(seeds, 7, 16384)   # (B, 16384) for seeds (B,), at position 7 of each
-
-A generator gives its numbers one after the other. A hash gives those of any positions, in any
-order, the same on a CPU and on a GPU.
+uniform = noise.uniform(seeds, 7, 16384)      # (B, 16384), for seeds (B,)
 """
 
 import torch
@@ -12,11 +9,8 @@ GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # 2^64 / golden ratio, as int64
 
 
 def mix(x):
-    """One number of splitmix64 for every state in x, int64; a bijection that turns one changed bit
-    into 32 on average (Steele, Lea and Flood, "Fast splittable pseudorandom number generators").
-
-    Integer products wrap in torch as they do in C. `>>` copies the sign in int64: the masks undo
-    that."""
+    """One number of splitmix64 (Steele, Lea and Flood, 2014) for every state in x, int64. Products
+    wrap in torch as they do in C. `>>` copies the sign: the masks undo that."""
     x = x + GOLDEN
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         x ^= (x >> shift).bitwise_and_((1 << 64 - shift) - 1)  # in place, because x can be large

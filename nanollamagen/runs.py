@@ -1,11 +1,8 @@
 """A training run: its processes, the signals that stop it, its log, and its checkpoints.
 
-The training scripts lean on it. A checkpoint is ckpt.pt: one dict of tensors and plain values.
-Under FSDP each process holds a shard of every tensor; then a checkpoint is a folder ckpt_STEP/,
-which all processes write at once, and ckpt.pt follows at the end of the run. Any number of
-processes can resume from either.
-
-The file in order: processes, the log, shards, checkpoints.
+A checkpoint is ckpt.pt: one dict of tensors and plain values. Under FSDP each process holds a shard
+of every tensor; then a checkpoint is a folder ckpt_STEP/, which all processes write at once, and
+ckpt.pt follows at the end of the run. Any number of processes can resume from either.
 """
 
 import json
@@ -23,17 +20,14 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from nanollamagen import files
+from nanollamagen import files, parts
 
 
 # ---- processes and signals -----------------------------------------------------------------------
 def this_process(device=None):
-    """(rank, world, device) of this process. torchrun starts a script once for each GPU, and tells
-    each process its number in environment variables; without torchrun there is one process.
-
+    """(rank, world, device) of this process, one of those that torchrun started, or the only one.
     device: what --device says; None is a GPU where there is one."""
-    rank = int(os.environ.get("RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = parts.processes()
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda":
         if device.index is None:
@@ -52,11 +46,9 @@ def connect(device):
 
 def disconnect(device):
     """End what `connect` began, as the last thing that a script does."""
-    if not dist.is_initialized():
-        return
-    if device.type == "cuda":
+    if dist.is_initialized() and device.type == "cuda":
         dist.destroy_process_group()
-    else:
+    elif dist.is_initialized():
         sys.stdout.flush()
         os._exit(0)  # destroying gloo's group hangs in one of 30 runs (torch 2.13)
 
@@ -69,17 +61,14 @@ def give_up(message, rank):
 
 
 def can_compile(asked, device):
-    """Whether to use torch.compile. asked: what --compile says; None is yes on a GPU.
-
-    It needs a C compiler (on a CPU: C++) and Python's header files. Slim images have neither; then
-    this prints a warning and says no."""
+    """Whether to use torch.compile. asked: what --compile says; None is yes on a GPU. Without a C
+    compiler (on a CPU: C++) or Python's header files this prints a warning and says no."""
     compilers = ["gcc", "clang", os.environ.get("CC", "cc")]
     if device.type == "cpu":
         compilers = ["g++", "clang++", os.environ.get("CXX", "c++")]
     header = Path(sysconfig.get_path("include")) / "Python.h"
     ready = any(map(shutil.which, compilers)) and header.exists()
-    if asked is None:
-        asked = device.type == "cuda"
+    asked = device.type == "cuda" if asked is None else asked
     if asked and not ready:
         needs = f"{header} and one of {', '.join(compilers)}"
         print(f"warning: not compiled: torch.compile needs {needs}", file=sys.stderr)
@@ -87,11 +76,9 @@ def can_compile(asked, device):
 
 
 def catch_signals():
-    """Catch SIGTERM and SIGUSR1, which a cluster's queue sends before it kills. Returns a list; it
-    is no longer empty once a signal came, and the training loop then saves and ends.
-
-    torchrun passes a signal on, so it can arrive twice. A signal that comes 5 seconds after the
-    first or later ends the process at once."""
+    """Catch SIGTERM and SIGUSR1, which a cluster's queue sends before it kills. Returns a list, not
+    empty once a signal came; the loop then saves and ends. torchrun can pass a signal on twice:
+    only one that comes 5 seconds after the first or later ends the process at once."""
     caught = []
 
     def note(number, _):
@@ -104,16 +91,12 @@ def catch_signals():
     return caught
 
 
-NOT_FINITE = (
-    "the loss is not finite (a lower --lr or --dtype float32 may help; the last checkpoint is "
-    "from before)"
-)
+HELP = "a lower --lr or --dtype float32 may help; the last checkpoint is from before"
+NOT_FINITE = f"the loss is not finite ({HELP})"
 
 
 def status(norms, asked_to_stop, world):
-    """(all gradient norms are finite, some process was asked to stop): the same on all processes.
-
-    norms: tensors (). asked_to_stop: bool, of this process."""
+    """(all gradient norms, tensors (), are finite; some process was asked to stop), all alike."""
     failed = ~torch.stack([norm.isfinite() for norm in norms]).all()
     answer = torch.stack([failed.float(), torch.full_like(failed, asked_to_stop).float()])
     if world > 1:
@@ -133,11 +116,9 @@ FORMATS = {"lr": ".1e", "norm": ".2f", "usage": ".1%", "mfu": ".1%", "img_per_s"
 class Log:
     """Losses summed over steps, then printed and added to log.jsonl as one line.
 
-    out, step         run folder, and the step to start from: lines of later steps are removed,
-                      because these steps come again
+    out, step         run folder, and the step to start from: lines of later steps are removed
     batch_size        images per step, summed over processes
-    flops_per_image   of a forward and backward pass; the log then has "mfu", the share of the GPU's
-                      peak rate (dense bfloat16, by data sheet), where that peak is known"""
+    flops_per_image   of a training pass, for "mfu", the share of a known GPU's peak rate"""
 
     def __init__(self, out, step, max_steps, batch_size, rank, world, device, flops_per_image=0):
         self.path, self.max_steps, self.batch_size = Path(out) / "log.jsonl", max_steps, batch_size
@@ -149,22 +130,21 @@ class Log:
         self.mfu_per_rate = flops_per_image / peak / world if peak else 0
         if rank == 0 and self.path.exists():
             lines = self.path.read_text().splitlines(keepends=True)
-            kept = [
-                line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step
-            ]
+            whole = [line for line in lines if line.endswith("}\n")]
+            kept = [line for line in whole if json.loads(line)["step"] <= step]
             temporary = self.path.with_suffix(".tmp")
             temporary.write_text("".join(kept))
             os.replace(temporary, self.path)
 
     def add(self, **losses):
-        """Add the losses of one step: tensors (). Does not wait for a GPU."""
+        """Add losses of a step or one of its equal parts, tensors (), without waiting for a GPU."""
         for name, loss in losses.items():
             self.sums[name] = self.sums.get(name, 0) + loss.detach().float()
             self.counts[name] = self.counts.get(name, 0) + 1
 
     def write(self, step, **more):
-        """Print and write a line for this step: the losses, averaged over the steps since the last
-        line and over the processes, then `more`, floats or None. All processes call it."""
+        """Print and write a line: the losses, averaged over the steps since the last line and over
+        the processes, then `more`, floats or None. All processes call it."""
         sums = torch.stack(list(self.sums.values()))
         if self.world > 1:
             dist.all_reduce(sums)
@@ -188,8 +168,7 @@ class Log:
 
 # ---- shards --------------------------------------------------------------------------------------
 def to_shard(value, like):
-    """The part of a whole tensor that `like` holds: all of it, or under FSDP this process's shard.
-    Every process has the whole tensor, so nothing is sent."""
+    """What `like` holds of a whole tensor: all of it, or under FSDP this process's shard."""
     if isinstance(like, DTensor):
         value = value.to(like.device)
         return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
@@ -197,8 +176,7 @@ def to_shard(value, like):
 
 
 def fill(target, source):
-    """Copy whole tensors into the tensors or shards of a nested dict. What only `source` has is
-    left out."""
+    """Copy whole tensors into the tensors or shards of a nested dict, for all that it names."""
     for key, value in target.items():
         if isinstance(value, dict):
             fill(value, source[key])
@@ -208,8 +186,7 @@ def fill(target, source):
 
 def gather(tree):
     """A nested dict with whole tensors instead of shards, on the CPU of process 0; None elsewhere.
-
-    All processes call it. Tensors are gathered one at a time, so that no GPU holds two of them."""
+    All processes call it. No GPU holds two whole tensors at once."""
     if isinstance(tree, dict):
         return {key: gather(value) for key, value in tree.items()}
     if isinstance(tree, DTensor):
@@ -227,10 +204,8 @@ def copy_weights(model, weights):
 
 @torch.no_grad()
 def average_weights(ema, weights, decay, step):
-    """Move averaged weights towards the weights of this step, in place; both are dicts by name.
-
-    The average follows quickly at first. With a decay of 0.9999 from the start, the random first
-    weights would be part of it for ten thousand steps."""
+    """Move averaged weights towards the weights of this step, in place; both are dicts by name. The
+    average follows quickly at first, so that it soon forgets the random first weights."""
     decay = min(decay, (1 + step) / (10 + step))
     averages = [ema[name] for name in weights]
     torch._foreach_lerp_(averages, list(weights.values()), 1 - decay)  # few launches for all
@@ -238,18 +213,13 @@ def average_weights(ema, weights, decay, step):
 
 # ---- checkpoints ---------------------------------------------------------------------------------
 def find_checkpoint(out):
-    """The newest checkpoint of a run folder: its path, and a dict of step, config and so on. If
-    there is none, (None, None).
-
-    The dict of a ckpt.pt also has its tensors, which are read from disk when they are used.
-    Raises ValueError with one sentence for a damaged checkpoint."""
+    """The newest checkpoint of a run folder: its path, and a dict of plain values, of a ckpt.pt
+    also of tensors, memory-mapped; or (None, None). Raises ValueError for a damaged one."""
     found = []
     if (out / "ckpt.pt").exists():
         saved = files.read_checkpoint(out / "ckpt.pt", mmap=True)
         if not isinstance(saved, dict) or not {"step", "optimizer", "config"} <= saved.keys():
-            raise ValueError(
-                f"{out}/ckpt.pt was not written by a training script; choose another --out"
-            )
+            raise ValueError(f"{out}/ckpt.pt is not a training script's; choose another --out")
         found.append((out / "ckpt.pt", saved))
     folders = sorted(out.glob("ckpt_[0-9]*/"))
     if folders:
@@ -267,16 +237,13 @@ def read_plain(folder):
             raise OSError(f"{', '.join(lost)} not found")
         return json.loads((folder / "plain.json").read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{folder} is damaged ({error}); remove it to resume from an earlier one"
-        ) from None
+        fix = "remove it to resume from an earlier one"
+        raise ValueError(f"{folder} is damaged ({error}); {fix}") from None
 
 
 def check_same_run(path, saved, config, origin):
-    """Raise ValueError unless a checkpoint is of the same model and of the same data.
-
-    config, origin: plain values, as the run that asks would save them."""
-    if not config.keys() <= saved["config"].keys():
+    """Raise ValueError unless a checkpoint is of this model (config) and of this data (origin)."""
+    if config.keys() != saved["config"].keys():
         raise ValueError(f"{path} was written by another script; choose another --out")
     then = {**saved["config"], **saved}
     changed = [
@@ -285,24 +252,13 @@ def check_same_run(path, saved, config, origin):
         if name in then and then[name] != value
     ]
     if changed:
-        raise ValueError(
-            f"{path} is of another model or other data ({'; '.join(changed)}); use the flags of "
-            "that run, or choose another --out"
-        )
-
-
-def restore(state, path, saved):
-    """Fill a nested dict of tensors or shards from a checkpoint that find_checkpoint found. Any
-    number of processes may have written it."""
-    if path.is_dir():
-        dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
-    else:
-        fill(state, {**saved, "optimizer": saved["optimizer"]["state"]})
+        what = f"is of another model or other data ({'; '.join(changed)})"
+        raise ValueError(f"{path} {what}; use the flags of that run, or choose another --out")
 
 
 def restore_run(model, optimizer, ema, path, saved):
-    """Put a checkpoint's values into model, optimizer and averaged weights (None: there are none).
-    Returns (step, images seen so far)."""
+    """Put a checkpoint's values into model, optimizer and averaged weights, if any. Returns (step,
+    images seen so far)."""
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     moments = {}
     for i, weight in enumerate(weights):
@@ -311,7 +267,10 @@ def restore_run(model, optimizer, ema, path, saved):
     state = {"model": model.state_dict(), "optimizer": moments}
     if ema and saved["ema"]:
         state["ema"] = ema
-    restore(state, path, saved)
+    if path.is_dir():
+        dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
+    else:
+        fill(state, {**saved, "optimizer": saved["optimizer"]["state"]})
     groups = optimizer.state_dict()["param_groups"]  # rates and decay are those of today's flags
     optimizer.load_state_dict({"state": moments, "param_groups": groups})
     if ema and not saved["ema"]:  # until now the run had no averages: they start here
@@ -321,9 +280,8 @@ def restore_run(model, optimizer, ema, path, saved):
 
 def save(state, plain, out, rank, keep=0, sharded=False, joined=True):
     """Write tensors and plain values as ckpt.pt, or under FSDP as ckpt_STEP/ (joined: as ckpt.pt
-    too), and delete older checkpoints except `keep` of them. All processes call it.
-
-    Raises OSError with one sentence; earlier checkpoints are then untouched."""
+    too), and delete older checkpoints except `keep` of them. All processes call it. Raises OSError;
+    earlier checkpoints are then untouched."""
     name = f"ckpt_{plain['step']:08d}"
     if sharded and not (out / name).exists():
         save_shards(state, {**plain, "ema": "ema" in state}, out / name)
@@ -346,9 +304,7 @@ def save(state, plain, out, rank, keep=0, sharded=False, joined=True):
 
 def save_shards(state, plain, folder):
     """Write a checkpoint folder: shards by every process, plain values as plain.json. It gets its
-    name when it is complete, so that a kill at any moment leaves the one before.
-
-    Raises OSError with one sentence, on every process."""
+    name when it is complete. Raises OSError on every process."""
     temporary = folder.parent / "ckpt.tmp"
     if dist.get_rank() == 0:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -357,9 +313,8 @@ def save_shards(state, plain, folder):
         dcp.save({**state, "optimizer": state["optimizer"]["state"]}, checkpoint_id=temporary)
     except dcp.api.CheckpointException as error:
         reason = str(next(iter(error.failures.values()))[0]).splitlines()[0]
-        raise OSError(
-            f"could not save {folder} ({reason}); earlier checkpoints are untouched"
-        ) from None
+        what = f"could not save {folder} ({reason})"
+        raise OSError(f"{what}; earlier checkpoints are untouched") from None
     if dist.get_rank() == 0:
         (temporary / "plain.json").write_text(json.dumps(plain))
         shutil.rmtree(folder, ignore_errors=True)

@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,13 +29,16 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+# before tests/, which has a window.py too
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "extras"))
+from window import window_codes
+
 import evaluate
 import gpt
 import sample
-import train_gpt
 import vq
-from extras import window
 from nanollamagen import data, fast, inception
+from nanollamagen.loss import cross_entropy
 
 CASES = [
     "encode",
@@ -140,8 +144,7 @@ def bench_train(name, device, dtype, roof, batch, compiled):
     def step():
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             logits = model(codes[:, :-1], labels)
-        train_gpt.cross_entropy_(logits, codes, scale=1 / codes.numel())
-        logits.backward(logits.detach())
+        cross_entropy(logits.flatten(0, 1), codes.flatten()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -190,9 +193,8 @@ def bench_load(name, roof, batch, steps=50):
 
     def anonymous():
         """Memory of this process that is not a mapped file, bytes."""
-        return 1024 * next(
-            int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")
-        )
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
 
     before = anonymous()
     with tempfile.TemporaryDirectory() as folder:
@@ -264,29 +266,32 @@ def bench_decode(name, device, dtype, roof, images):
 
 
 def bench_window(path, device, dtype):
-    """Guided sampling of one image from a trained model, one code at a time as sample.py and with
-    the windows of extras/window.py: the codes are the same, the steps fewer."""
+    """One guided image of a trained model, with windows of codes that are computed at once
+    (extras/window.py), against sample.generate: the codes are the same, the steps fewer."""
     if not path:
         return print(json.dumps({"case": "window", "skipped": "give --gpt CKPT, a trained model"}))
     model = fast.pack(gpt.load_gpt(path, device).to(dtype))
     label = torch.zeros(1, dtype=torch.int64, device=device)
-    settings = dict(cfg_scale=2.0, temperature=0.8)
+    settings = {"cfg_scale": 2.0, "temperature": 0.8}
 
     def plain():
         return sample.generate(model, label, seeds=[0], **settings)
 
-    plain_s, plain_codes, T = seconds(plain, device, 3), plain(), model.config.grid**2
-    for size in (1, 4, 8, 16, 32):
-
-        def run(size=size, trace=None):
-            return window.generate(model, label, seed=0, window=size, trace=trace, **settings)
-
-        trace = []
-        same = (run(trace=trace) == plain_codes).float().mean().item()
+    right, plain_s = plain(), seconds(plain, device, 3)
+    for window in (1, 4, 8, 16, 32):
+        run = partial(window_codes, model, label, window=window, seed=0, **settings)
+        codes, steps = run()
         time_s = seconds(run, device, 3)
-        result = {"case": "window", "window": size, "codes": T, "steps": 1 + len(trace)}
-        result |= {"s": round(time_s, 3), "same_codes": round(same, 4)}
-        print(json.dumps(result | {"faster": round(plain_s / time_s, 2)}), flush=True)
+        line = {
+            "case": "window",
+            "window": window,
+            "codes": codes.shape[1],
+            "steps": steps,
+            "s": round(time_s, 3),
+            "same_codes": round((codes == right).float().mean().item(), 4),
+            "faster": round(plain_s / time_s, 2),
+        }
+        print(json.dumps(line), flush=True)
 
 
 def bench_serve(name, device, dtype, images, requests=64):
@@ -437,6 +442,16 @@ def bench_precision_recall(device, n=10_000):
     )
 
 
+def processor():
+    """The CPU's name, and how many threads torch uses."""
+    info, name = Path("/proc/cpuinfo"), platform.processor()
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.split(":")[1].strip()
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
 def main():
     """Measure the machine, then the cases asked for."""
     p = argparse.ArgumentParser(
@@ -457,19 +472,7 @@ def main():
     dtype = torch.bfloat16 if on_gpu else torch.float32
     torch.manual_seed(0)
     roof = rates(device, dtype)
-    cpu = (
-        next(
-            (
-                line.split(":")[1].strip()
-                for line in open("/proc/cpuinfo")
-                if line.startswith("model name")
-            ),
-            platform.processor(),
-        )
-        if Path("/proc/cpuinfo").exists()
-        else platform.processor()
-    )
-    name = torch.cuda.get_device_name() if on_gpu else f"{cpu}, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name() if on_gpu else processor()
     print(
         json.dumps(
             {

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import vq
+from nanollamagen import files
+
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
-PHOTOS = Path(
-    os.environ.get("NANOLLAMAGEN_PHOTOS", ROOT.parent / "shared" / "data")
-)  # never part of the repository
-sys.path.insert(0, str(ROOT))
+# Never part of the repository.
+PHOTOS = Path(os.environ.get("NANOLLAMAGEN_PHOTOS", ROOT.parent / "shared" / "data"))
 
 
 def filled(shapes, salt=""):
@@ -47,10 +49,8 @@ def filled(shapes, salt=""):
 
 def fill(model, salt=""):
     """Give a model the golden weights, in place; returns it."""
-    state = {
-        **model.state_dict(),
-        **filled({k: v.shape for k, v in model.state_dict().items()}, salt),
-    }
+    state = model.state_dict()
+    state |= filled({name: value.shape for name, value in state.items()}, salt)
     model.load_state_dict(state, strict=True)
     return model
 
@@ -60,26 +60,21 @@ def golden(name):
     with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as f:
         arrays = {k: f[k] for k in f.files}
     meta = json.loads(str(arrays.pop("meta"))) if "meta" in arrays else {}
-    return {
-        k: torch.from_numpy(v) if v.dtype.kind in "fiub" else v for k, v in arrays.items()
-    }, meta
+    tensors = {k: torch.from_numpy(v) if v.dtype.kind in "fiub" else v for k, v in arrays.items()}
+    return tensors, meta
 
 
 def released_keys(name):
     """{name: shape} of a released checkpoint, blocks unfolded, in order."""
     model = json.loads((GOLDEN / "state_dict_keys.json").read_text())[name]
-    out, block = {}, [k for k in model["keys"] if k.startswith("layers.{i}.")]
-    for key, shape in model["keys"].items():
+    keys, out = model["keys"], {}
+    block = [key for key in keys if key.startswith("layers.{i}.")]
+    for key, shape in keys.items():
         if key not in block:
             out[key] = shape
         elif key == block[0]:
-            out.update(
-                {
-                    b.replace("{i}", str(i)): model["keys"][b]
-                    for i in range(model["n_layer"])
-                    for b in block
-                }
-            )
+            for i in range(model["n_layer"]):
+                out |= {name.replace("{i}", str(i)): keys[name] for name in block}
     return out, model["parameters"]
 
 
@@ -106,6 +101,52 @@ def words(text):
     return text.split()
 
 
+def pictures(n, size=16, seed=0):
+    """Noise: uint8 (n, size, size, 3)."""
+    return np.random.default_rng(seed).integers(0, 256, (n, size, size, 3), dtype=np.uint8)
+
+
+def save_npz(path, **content):
+    """Write an NPZ; returns its path."""
+    np.savez(path, **content)
+    return path
+
+
+# ---- files that several tests use --------------------------------------------------------------
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory):
+    """A file of Inception weights made from the tensors' names, as the golden README says."""
+    keys = json.loads((GOLDEN / "metrics" / "inception_keys.json").read_text())
+    state = {}
+    for name, shape in keys["tensors"].items():
+        r = np.random.RandomState(zlib.crc32(name.encode()) & 0xFFFFFFFF).standard_normal(shape)
+        kind = ".".join(name.split(".")[-2:])
+        if kind == "conv.weight":
+            r = r / np.sqrt(np.prod(shape[1:])) * 1.4
+        elif kind == "bn.weight":
+            r = 1 + 0.1 * r
+        elif kind == "bn.running_var":
+            r = 1 + 0.1 * abs(r)
+        else:
+            scale = {"bn.bias": 0.02, "bn.running_mean": 0.05, "fc.weight": 0.02, "fc.bias": 0}
+            r = scale[kind] * r
+        state[name] = torch.from_numpy(r.astype(np.float32))
+    path = tmp_path_factory.mktemp("inception") / "filled.pth"
+    torch.save(state, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    """A small untrained tokenizer, 4 pixels per code, and its checkpoint."""
+    torch.manual_seed(0)
+    config = vq.VQConfig(ch=32, ch_mult=(1, 1, 1), res_blocks=1, z_channels=32, codebook_size=64)
+    model, path = vq.VQModel(config).eval(), tmp_path_factory.mktemp("vq") / "vq.pt"
+    state = {"model": model.state_dict(), "config": vars(config), "image_size": 16}
+    files.save_checkpoint(state, path)
+    return model, path
+
+
 @pytest.fixture(scope="module")
 def codes(tmp_path_factory):
     """Sixty images of 4 x 4 codes out of 20; the class tells which eight occur. Two crops each."""
@@ -113,21 +154,9 @@ def codes(tmp_path_factory):
     folder.mkdir()
     labels = np.arange(60, dtype=np.int32) % 3
     np.save(folder / "labels.npy", labels)
-    np.save(
-        folder / "codes.npy",
-        ((labels[:, None, None] * 5 + rng.randint(0, 8, (60, 2, 16))) % 20).astype(np.uint16),
-    )
-    (folder / "meta.json").write_text(
-        json.dumps(
-            {
-                "classes": ["a", "b", "c"],
-                "h": 4,
-                "w": 4,
-                "codebook_size": 20,
-                "image_size": 16,
-                "tokenizer": "0",
-                "skipped": [],
-            }
-        )
-    )
+    eight = rng.randint(0, 8, (60, 2, 16))
+    tokens = (labels[:, None, None] * 5 + eight) % 20
+    np.save(folder / "codes.npy", tokens.astype(np.uint16))
+    meta = {"classes": ["a", "b", "c"], "h": 4, "w": 4, "codebook_size": 20, "image_size": 16}
+    (folder / "meta.json").write_text(json.dumps({**meta, "tokenizer": "0", "skipped": []}))
     return folder

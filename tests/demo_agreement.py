@@ -2,7 +2,8 @@
 show?
 
 $ python tests/demo_agreement.py runs/demo/samples.npz --at-least 0.8
-$ python tests/demo_agreement.py runs/demo-text/samples.npz --prompts runs/demo-text/prompts.txt --at-least 0.8
+$ python tests/demo_agreement.py runs/demo-text/samples.npz --at-least 0.8 \\
+      --prompts runs/demo-text/prompts.txt
 
 With --prompts it must see the caption's shape, and the caption's colour must be the ink that most
 pixels are nearest to. A small convolutional network learns the ten shapes from fresh drawings (seed
@@ -20,15 +21,14 @@ import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from nanollamagen import data  # noqa: E402
+from nanollamagen import data, shapes
 
 
 def pictures(n, seed, size):
     """n fresh shapes as (uint8 (n, size, size, 3), labels (n,))."""
-    shapes = data.shapes(n, seed)
-    return np.stack(
-        [np.array(data.center_crop(shapes.load(i), size)) for i in range(n)]
-    ), torch.tensor(shapes.labels)
+    drawings = data.shapes(n, seed)
+    images = [np.array(data.center_crop(drawings.load(i), size)) for i in range(n)]
+    return np.stack(images), torch.tensor(drawings.labels)
 
 
 def to_input(images):
@@ -37,13 +37,13 @@ def to_input(images):
 
 
 def ink_of(images):
-    """uint8 (n, H, W, 3) -> number in data.INKS of the ink that most pixels are nearest to; nearest
-    to paper count not."""
-    palette = torch.tensor([*data.INKS.values(), *data.PAPERS.values()]).float()
-    nearest = torch.cdist(torch.from_numpy(images).flatten(1, 2).float(), palette[None]).argmin(
-        -1
-    )  # (n, H * W)
-    return F.one_hot(nearest, len(palette)).sum(1)[:, : len(data.INKS)].argmax(-1)
+    """uint8 (n, H, W, 3) -> number in shapes.INKS of the ink that most pixels are nearest to. Those
+    nearest to a paper do not count."""
+    palette = torch.tensor([*shapes.INKS.values(), *shapes.PAPERS.values()]).float()
+    pixels = torch.from_numpy(images).flatten(1, 2).float()  # (n, H * W, 3)
+    nearest = torch.cdist(pixels, palette[None]).argmin(-1)  # (n, H * W)
+    counts = F.one_hot(nearest, len(palette)).sum(1)  # (n, inks and papers)
+    return counts[:, : len(shapes.INKS)].argmax(-1)
 
 
 def train_classifier(size, n=8000, epochs=7):
@@ -70,15 +70,26 @@ def train_classifier(size, n=8000, epochs=7):
     for step in range(steps):
         ids = torch.randint(n, (64,))
         x, y = images[ids], labels[ids]
-        x = (
-            F.avg_pool2d(x, 3, 1, 1, count_include_pad=False) if step % 2 else x
-        )  # samples are softer than drawings
+        if step % 2:  # samples are softer than drawings
+            x = F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
         loss = F.cross_entropy(net(x + 0.05 * torch.randn_like(x)), y)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
     return net.eval()
+
+
+def wanted(prompts, names):
+    """For each caption, the number of the first of its words that is one of these names."""
+    lines = [line.split() for line in Path(prompts).read_text().splitlines()]
+    return torch.tensor([next(names.index(w) for w in line if w in names) for line in lines])
+
+
+def by_name(right, wanted, names):
+    """The share that is right, for each name: "star 98%, ..."."""
+    shares = [f"{name} {right[wanted == i].float().mean():.0%}" for i, name in enumerate(names)]
+    return ", ".join(shares)
 
 
 @torch.no_grad()
@@ -88,44 +99,35 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument("samples", help="NPZ of sample.py --num-samples")
-    p.add_argument("--prompts", help="the captions they were drawn from, one a line")
+    p.add_argument("--prompts", help="the captions they were sampled from, one per line")
     p.add_argument("--at-least", type=float, default=0.0, help="smallest agreement that passes")
     args = p.parse_args()
     with np.load(args.samples, allow_pickle=False) as f:
         images, labels = f["arr_0"], torch.from_numpy(f["labels"])
-    shapes, inks, what, colour = list(data.SHAPES), list(data.INKS), "class", None
+    names, inks, what = list(shapes.SHAPES), list(shapes.INKS), "class"
+    shape = labels
     if args.prompts:
-        words = [line.split() for line in Path(args.prompts).read_text().splitlines()]
-        colour = torch.tensor([next(inks.index(w) for w in line if w in inks) for line in words])[
-            labels
-        ]
-        labels = torch.tensor(
-            [next(shapes.index(w) for w in line if w in shapes) for line in words]
-        )[labels]
-        what = "shape"
+        shape, what = wanted(args.prompts, names)[labels], "shape"
     with torch.enable_grad():
         net = train_classifier(images.shape[1])
     fresh, truth = pictures(1000, seed=2, size=images.shape[1])
     right = (net(to_input(fresh)).argmax(-1) == truth).float().mean().item()
-    agree = net(to_input(images)).argmax(-1) == labels
-    each = ", ".join(
-        f"{shapes[c]} {agree[labels == c].float().mean():.0%}" for c in range(len(shapes))
-    )
+    agree = net(to_input(images)).argmax(-1) == shape
     print(
         f"a classifier that is right on {right:.1%} of fresh drawings sees the wanted {what} in "
-        f"{agree.float().mean():.1%} of {len(agree)} samples ({each})"
+        f"{agree.float().mean():.1%} of {len(agree)} samples ({by_name(agree, shape, names)})"
     )
     if args.prompts:
-        truth = torch.tensor([inks.index(data.plan_shape((2, i))[1]) for i in range(len(fresh))])
+        colour = wanted(args.prompts, inks)[labels]
+        truth = torch.tensor([inks.index(shapes.plan_shape((2, i))[1]) for i in range(len(fresh))])
         told = (ink_of(fresh) == truth).float().mean().item()
-        right, seen = min(right, told), ink_of(images) == colour
-        agree &= seen
-        each = ", ".join(
-            f"{inks[c]} {seen[colour == c].float().mean():.0%}" for c in range(len(inks))
-        )
+        right = min(right, told)
+        as_wanted = ink_of(images) == colour
+        agree &= as_wanted
         print(
-            f"colours, told right in {told:.1%} of fresh drawings, are the wanted ones in {seen.float().mean():.1%} "
-            f"({each}); shape and colour in {agree.float().mean():.1%}"
+            f"colours, told right in {told:.1%} of fresh drawings, are the wanted ones in "
+            f"{as_wanted.float().mean():.1%} ({by_name(as_wanted, colour, inks)}); "
+            f"shape and colour in {agree.float().mean():.1%}"
         )
     if right < 0.98:
         sys.exit(f"the classifier itself is too weak to judge ({right:.1%} < 98%)")

@@ -12,7 +12,7 @@ PYTHON=${PYTHON:-.venv/bin/python}
 OUT=${OUT:-runs/gpu}
 if [ "${1:-}" = --small ]; then
     tests="tests/test_gpt.py -k cached" bench="load train sample --model demo --batch 4" vq=VQ-demo model=demo image_size=24
-    train="--batch-size 8 --max-steps 20 --log-every 10" seconds=600
+    train="--batch-size 8 --lr 3e-6 --max-steps 20 --log-every 10" seconds=600
 else
     tests="tests" bench="" vq=VQ-16 model=L image_size=256
     train="--epochs 300 --log-every 20" seconds=600
@@ -25,10 +25,10 @@ mkdir -p "$OUT"
 stage() { echo "$(date +%T)  $*"; }
 
 stage "1/5  tests: $OUT/tests.log"
-"$PYTHON" -m pytest -q $tests > "$OUT/tests.log" 2>&1 || stage "some tests failed; going on"
+"$PYTHON" -m pytest -q $tests > "$OUT/tests.log" 2>&1 || stage "some tests failed; continuing"
 
 stage "2/5  speed of every part: $OUT/bench.jsonl"
-"$PYTHON" tests/bench.py $bench > "$OUT/bench.jsonl" 2> "$OUT/bench.log" || stage "bench.py stopped early; going on"
+"$PYTHON" tests/bench.py $bench > "$OUT/bench.jsonl" 2> "$OUT/bench.log" || stage "bench.py stopped early; continuing"
 
 stage "3/5  random codes and an untrained tokenizer: $OUT/codes"
 "$PYTHON" - "$OUT" "$vq" "$image_size" << 'PYTHON'
@@ -38,10 +38,10 @@ from pathlib import Path
 import numpy as np
 sys.path.insert(0, ".")
 import vq
-from nanollamagen import data
+from nanollamagen import files
 out, name, size = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 model = vq.VQModel(vq.VQ_CONFIGS[name])
-data.save_checkpoint({"model": model.state_dict(), "config": asdict(model.config), "image_size": size}, out / "vq.pt")
+files.save_checkpoint({"model": model.state_dict(), "config": asdict(model.config), "image_size": size}, out / "vq.pt")
 grid, V = size // model.config.downsample, model.config.codebook_size
 (out / "codes").mkdir()
 np.save(out / "codes" / "codes.npy", np.random.default_rng(0).integers(0, V, (20_000, 1, grid ** 2), dtype=np.uint16))
@@ -59,7 +59,7 @@ timeout --signal=TERM --kill-after=300 "$seconds" $launch train_gpt.py --codes "
     --out "$OUT/gpt" > "$OUT/train.log" 2>&1 || true
 [ -f "$OUT/gpt/ckpt.pt" ] || { tail -n 20 "$OUT/train.log"; exit 1; }
 
-stage "5/5  a batch drawn by vLLM: $OUT/served.png"
+stage "5/5  a batch sampled by vLLM: $OUT/served.png"
 if "$PYTHON" -c "import vllm" 2> /dev/null; then
     "$PYTHON" serve_vllm.py export --gpt "$OUT/gpt/ckpt.pt" --vq "$OUT/vq.pt" --out "$OUT/exported" > "$OUT/serve.log" 2>&1 &&
     "$PYTHON" serve_vllm.py generate "$OUT/exported" --classes 1,2,3,4 --n 2 --out "$OUT/served.png" \

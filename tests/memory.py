@@ -4,14 +4,14 @@ computed, not measured.
 $ python tests/memory.py                 # on any machine, in half a minute
 $ python tests/memory.py --grid 24       # codes of 384-pixel images
 
-What the backward pass will need is counted while one image passes through one and two blocks. To it
-come weights, gradients and AdamW's moments in float32 (DDP: and its copy of the gradients; FSDP: an
-eighth of all, and two gathered blocks), and the logits. Not counted: what PyTorch and CUDA take for
-themselves, and fragments, some GB together.
+What the backward pass will need is counted while one image passes through one and two blocks. Added
+are the logits, and weights, gradients and AdamW's moments in float32. DDP has a copy of the
+gradients too; FSDP an eighth of all that, and two gathered blocks. Not counted is what PyTorch and
+CUDA take for themselves, and fragments: some GB together.
 
-A step's time is taken as matrix products at 0.75 of an H100's 989 TFLOP/s, plus traffic at 3.35
+A step's time is that of matrix products at 0.75 of an H100's 989 TFLOP/s, plus traffic at 3.35
 TB/s: what is kept for the backward pass moves five times, optimizer states seven. Communication is
-taken to hide behind the rest.
+assumed to hide behind the rest.
 """
 
 import argparse
@@ -23,8 +23,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import gpt  # noqa: E402
-import train_gpt  # noqa: E402
+import gpt
+import train_gpt
 
 GPUS, ROOM = 8, 72e9  # bytes that a run may plan with, of 80 GB
 PEAK, GEMM, BANDWIDTH = 989e12, 0.75, 3.35e12
@@ -32,25 +32,23 @@ PEAK, GEMM, BANDWIDTH = 989e12, 0.75, 3.35e12
 
 @cache
 def kept(name, grid, n_layer):
-    """Bytes that autograd keeps for the backward pass over one image, in bfloat16 but for the
-    residual stream and the norms, with the logits. The weights' copies in bfloat16 are not counted:
+    """Bytes that autograd keeps for the backward pass over one image, with the logits, in bfloat16
+    except for the residual stream and the norms. The weights' copies in bfloat16 are not counted:
     they do not grow with the batch."""
     storages = {}
 
-    def note(tensor):
-        storages[tensor.untyped_storage().data_ptr()] = (
-            tensor  # a view keeps all that it is a view of
-        )
+    def note(tensor):  # a view keeps all that it is a view of
+        storages[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
     config = replace(gpt.GPT_CONFIGS[name], grid=grid, n_layer=n_layer)
     with torch.device("meta"):
         model = gpt.GPT(config).train()
     model.to_empty(device="cpu")  # nobody looks at the numbers
-    shapes = {p.shape for p in model.parameters()} | {
-        p.T.shape for p in model.parameters() if p.dim() > 1
-    }
-    codes, label = torch.zeros(1, grid**2 - 1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    shapes = {p.shape for p in model.parameters()}
+    shapes |= {p.T.shape for p in model.parameters() if p.dim() > 1}
+    codes = torch.zeros(1, grid**2 - 1, dtype=torch.int64)
+    label = torch.zeros(1, dtype=torch.int64)
     with (
         torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
         torch.autocast("cpu", torch.bfloat16),
@@ -61,7 +59,7 @@ def kept(name, grid, n_layer):
 
 
 def expect(name, grid, micro, recompute):
-    """(bytes a GPU, seconds a step, images a step) of a training run with the authors' batch
+    """(bytes per GPU, seconds per step, images per step) of a training run with the authors' batch
     size."""
     config = replace(gpt.GPT_CONFIGS[name], grid=grid)
     with torch.device("meta"):
@@ -98,9 +96,8 @@ def main():
         help="rows of codes: 16 for 256 pixels, 24 for 384 (default: 16)",
     )
     grid = p.parse_args().grid
-    print(
-        f"| {grid * 16} pixels | flags | memory a GPU | MFU | images/s | 300 epochs |\n|---|---|---:|---:|---:|---:|"
-    )
+    print(f"| {grid * 16} pixels | flags | memory per GPU | MFU | images/s | 300 epochs |")
+    print("|---|---|---:|---:|---:|---:|")
     for name in ("B", "L", "XL", "XXL", "3B"):
         share = train_gpt.RECIPES.get(name, (256, 0))[0] // GPUS
         for recompute in (False, True):
@@ -109,20 +106,17 @@ def main():
             if fits:
                 break
         memory, seconds, batch = expect(name, grid, fits[0], recompute)
-        flags = (
-            f"--micro-batch {fits[0]}" * (fits[0] < share) + " --checkpoint-activations" * recompute
-        )
-        mfu = (
-            gpt.flops_per_image(replace(gpt.GPT_CONFIGS[name], grid=grid))
-            * batch
-            / GPUS
-            / seconds
-            / PEAK
-        )
+        flags = []
+        if fits[0] < share:
+            flags.append(f"--micro-batch {fits[0]}")
+        if recompute:
+            flags.append("--checkpoint-activations")
+        flops = gpt.flops_per_image(replace(gpt.GPT_CONFIGS[name], grid=grid))
+        mfu = flops * batch / GPUS / seconds / PEAK
         days = 300 * 1_281_167 / batch * seconds / 86400
         print(
-            f"| {name}, {batch} images | {flags.strip() or 'none'} | {memory / 1e9:.0f} GB | {mfu:.2f} | "
-            f"{batch / seconds:,.0f} | {days:.1f} days |"
+            f"| {name}, {batch} images | {' '.join(flags) or 'none'} | {memory / 1e9:.0f} GB "
+            f"| {mfu:.2f} | {batch / seconds:,.0f} | {days:.1f} days |"
         )
 
 

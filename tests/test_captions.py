@@ -4,6 +4,7 @@ from text to pictures.
 FLAN-T5 and CLIP are tiny here and randomly initialised, but saved to disk and loaded by the package
 transformers as the real ones are; where it is missing, the tests that need it skip."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -23,7 +24,7 @@ import gpt
 import sample
 import train_gpt
 import vq
-from nanollamagen import captions, data
+from nanollamagen import captions, files
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here asks a server
 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -110,7 +111,7 @@ def test_teacher_forced_logits_are_the_reference_ones(released):
 
 def test_the_mask_and_the_embedding_are_the_reference_ones(released):
     model, features, mask, expected, _ = released
-    packed = np.packbits(gpt.visible(torch.arange(184), 184, mask)[:, 0].numpy(), axis=-1)
+    packed = np.packbits(gpt.who_sees_whom(torch.arange(184), 184, mask)[:, 0].numpy(), axis=-1)
     assert np.array_equal(packed, expected["attn_mask_packed"].numpy())
     embed = model.cls_embedding
     assert difference(embed(features)[:, [0, 60, 118, 119], :32], expected["cond_embed"]) < 2e-6
@@ -377,9 +378,7 @@ def test_the_stand_in_tells_words_apart_and_nothing_else():
 
 def test_missing_weights_or_package_get_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(
-        ValueError, match="--t5 anything needs the package transformers: pip install"
-    ):
+    with pytest.raises(ValueError, match="--t5 anything needs transformers: pip install"):
         captions.encode_captions(["a"], "anything")
     monkeypatch.undo()
     pytest.importorskip("transformers", reason="needs transformers: pip install transformers")
@@ -490,8 +489,7 @@ def test_an_interrupted_run_goes_on_and_two_processes_write_what_one_writes(
         caption_folder(tmp_path / name, count=2500, long=[1500]) for name in ("one", "cut", "two")
     ]
     args = [
-        captions.argparse.Namespace(codes=str(f), t5="words", batch_size=64, device="cpu")
-        for f in folders
+        argparse.Namespace(codes=str(f), t5="words", batch_size=64, device="cpu") for f in folders
     ]
     captions.encode(args[0])
     calls, encode = [], captions.CaptionEncoder.__call__
@@ -556,7 +554,8 @@ def test_features_of_another_encoder_are_not_mixed(codes, t5):
     result = run("-m", "nanollamagen.captions", "encode", "--codes", codes, "--t5", t5)
     assert (
         result.returncode == 2
-        and "tells of another encoder or other captions (words, 64 features" in result.stderr
+        and "tells of another encoder or other captions (words, 64 features per token)"
+        in result.stderr
     )
 
 
@@ -575,7 +574,7 @@ def flags_for(codes, out, *flags):
             "--batch-size",
             8,
             "--lr",
-            0.03,
+            9.375e-4,  # = 0.03 * 8 / 256
             "--log-every",
             1,
             "--device",
@@ -606,8 +605,6 @@ def test_training_learns_what_the_caption_tells_and_remembers_the_encoder(
         monkeypatch,
         codes,
         tmp_path / "run",
-        "--cond",
-        "text",
         "--max-steps",
         60,
         "--val-images",
@@ -616,14 +613,12 @@ def test_training_learns_what_the_caption_tells_and_remembers_the_encoder(
         60,
         "--vq",
         tokenizer,
-        "--sample-every",
-        60,
     )
     out = capsys.readouterr().out
-    assert "captions through words (64 features a token), which 1 images do not have" in out
-    assert "first loss should be 3.00" in out and losses(tmp_path / "run")[0] == pytest.approx(
-        np.log(20), abs=1e-5
-    )
+    assert "captions through words (64 features); 1 images have no caption and are left out" in out
+    assert "first loss should be ln(20) = 3.00" in out and losses(tmp_path / "run")[
+        0
+    ] == pytest.approx(np.log(20), abs=1e-5)
     assert losses(tmp_path / "run")[-1] < 2.5  # ln 8 = 2.08 is the best possible
     assert log(tmp_path / "run")[-1]["val_loss"] < 2.6
     model = gpt.load_gpt(tmp_path / "run" / "ckpt.pt")
@@ -659,7 +654,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(codes, tmp_path, monkeypatch)
     train(monkeypatch, codes, tmp_path / "whole", *flags, "--max-steps", 8)
     train(monkeypatch, codes, tmp_path / "cut", *flags, "--max-steps", 5)
     train(monkeypatch, codes, tmp_path / "cut", *flags, "--max-steps", 8, "--resume")
-    one, two = (data.read_checkpoint(tmp_path / name / "ckpt.pt") for name in ("whole", "cut"))
+    one, two = (files.read_checkpoint(tmp_path / name / "ckpt.pt") for name in ("whole", "cut"))
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     assert all(
         torch.equal(one[part][k], two[part][k]) for part in ("model", "ema") for k in one[part]
@@ -694,7 +689,7 @@ def test_two_processes_give_the_losses_of_one(codes, tmp_path, monkeypatch, flag
         log(tmp_path / "one")[-1]["val_loss"], abs=1e-4
     )
     assert losses(tmp_path / "one")[-1] < 2.8  # so that there was something to differ
-    one, two = (data.read_checkpoint(tmp_path / name / "ckpt.pt") for name in ("one", "two"))
+    one, two = (files.read_checkpoint(tmp_path / name / "ckpt.pt") for name in ("one", "two"))
     for part in ("model", "ema"):
         assert max(float((v - one[part][k]).abs().max()) for k, v in two[part].items()) < 1e-3
 
@@ -711,7 +706,7 @@ def test_from_captions_to_pictures_in_two_stages_through_t5(t5, tokenizer, tmp_p
 
     for stage, grid, more in (
         (1, 4, ["--max-steps", 60]),
-        (2, 8, ["--max-steps", 1, "--init", tmp_path / "1" / "ckpt.pt", "--image-size", 32]),
+        (2, 8, ["--max-steps", 1, "--init", tmp_path / "1" / "ckpt.pt"]),
     ):
         go(
             "-m",
@@ -724,15 +719,7 @@ def test_from_captions_to_pictures_in_two_stages_through_t5(t5, tokenizer, tmp_p
         )
         out = go(
             "train_gpt.py",
-            *flags_for(
-                tmp_path / f"codes{stage}",
-                tmp_path / str(stage),
-                "--cond",
-                "text",
-                "--dropout",
-                0,
-                *more,
-            ),
+            *flags_for(tmp_path / f"codes{stage}", tmp_path / str(stage), "--dropout", 0, *more),
         )
         assert ("the first weights are those of" in out) == (stage == 2)
     assert (
@@ -815,19 +802,19 @@ def test_npz_of_prompts_is_balanced_and_the_same_on_two_processes(models, tokeni
 @pytest.mark.parametrize(
     "name, flags, sentence",
     [
-        ("text", ["--classes", "1"], "draws from captions, not classes: give --prompt"),
-        ("text", [], "draws from captions, not classes: give --prompt"),
+        ("text", ["--classes", "1"], "is for captions: give --prompt, not --classes"),
+        ("text", [], "is for captions: give --prompt, not --classes"),
         (
             "class",
             ["--prompt", "a cat"],
-            "draws from classes, not captions: give --classes, not --prompt",
+            "is for classes: give --classes, not --prompt",
         ),
         ("text", ["--prompt", "***"], "the caption '***' has no words"),
         ("text", ["--prompts", "nowhere.txt"], "nowhere.txt"),
         (
             "text",
             ["--prompt", "a cat", "--t5", "T5"],
-            "(40 features a token) is not the encoder that the GPT was trained with (words, 64)",
+            "(40 features per token) is not the encoder that the GPT was trained with (words, 64)",
         ),
     ],
 )
@@ -842,8 +829,6 @@ def test_a_prompt_that_does_not_fit_gets_one_sentence(
 @pytest.mark.parametrize(
     "flags, sentence",
     [
-        (["--cond", "class"], "was made from images with captions"),
-        (["--image-size", "64"], "--image-size 64"),
         (["--init", "class.pt"], "is a model for classes, but"),
         (["--init", "text.pt"], "dim 64 there, 128 here"),
         (["--init", "wide.pt"], "caption_dim 24 there, 64 here"),

@@ -48,7 +48,7 @@ from vllm.exceptions import QueueOverflowError  # noqa: E402
 from vllm.utils.argparse_utils import FlexibleArgumentParser  # noqa: E402
 from vllm.v1.engine.exceptions import EngineDeadError  # noqa: E402
 
-from nanollamagen import images_api  # noqa: E402
+from nanollamagen import api_sampling, images_api  # noqa: E402
 
 GRID, SIDE, V = 4, 16, 40
 INFO = {
@@ -295,7 +295,7 @@ def test_openais_client_sees_the_picture_grow(engine, server):
 def test_rows_that_are_not_there_yet_are_grey_and_do_not_show_in_those_above():
     codes, tokenizer = codes_of(0, 3), small_tokenizer()
     for rows in range(1, GRID):
-        part = images_api.paint(tokenizer, [codes[: rows * GRID]], GRID)[0]
+        part = api_sampling.decode_rows(tokenizer, [codes[: rows * GRID]], GRID)[0]
         repeated = codes[: rows * GRID] + codes[(rows - 1) * GRID : rows * GRID] * (GRID - rows)
         end = rows * SIDE // GRID
         assert same(part[:end], sample.to_pixels(tokenizer, torch.tensor([repeated]))[0, :end])
@@ -391,7 +391,7 @@ def test_pictures_are_decoded_together_and_other_requests_answered_meanwhile(ser
     go.set()
     thread.join(10)
     assert len(answers[0].json()["data"]) == 10 and sum(sizes) == 10
-    assert len(sizes) < 10 and max(sizes) <= images_api.BATCH
+    assert len(sizes) < 10 and max(sizes) <= api_sampling.BATCH
 
 
 # ---- captions ----------------------------------------------------------------------------------
@@ -446,7 +446,7 @@ def test_captions_are_encoded_one_after_the_other_and_other_requests_answered_me
         ]
         for thread in threads:
             thread.start()
-        until(lambda: server.app.state.images.encoder._work_queue.qsize() == 1)
+        until(lambda: server.app.state.images.worker._work_queue.qsize() == 1)
         assert httpx.get(f"{server.url}/health").status_code == 200 and len(began) == 1
         go.set()
         for thread in threads:
@@ -632,14 +632,14 @@ HOLE = file_of(with_hole(photo(), (0, 8, 16, 16)))
 @pytest.mark.parametrize(
     "image, mask, fields, param, sentence",
     [
-        (b"this is no picture", None, {}, "image", "image: no PNG, JPEG or WebP file"),
+        (b"this is no picture", None, {}, "image", "image: not a PNG, JPEG or WebP file"),
         (HOLE[: len(HOLE) // 2], None, {}, "image", "or a damaged one"),
-        (file_of(photo(), "GIF"), None, {}, "image", "no PNG, JPEG or WebP"),
+        (file_of(photo(), "GIF"), None, {}, "image", "not a PNG, JPEG or WebP"),
         (png_of(20_000, 20_000), None, {}, "image", "more than 25,000,000 pixels"),
         (png_of(5_001, 5_000), None, {}, "image", "more than 25,000,000 pixels"),
         (file_of(photo(), "PNG", **TWO), None, {}, "image", "an animation; send one picture"),
         (file_of(photo(), "WEBP", **TWO), None, {}, "image", "an animation; send one picture"),
-        (file_of(photo(), "GIF", **TWO), None, {}, "image", "no PNG, JPEG or WebP"),
+        (file_of(photo(), "GIF", **TWO), None, {}, "image", "not a PNG, JPEG or WebP"),
         (HOLE, file_of(photo(), "WEBP", **TWO), {}, "mask", "mask: an animation; send one picture"),
         (file_of(LARGE, "JPEG") + 1250 * SCAN, None, {}, "image", "too many scans"),
         (file_of(LARGE, "MPO", **TWO) + 1250 * SCAN, None, {}, "image", "too many scans"),
@@ -650,7 +650,7 @@ HOLE = file_of(with_hole(photo(), (0, 8, 16, 16)))
             "image",
             "image: nothing is transparent",
         ),  # read as a picture
-        (HOLE, HOLE[:100], {}, "mask", "mask: no PNG"),
+        (HOLE, HOLE[:100], {}, "mask", "mask: not a PNG"),
         (
             HOLE,
             file_of(with_hole(photo((8, 8)), (0, 0, 4, 4))),
@@ -664,7 +664,7 @@ HOLE = file_of(with_hole(photo(), (0, 8, 16, 16)))
             None,
             {},
             "image",
-            "image: nothing is transparent; transparent pixels are drawn anew",
+            "image: nothing is transparent; transparent pixels are regenerated",
         ),
         (b"", None, {}, "image", "image: a file is required"),
         (HOLE, None, {"n": "eleven"}, "n", "valid integer"),
@@ -694,19 +694,19 @@ def test_uploads_that_are_no_edit_have_their_own_status(server):
     draw = client(server).images.edit
     assert draw(image=[("a.png", HOLE)], prompt="star").data
     for images, sentence in (
-        (2, "image: one picture, and one mask"),
-        (3, "with an image and at most a mask"),
+        (2, "image: send one picture, and one mask"),
+        (3, "the body: send a whole multipart form, with one image and at most"),
     ):
         with pytest.raises(openai.BadRequestError, match=sentence):
             draw(image=[("a.png", HOLE)] * images, prompt="star")
     both = [("image", ("a.png", HOLE)), ("image[]", ("b.png", HOLE))]
     error = error_of(httpx.post(url, data={"prompt": "star"}, files=both), 400)
-    assert error["param"] == "image" and error["message"] == "image: one picture, and one mask"
-    with socket.create_connection(
-        server.url.removeprefix("http://").split(":")
-    ) as sock:  # cut off half-way
+    assert error["param"] == "image" and error["message"] == "image: send one picture, and one mask"
+    address = server.url.removeprefix("http://").split(":")
+    with socket.create_connection(address) as sock:  # cut off half-way
         sock.sendall(
-            b"POST /v1/images/edits HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=x\r\n"
+            b"POST /v1/images/edits HTTP/1.1\r\nHost: x\r\n"
+            b"Content-Type: multipart/form-data; boundary=x\r\n"
             b'Content-Length: 10000\r\n\r\n--x\r\nContent-Disposition: form-data; name="image"; '
             b'filename="a.png"\r\n\r\n' + HOLE[:200]
         )
@@ -790,7 +790,7 @@ def test_32_clients_edit_at_once_and_a_third_leaves(engine, server):
 def test_a_mistake_in_a_field_is_named(server, fields, param, sentence):
     error = error_of(post(server, fields), 400)
     assert error["param"] == param and sentence in error["message"]
-    assert error["message"].startswith(param) or param == "prompt"
+    assert error["message"].startswith(f"{param}: ")
 
 
 @pytest.mark.parametrize(
@@ -885,14 +885,16 @@ def test_a_client_that_goes_takes_its_images_along(engine, server, stream):
     answers = []
     thread.start()
     until(lambda: len(engine.live) == 1)
-    with contextlib.suppress(httpx.TimeoutException):
-        with httpx.stream(
+    with (
+        contextlib.suppress(httpx.TimeoutException),
+        httpx.stream(
             "POST",
             f"{server.url}/v1/images/generations",
             json={"prompt": "star", **body},
             timeout=httpx.Timeout(10, read=0.2 if not stream else 10),
-        ) as response:
-            next(response.iter_bytes())  # the first rows; without streaming, nothing comes
+        ) as response,
+    ):
+        next(response.iter_bytes())  # the first rows; without streaming, nothing comes
     until(lambda: engine.aborted == 4 and len(engine.live) == 1)
     engine.step.set()
     thread.join(10)
@@ -1099,9 +1101,9 @@ def test_the_page_draws_what_is_typed_row_by_row(engine, server, browser):
     engine.step.clear()
     browser.open(server.url)
     browser.type("fo", into="query")
-    assert browser.run(
-        "[...document.querySelectorAll('[role=option]')].map(o => o.innerText.replace(/\\s+/g, ' '))"
-    ) == ["red fox, Vulpes vulpes 2"]
+    options = "[...document.querySelectorAll('[role=option]')]"
+    names = browser.run(options + ".map(o => o.innerText.replace(/\\s+/g, ' '))")
+    assert names == ["red fox, Vulpes vulpes 2"]
     browser.press(*ENTER)
     browser.press(*DOWN)  # opens the list of the others, then goes to the second
     browser.press(*DOWN)
@@ -1156,7 +1158,7 @@ def test_the_page_tells_kindly_what_is_wrong(engine, browser):
         ):
             action()
             browser.run("$('go').click()")
-            until(lambda: sentence in browser.text("error"))
+            until(lambda sentence=sentence: sentence in browser.text("error"))
         browser.run("$('key').value = ''")
         browser.type("secret", into="key")
         browser.press(*ENTER)
@@ -1193,14 +1195,15 @@ def test_the_page_draws_a_part_of_a_picture_anew(engine, server, browser, width,
         browser.run(f"""const bytes = Uint8Array.from(atob("{picture}"), c => c.charCodeAt(0))
             const files = new DataTransfer()
             files.items.add(new File([bytes], "a.png", {{type: "image/png"}}))
-            document.dispatchEvent(new DragEvent("drop", {{dataTransfer: files, cancelable: true}}))""")
+            const drop = {{dataTransfer: files, cancelable: true}}
+            document.dispatchEvent(new DragEvent("drop", drop))""")
     else:
         (tmp_path / "a.png").write_bytes(file_of(image))
         chooser = browser("Runtime.evaluate", expression="$('photo')")["result"]["objectId"]
         browser("DOM.setFileInputFiles", files=[str(tmp_path / "a.png")], objectId=chooser)
     until(lambda: browser.run("!$('editor').hidden && photo.width") == 3 * SIDE)
     browser.run("$('go').click()")
-    until(lambda: "Paint over what is to be drawn anew." in browser.text("error"))
+    until(lambda: "Paint over the part to regenerate." in browser.text("error"))
     browser.run("$('brush').value = 1")
     browser.stroke([(1.5, 1.5), (2.5, 1.5), (2.5, 2.5), (1.6, 2.5)], touch)
     assert sorted(browser.run("[...hole]")) == [5, 6, 9, 10]
@@ -1266,7 +1269,7 @@ def test_a_caption_model_has_a_text_box_in_place_of_the_classes(captioned, brows
     assert same(pixels(links[0][1]), picture(6, 7)) and same(pixels(links[7][1]), picture(2, 10))
     assert browser.run("document.documentElement.scrollWidth") <= width
     browser.run("$('caption').value = '<br>'; $('go').click()")
-    until(lambda: "The caption '<br>' has no words" in browser.text("error"))
+    until(lambda: "Prompt: the caption '<br>' has no words" in browser.text("error"))
     assert all(c["entry"]["text"].startswith("Failed to load resource") for c in browser.complaints)
 
 
@@ -1385,7 +1388,7 @@ def test_openais_client_draws_with_the_real_engine(real, exported):
     ).json()
     assert answer["choices"][0]["token_ids"] == codes[0].tolist()
     for wrong, sentence in (
-        ({"vllm_xargs": {"cfg": 3}}, "'cfg' is no setting"),
+        ({"vllm_xargs": {"cfg": 3}}, "'cfg' is not a setting"),
         ({"min_p": 0.5}, "min_p is for words"),
     ):
         assert (
@@ -1399,9 +1402,9 @@ def test_openais_client_draws_with_the_real_engine(real, exported):
 @pytest.mark.parametrize(
     "wrong, sentence",
     [
-        ({"prompt": [2**31]}, "prompt: 2147483648 is no class"),
-        ({"prompt": [2**40]}, "prompt: 1099511627776 is no"),
-        ({"prompt": [[V], [V, 2**31]]}, "prompt: 2147483648 is no class"),
+        ({"prompt": [2**31]}, "prompt: 2147483648 is not a class"),
+        ({"prompt": [2**40]}, "prompt: 1099511627776 is not a class"),
+        ({"prompt": [[V], [V, 2**31]]}, "prompt: 2147483648 is not a class"),
         (
             {"temperature": 0, "vllm_xargs": {"top_k": 2.5}},
             "top_k 2.5 is not a whole number from 0 to 1,000,000",
@@ -1412,7 +1415,7 @@ def test_openais_client_draws_with_the_real_engine(real, exported):
             "cfg_interval 1.5 is not a whole number from -1 to",
         ),
         ({"vllm_xargs": {"given": [-2]}}, "given is a list of codes"),
-        ({"vllm_xargs": {"kv_transfer_params": "all"}}, "'kv_transfer_params' is no setting"),
+        ({"vllm_xargs": {"kv_transfer_params": "all"}}, "'kv_transfer_params' is not a setting"),
     ],
 )
 def test_numbers_that_would_end_the_real_engine_are_refused_and_it_draws_on(real, wrong, sentence):
@@ -1591,12 +1594,12 @@ def test_the_command_serves_captions(tmp_path):
 @pytest.mark.parametrize(
     "flags, sentence",
     [
-        (["missing"], "missing is no folder written by serve_vllm.py export"),
+        (["missing"], "missing was not written by serve_vllm.py export"),
         ([], "give the folder that export wrote"),
         (["EXPORTED", "--port", "TAKEN"], "--host 127.0.0.1 --port TAKEN: Address already in use"),
         (
             ["EXPORTED", "--logits-processors", "other:One"],
-            "--logits-processors: images need serve_vllm:Draw among them",
+            "--logits-processors: images need nanollamagen.vllm_model:Draw among them",
         ),
         (["EXPORTED", "--port", "70000"], "--port 70000 is not between 0 and 65,535"),
         (

@@ -1,4 +1,4 @@
-"""A mistake gets one sentence that names it, and exit code 2: every number at nonsense, every path
+"""An error names the flag and what is wrong, with exit code 2: every number at nonsense, every path
 missing or unfit.
 
 To add a script: a line in COMMANDS with words that would work, and its flags in the lists below."""
@@ -19,10 +19,10 @@ import vq
 from nanollamagen import captions
 
 sys.path.insert(0, str(ROOT / "ablations"))
-import sweep  # noqa: E402
+import sweep
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here asks a server
-# Inception's weights are not there: what is reported must have been found before they are read
+# Inception's weights are not there: what is reported must have been found before they are read.
 GONE = "gone.pth"
 COMMANDS = {
     "compare": (evaluate, "a.npz a.npz --inception gone.pth"),
@@ -30,10 +30,8 @@ COMMANDS = {
     "recon": (evaluate, "recon --vq vq.pt --data shapes:4 --inception gone.pth"),
     "clip": (evaluate, "clip --prompts prompts.txt --samples a.npz --clip gone.pth"),
     "captions": (captions, "encode --codes codes --t5 words"),
-    "sample": (
-        sample,
-        "--vq vq.pt --gpt gpt.pt --image-size 256 --out a.png",
-    ),  # drawn are 16 pixels: said last
+    # The GPT's images have 16 pixels. That is said last.
+    "sample": (sample, "--vq vq.pt --gpt gpt.pt --image-size 256 --out a.png"),
     "sweep": (sweep, "--vq vq.pt --gpt gpt.pt --ref a.npz --inception gone.pth"),
 }
 NONSENSE = ["0", "-1", "nan", "1.5e300", "9" * 30, "many", ""]
@@ -92,34 +90,21 @@ WRITTEN = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Small files of each kind, and some that are none."""
+    """Small files of each kind, and some of no kind."""
     folder = tmp_path_factory.mktemp("files")
     pictures = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
     np.savez(folder / "a.npz", arr_0=pictures, labels=np.arange(4))
-    tokenizer = vq.VQModel(
-        vq.VQConfig(ch=32, ch_mult=(1, 1, 1), res_blocks=1, z_channels=32, codebook_size=64)
-    )
-    torch.save(
-        {"model": tokenizer.state_dict(), "config": vars(tokenizer.config), "image_size": 16},
-        folder / "vq.pt",
-    )
-    model = gpt.GPT(
-        gpt.GPTConfig(dim=32, n_layer=1, n_head=2, vocab_size=64, grid=4, num_classes=3)
-    )
-    torch.save({"model": model.state_dict(), "config": vars(model.config)}, folder / "gpt.pt")
+    config = vq.VQConfig(ch=32, ch_mult=(1, 1, 1), res_blocks=1, z_channels=32, codebook_size=64)
+    weights = vq.VQModel(config).state_dict()
+    torch.save({"model": weights, "config": vars(config), "image_size": 16}, folder / "vq.pt")
+    config = gpt.GPTConfig(dim=32, n_layer=1, n_head=2, vocab_size=64, grid=4, num_classes=3)
+    weights = gpt.GPT(config).state_dict()
+    torch.save({"model": weights, "config": vars(config)}, folder / "gpt.pt")
     (folder / "prompts.txt").write_text("one\ntwo\nthree\nfour\n")
     (folder / "codes").mkdir()
     np.save(folder / "codes" / "codes.npy", np.zeros((4, 1, 16), np.uint16))
-    meta = {
-        "classes": [],
-        "captions": True,
-        "h": 4,
-        "w": 4,
-        "codebook_size": 64,
-        "image_size": 16,
-        "tokenizer": "0",
-    }
-    (folder / "codes" / "meta.json").write_text(json.dumps(meta))
+    meta = {"classes": [], "captions": True, "h": 4, "w": 4, "codebook_size": 64, "image_size": 16}
+    (folder / "codes" / "meta.json").write_text(json.dumps({**meta, "tokenizer": "0"}))
     (folder / "codes" / "captions.jsonl").write_text('{"caption": "a"}\n' * 4)
     (folder / "nothing").mkdir()
     (folder / "empty").write_bytes(b"")
@@ -150,6 +135,7 @@ def test_a_number_out_of_range_is_named(complaint, command, flag, allowed):
         if value not in allowed:
             sentence = complaint(command, f"{flag}={value}")
             assert flag in sentence and GONE not in sentence, (value, sentence)
+            assert "unrecognized" not in sentence, sentence
 
 
 @pytest.mark.parametrize("command, flag", READ)
@@ -162,17 +148,17 @@ def test_a_path_that_is_missing_or_of_another_kind_is_named(complaint, command, 
 
 @pytest.mark.parametrize("command, flag", WRITTEN)
 def test_a_place_where_nothing_can_be_written_is_named_before_the_work(complaint, command, flag):
-    for value in (
-        "empty/inside",
-        "nothing" if command != "sweep" else "empty",
-        "/proc/none/at/all",
-        "",
-    ):
+    unfit = "empty" if command == "sweep" else "nothing"  # a file for a folder, or the reverse
+    for value in ("empty/inside", unfit, "/proc/none/at/all", ""):
         sentence = complaint(command, f"{flag}={value}")
-        assert flag in sentence and value.split("/")[0] in sentence and GONE not in sentence, (
-            value,
-            sentence,
-        )
+        assert flag in sentence and value.split("/")[0] in sentence, (value, sentence)
+        assert GONE not in sentence, (value, sentence)
+
+
+def test_a_number_out_of_range_gets_the_range(complaint):
+    sentence = complaint("compare", "--batch-size=0")
+    assert sentence == "argument --batch-size: 0 is not a whole number from 1 to 1,048,576"
+    assert complaint("sweep", "--cfg-scale=1,nan").endswith("nan is not a number from 0 to 1,000")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -183,7 +169,7 @@ def test_a_device_that_is_not_there_is_named(complaint, command):
 
 def test_sizes_that_the_models_do_not_have_are_named(complaint):
     assert "--image-size 18 is no multiple of 4" in complaint("recon", "--image-size", "18")
-    assert "gpt.pt draws 16 pixels a side" in complaint("sweep", "--image-size", "32")
+    assert "gpt.pt makes 16 x 16 pixels" in complaint("sweep", "--image-size", "32")
 
 
 def test_a_picture_is_not_drawn_by_several_processes(complaint, monkeypatch):
@@ -198,14 +184,8 @@ def test_damaged_features_of_captions_are_named(complaint, folder):
         assert "codes/text.json is damaged; delete it" in complaint("captions")
         with pytest.raises(ValueError, match="is damaged"):
             captions.load_text(folder / "codes")
-        about = {
-            "encoder": "words",
-            "dim": 64,
-            "hash": "words",
-            "images": 4,
-            "bytes": 1,
-            "tokens": 4,
-        }
+        about = {"encoder": "words", "dim": 64, "hash": "words", "images": 4}
+        about |= {"bytes": 1, "tokens": 4}
         (folder / "codes" / "text.json").write_text(json.dumps(about))
         (folder / "codes" / "text.npy").write_bytes(b"")
         with pytest.raises(ValueError, match="do not belong together"):

@@ -16,7 +16,7 @@ from conftest import ROOT, words
 from test_train_gpt import flags_for, log, losses, torchrun, train
 
 import gpt
-from nanollamagen import data, runs
+from nanollamagen import files, runs
 
 STILL = [
     *words("--dropout 0 --class-dropout 0 --max-steps 50 --ema-decay 0.9"),
@@ -91,7 +91,7 @@ def test_one_process_two_and_two_with_shards_agree(trained):
         )
         assert log(trained / name)[-1]["val_loss"] == pytest.approx(one[-1]["val_loss"], abs=1e-4)
     saved = {
-        name: data.read_checkpoint(trained / name / "ckpt.pt") for name in ("one", "ddp", "fsdp")
+        name: files.read_checkpoint(trained / name / "ckpt.pt") for name in ("one", "ddp", "fsdp")
     }
     for name in ("ddp", "fsdp"):
         assert saved[name].keys() == saved["one"].keys()
@@ -127,7 +127,7 @@ def test_a_sharded_run_killed_goes_on_in_one_process(trained, codes, tmp_path, m
     train(monkeypatch, codes, out, *flags, "--resume")
     assert losses(out) == pytest.approx(losses(trained / "one"), abs=1e-4)
     ema, expected = (
-        data.read_checkpoint(folder / "ckpt.pt")["ema"] for folder in (out, trained / "one")
+        files.read_checkpoint(folder / "ckpt.pt")["ema"] for folder in (out, trained / "one")
     )
     assert max(float((v - expected[k]).abs().max()) for k, v in ema.items()) < 1e-3
 
@@ -139,7 +139,7 @@ def test_shards_that_were_not_joined_at_the_end_are_joined_by_resuming(trained, 
     result = torchrun(2, codes, tmp_path / "run", *STILL, *SHARDED, "--resume")
     assert result.returncode == 0, result.stderr
     one, two = (
-        data.read_checkpoint(folder / "ckpt.pt") for folder in (trained / "fsdp", tmp_path / "run")
+        files.read_checkpoint(folder / "ckpt.pt") for folder in (trained / "fsdp", tmp_path / "run")
     )
     assert one["step"] == two["step"] == 50
     assert all(one[name] == two[name] for name in ("images_seen", "config", "classes", "tokenizer"))
@@ -185,7 +185,7 @@ def test_a_run_killed_at_twenty_random_moments_equals_one_never_killed(codes, tm
         assert p.wait() == 0, p.communicate()
     killed_often(20, 1, codes, tmp_path / "cut", *flags)
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
-    one, two = (data.read_checkpoint(tmp_path / name / "ckpt.pt") for name in ("whole", "cut"))
+    one, two = (files.read_checkpoint(tmp_path / name / "ckpt.pt") for name in ("whole", "cut"))
     assert all(
         torch.equal(one[part][k], two[part][k]) for part in ("model", "ema") for k in one[part]
     )
@@ -252,7 +252,7 @@ def test_a_finished_sharded_run_that_lost_its_file_gets_it_from_one_process(
     shutil.copytree(trained / "fsdp", out)
     (out / "ckpt.pt").unlink()
     train(monkeypatch, codes, out, *STILL, "--resume")
-    one, two = (data.read_checkpoint(folder / "ckpt.pt") for folder in (trained / "fsdp", out))
+    one, two = (files.read_checkpoint(folder / "ckpt.pt") for folder in (trained / "fsdp", out))
     assert all(torch.equal(value, two["model"][name]) for name, value in one["model"].items())
 
 

@@ -17,77 +17,31 @@ def test_train_encode_train_sample(photos, tmp_path, photographs, size):
     """A few steps of everything: 125 classes of one photograph each (two are grey), and ten classes
     of two hundred."""
 
-    def run(script, *flags):
-        result = subprocess.run(
-            [sys.executable, script, *map(str, flags)], cwd=ROOT, capture_output=True, text=True
-        )
+    def run(script, words):
+        command = [sys.executable, script, *words.split()]
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
         return result.stdout
 
-    tokenizer, codes, model = (
-        tmp_path / "vq" / "ckpt.pt",
-        tmp_path / "codes",
-        tmp_path / "gpt" / "ckpt.pt",
-    )
+    source = photos / photographs
     run(
         "train_vq.py",
-        "--data",
-        photos / photographs,
-        "--model",
-        "VQ-demo",
-        "--image-size",
-        size,
-        "--lpips-weight",
-        0,
-        "--batch-size",
-        8,
-        "--max-steps",
-        4,
-        "--disc-start",
-        2,
-        "--out",
-        tmp_path / "vq",
+        f"--data {source} --model VQ-demo --image-size {size} --lpips-weight 0 --batch-size 8 "
+        f"--max-steps 4 --disc-start 2 --out {tmp_path}/vq",
     )
-    out = run(
-        "vq.py",
-        "encode",
-        "--ckpt",
-        tokenizer,
-        "--data",
-        photos / photographs,
-        "--out",
-        codes,
-        "--ten-crop",
-    )
-    images = data.open_images(str(photos / photographs))
+    tokenizer, codes = f"{tmp_path}/vq/ckpt.pt", f"{tmp_path}/codes"
+    out = run("vq.py", f"encode --vq {tokenizer} --data {source} --out {codes} --ten-crop")
+    images = data.open_images(str(source))
     assert f"{len(images):,} images x 10 crops x {(size // 4) ** 2} codes" in out
     run(
         "train_gpt.py",
-        "--codes",
-        codes,
-        "--model",
-        "demo",
-        "--batch-size",
-        8,
-        "--max-steps",
-        3,
-        "--vq",
-        tokenizer,
-        "--sample-every",
-        3,
-        "--out",
-        tmp_path / "gpt",
+        f"--codes {codes} --model demo --batch-size 8 --max-steps 3 --vq {tokenizer} "
+        f"--sample-every 3 --out {tmp_path}/gpt",
     )
     run(
         "sample.py",
-        "--vq",
-        tokenizer,
-        "--gpt",
-        model,
-        "--classes",
-        images.classes[3],
-        "--out",
-        tmp_path / "sample.png",
+        f"--vq {tokenizer} --gpt {tmp_path}/gpt/ckpt.pt --classes {images.classes[3]} "
+        f"--out {tmp_path}/sample.png",
     )
     for picture in ("vq/recon_000004.png", "gpt/samples_000003.png", "sample.png"):
         with Image.open(tmp_path / picture) as image:

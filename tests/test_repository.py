@@ -9,59 +9,48 @@ import sys
 import pytest
 from conftest import ROOT
 
+FOLDERS = ("", "nanollamagen", "ablations", "extras")
 SCRIPTS = [
-    str(p.relative_to(ROOT))
-    for folder in ("", "ablations", "extras")
-    for p in sorted((ROOT / folder).glob("*.py"))
+    str(path.relative_to(ROOT))
+    for folder in FOLDERS
+    for path in sorted((ROOT / folder).glob("*.py"))
 ]
-SUBCOMMANDS = (
-    "tokenizer",
-    "sample",
-    "edit",
-    "encode",
-    "reconstruct",
-    "stats",
-    "recon",
-    "clip",
-    "export",
-    "generate",
-    "serve",
+# python vq.py encode ..., torchrun train_gpt.py ..., python -m nanollamagen.captions encode ...
+COMMAND = re.compile(
+    r"\s*\$?\s*(?:python|\$\(PYTHON\)|torchrun)\b[^#]*?"
+    r"(?:\b((?:\w+/)?\w+\.py)\b|-m (nanollamagen\.\w+))([^#`]*)"
 )
 
 
 def commands():
-    """(where it stands, script, words after it) for every command line in README.md, Makefile and
+    """(where it is, script, words after it) for every command line in README.md, Makefile and
     docstrings."""
-    texts = {
-        "README.md": (ROOT / "README.md").read_text(),
-        "Makefile": (ROOT / "Makefile").read_text().replace("\\\n", " "),
-    }
-    texts.update(
-        {name: ast.get_docstring(ast.parse((ROOT / name).read_text())) for name in SCRIPTS}
-    )
+    texts = {name: (ROOT / name).read_text() for name in ("README.md", "Makefile")}
+    for name in SCRIPTS:
+        texts[name] = ast.get_docstring(ast.parse((ROOT / name).read_text())) or ""
     for where, text in texts.items():
         for line in text.replace("\\\n", " ").splitlines():
-            match = re.match(
-                r"\s*\$?\s*(?:python|\$\(PYTHON\)|torchrun)\b[^#]*?\b((?:\w+/)?\w+\.py)\b([^#`]*)",
-                line,
-            )
-            if match and match[1] in SCRIPTS:
-                yield where, match[1], match[2].split()
+            match = COMMAND.match(line)
+            if match:
+                script = match[1] or match[2].replace(".", "/") + ".py"
+                if script in SCRIPTS:
+                    yield where, script, match[3].split()
 
 
 @pytest.fixture(scope="module")
 def help_of():
-    """help_of(script, words): what the script (or the subcommand among the words) prints with
-    --help."""
+    """help_of(script, words): what the script prints with --help, or its subcommand if the first
+    word looks like one."""
     texts = {}
 
     def get(script, words):
-        sub = [w for w in words[:1] if w in SUBCOMMANDS]
-        key = (script, *sub)
+        key = (script, *(word for word in words[:1] if re.fullmatch("[a-z]+", word)))
         if key not in texts:
-            done = subprocess.run(
-                [sys.executable, *key, "--help"], cwd=ROOT, capture_output=True, text=True
-            )
+            command = [sys.executable, *key, "--help"]
+            if script.startswith("nanollamagen/"):
+                module = script.removesuffix(".py").replace("/", ".")
+                command = [sys.executable, "-m", module, *key[1:], "--help"]
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
             texts[key] = done.stdout
         return texts[key]
 
@@ -71,27 +60,39 @@ def help_of():
 def test_every_flag_in_the_readme_the_makefile_and_the_docstrings_exists(help_of):
     found = list(commands())
     assert len(found) > 12
-    assert {script for _, script, _ in found} >= {
-        "vq.py",
-        "train_vq.py",
-        "train_gpt.py",
-        "sample.py",
-    }
+    scripts = {script for _, script, _ in found}
+    assert scripts >= {"vq.py", "train_vq.py", "train_gpt.py", "sample.py"}
+    assert "nanollamagen/captions.py" in scripts
     for where, script, words in found:
-        for flag in (w.split("=")[0] for w in words if w.startswith("--")):
-            assert any(flag + after in help_of(script, words) for after in (" ", "\n", ",", "]")), (
+        for flag in (word.split("=")[0] for word in words if word.startswith("--")):
+            said = help_of(script, words)
+            assert any(flag + after in said for after in (" ", "\n", ",", "]")), (
                 f"{where}: {script} {flag}"
             )
+
+
+def flags_of(text):
+    """(flag, its keyword arguments) of every add_argument("--flag", ...) in a script."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument":
+            first = node.args[0] if node.args else None
+            if isinstance(first, ast.Constant) and first.value.startswith("--"):
+                yield first.value, {word.arg: ast.unparse(word.value) for word in node.keywords}
 
 
 def test_every_flag_has_a_help_line_and_is_read():
     for name in SCRIPTS:
         text = (ROOT / name).read_text()
-        if "sample.conditions(args" in text:  # what to draw is read there
-            text += (ROOT / "sample.py").read_text()
-        for flag in re.findall(r'add_argument\("--([a-z-]+)"', text):
-            read = rf"\b(args|a)\.{flag.replace('-', '_')}\b|getattr\(args.*\"{flag.replace('-', '_')}\""
-            assert re.search(read, text), f"{name}: --{flag} is never read"
+        readers = text
+        if "sample.conditions(args" in text:  # sample.py reads what to sample
+            readers += (ROOT / "sample.py").read_text()
+        for flag, words in flags_of(text):
+            assert "help" in words, f"{name}: {flag} has no help"
+            if words["help"] == "argparse.SUPPRESS":  # an old name
+                continue
+            dest = flag[2:].replace("-", "_")
+            read = rf"\b(args|a)\.{dest}\b|getattr\(args.*\"{dest}\""
+            assert re.search(read, readers), f"{name}: {flag} is never read"
 
 
 def test_nothing_is_unpickled_that_could_run_code():
@@ -103,8 +104,6 @@ def test_nothing_is_unpickled_that_could_run_code():
 
 def test_the_readme_tells_the_length_of_every_file():
     readme = (ROOT / "README.md").read_text()
-    for name, lines in re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", readme, re.M):
-        real = len((ROOT / name).read_text().splitlines())
-        assert abs(int(lines) - real) <= 15, (
-            f"README.md says {name} has {lines} lines; it has {real}"
-        )
+    for name, said in re.findall(r"^\| `((?:\w+/)?\w+\.py)` \| (\d+) \|", readme, re.M):
+        lines = len((ROOT / name).read_text().splitlines())
+        assert abs(int(said) - lines) <= 15, f"README.md: {name} has {said} lines; it has {lines}"

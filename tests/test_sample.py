@@ -13,17 +13,11 @@ import torch
 from conftest import ROOT, fill, golden
 from PIL import Image
 from test_gpt import TINY, random_model
-from torch.fx.experimental.proxy_tensor import make_fx
 
 import gpt
 import sample
 import vq
-from nanollamagen import captions, fast, runs
-
-
-def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0):
-    """What draw samples from."""
-    return sample.filter_logits(logits / max(temperature, 1e-5), top_k, top_p).softmax(-1)
+from nanollamagen import captions, fast, noise, runs
 
 
 @pytest.mark.parametrize("name", ["gpt_b_c2i", "gpt_3b_head"])
@@ -52,6 +46,11 @@ def test_greedy_tokens_are_the_reference_ones(name):
         assert torch.equal(codes.int(), expected[run["key"]]), run["key"]
 
 
+def probabilities(logits, temperature, top_k=0, top_p=1.0):
+    """What sample.draw samples from: float32 (..., V). A temperature below 1e-5 counts as 1e-5."""
+    return sample.filter_logits(logits.float() / max(temperature, 1e-5), top_k, top_p).softmax(-1)
+
+
 def test_filters_keep_what_the_reference_keeps():
     expected, meta = golden("sampling")
     for combo in meta["combos"]:
@@ -60,9 +59,8 @@ def test_filters_keep_what_the_reference_keeps():
         assert np.array_equal(kept.numpy(), stored), combo
     for k in (1, 7, 40):
         kept = sample.filter_logits(expected["tied_logits"], k) > -torch.inf
-        assert np.array_equal(
-            kept.numpy(), np.unpackbits(expected[f"tied_keep_k{k}"].numpy(), axis=-1)
-        ), k
+        stored = np.unpackbits(expected[f"tied_keep_k{k}"].numpy(), axis=-1)
+        assert np.array_equal(kept.numpy(), stored), k
     for run in meta["temps"]:
         p = probabilities(expected["logits"], run["temperature"], run["top_k"], run["top_p"])
         assert torch.allclose(p, expected[run["key"]], atol=1e-6), run
@@ -81,15 +79,17 @@ def test_noise_is_splitmix64_of_seed_position_and_code():
         return x ^ x >> 31
 
     seeds, positions = [0, 1, 2**63 - 1], [0, 5, 575]
-    noise = sample.gumbel_noise(torch.tensor(seeds)[:, None], torch.tensor(positions), 40)
+    rows, columns = torch.tensor(seeds)[:, None], torch.tensor(positions)
+    uniform = noise.uniform(rows, columns, 40)
+    gumbel = sample.gumbel_noise(rows, columns, 40)
     for i, seed in enumerate(seeds):
         for j, position in enumerate(positions):
             for code in (0, 1, 39):
                 state = mix(mix(seed) + position)
-                uniform = ((mix(state + code * 0x9E3779B97F4A7C15) >> 24) + 0.5) / 2**40
-                assert noise[i, j, code].item() == pytest.approx(
-                    -math.log(-math.log1p(-uniform)), abs=1e-5
-                )
+                number = ((mix(state + code * 0x9E3779B97F4A7C15) >> 24) + 0.5) / 2**40
+                expected = -math.log(-math.log1p(-number))
+                assert uniform[i, j, code].item() == pytest.approx(number, rel=1e-6)
+                assert gumbel[i, j, code].item() == pytest.approx(expected, abs=1e-5)
     ends = torch.tensor([0, 2**40 - 1]).float().add_(0.5).mul_(2.0**-40).clamp_(max=1 - 2.0**-24)
     assert (-(-(-ends).log1p()).log()).isfinite().all()
 
@@ -97,53 +97,45 @@ def test_noise_is_splitmix64_of_seed_position_and_code():
 def test_noise_is_gumbel_and_neighbours_are_independent():
     """Moments of four million draws (mean 0.57722, variance pi^2 / 6), and no correlation along any
     axis."""
-    noise = sample.gumbel_noise(torch.arange(16)[:, None], torch.arange(16), 16384).double()
-    assert noise.isfinite().all()
-    assert abs(noise.mean() - 0.57722) < 0.004 and abs(noise.var() - math.pi**2 / 6) < 0.01
+    gumbel = sample.gumbel_noise(torch.arange(16)[:, None], torch.arange(16), 16384).double()
+    assert gumbel.isfinite().all()
+    assert abs(gumbel.mean() - 0.57722) < 0.004 and abs(gumbel.var() - math.pi**2 / 6) < 0.01
     for axis in range(3):
-        before, after = (
-            noise.narrow(axis, 0, noise.shape[axis] - 1),
-            noise.narrow(axis, 1, noise.shape[axis] - 1),
-        )
-        assert abs(torch.corrcoef(torch.stack([before.flatten(), after.flatten()]))[0, 1]) < 0.003
+        n = gumbel.shape[axis] - 1
+        pairs = torch.stack([gumbel.narrow(axis, first, n).flatten() for first in (0, 1)])
+        assert abs(torch.corrcoef(pairs)[0, 1]) < 0.003
 
 
 def test_draws_follow_the_distribution():
-    """Chi-square of 4,000 first codes against the softmax of the first logits, 19 degrees of
-    freedom."""
-    model = random_model()
+    """Chi-square of 4,000 first codes against the softmax of the first logits."""
+    model, labels = random_model(), torch.full((4000,), 1)
     with torch.no_grad():
-        p = probabilities(
-            model(torch.zeros(1, 0, dtype=torch.long), torch.tensor([1]))[:, 0], 0.8, 20
-        )[0]
-    codes = sample.generate(
-        model, torch.full((4000,), 1), temperature=0.8, top_k=20, seeds=range(4000)
-    )[:, 0]
+        logits = model(torch.zeros(1, 0, dtype=torch.long), labels[:1])[0, 0]
+    p = probabilities(logits, 0.8, top_k=20)
+    codes = sample.generate(model, labels, temperature=0.8, top_k=20, seeds=range(4000))[:, 0]
     counts = torch.bincount(codes, minlength=40).double()
     assert counts[p == 0].sum() == 0
     expected = 4000 * p[p > 0].double()
-    assert (
-        (counts[p > 0] - expected) ** 2 / expected
-    ).sum() < 60  # 19 degrees of freedom: above 60 once in 1e5
+    chi_square = ((counts[p > 0] - expected) ** 2 / expected).sum()
+    assert chi_square < 60  # 19 degrees of freedom: above 60 once in 1e5
 
 
 @torch.no_grad()
 def test_guidance_is_computed_in_float32(monkeypatch):
     """In bfloat16 the difference of the halves is rounded to a grid on which many codes tie, and
     top-k keeps more."""
-    model, drawn_from, draw = random_model().bfloat16(), [], sample.draw
+    model, arrived, draw = random_model().bfloat16(), [], sample.draw
 
-    def spy(logits, *more, **how):
-        drawn_from.append(logits)
-        return draw(logits, *more, **how)
+    def watch(logits, gumbel, **how):
+        arrived.append(logits)
+        return draw(logits, gumbel, **how)
 
-    monkeypatch.setattr(sample, "draw", spy)
+    monkeypatch.setattr(sample, "draw", watch)
     sample.generate(model, torch.tensor([1, 2]), cfg_scale=1.7, seeds=[0, 1])
-    labels = torch.tensor([1, 2, 5, 5])
-    logits = model.extend(model.cls_embedding(labels), 0, model.new_cache(4))[:, 0]
-    cond, uncond = logits.float().chunk(2)
-    assert torch.equal(drawn_from[0], uncond + (cond - uncond) * 1.7)
-    assert not torch.equal(drawn_from[0], drawn_from[0].bfloat16().float())
+    logits = model.extend(model.cls_embedding(torch.tensor([1, 2, 5, 5])), 0, model.new_cache(4))
+    cond, uncond = logits[:, 0].float().chunk(2)
+    assert torch.equal(arrived[0], uncond + (cond - uncond) * 1.7)
+    assert not torch.equal(arrived[0], arrived[0].bfloat16().float())
 
 
 def test_an_image_follows_from_its_seed_whatever_its_batch():
@@ -161,94 +153,54 @@ def test_guidance_scale_one_is_no_guidance():
     assert not torch.equal(plain, sample.generate(model, labels, cfg_scale=3.0, seeds=[0, 1]))
 
 
-# ---- decoding: the codes are those of one full forward pass per code
+# ---- decoding: the codes are those of one full forward pass per code ---------------------------
 SETTINGS = [
-    dict(top_k=20),
-    dict(cfg_scale=3.0, top_k=20),
-    dict(cfg_scale=3.0, cfg_interval=30, top_p=0.9),
+    dict(),
+    dict(cfg_scale=3.0),
+    dict(cfg_scale=3.0, cfg_interval=30),
     dict(cfg_scale=2.0, temperature=0.0),
 ]
 
 
 @torch.no_grad()
-def plainly(model, cond, mask=None, *, seeds, cfg_scale=1.0, cfg_interval=-1, **filters):
+def plainly(model, cond, mask=None, *, seeds, cfg_scale=1.0, cfg_interval=-1, **how):
     """What generate promises, without a cache."""
     codes, none = torch.zeros(len(cond), 0, dtype=torch.int64), model.cls_embedding.uncond(cond)
     for i in range(model.config.grid**2):
         logits = model(codes, cond, mask)[:, -1]
         if cfg_scale > 1 and not 0 <= cfg_interval < i - 1:
-            without = model(codes, none, mask)[:, -1]
-            logits = without + (logits - without) * cfg_scale
-        noise = sample.gumbel_noise(torch.tensor(seeds), torch.tensor(i), logits.shape[-1])
-        codes = torch.cat([codes, sample.draw(logits, noise, **filters)[:, None]], 1)
+            uncond = model(codes, none, mask)[:, -1]
+            logits = uncond + (logits - uncond) * cfg_scale
+        gumbel = sample.gumbel_noise(torch.tensor(seeds), torch.tensor(i), logits.shape[-1])
+        codes = torch.cat([codes, sample.draw(logits, gumbel, **how)[:, None]], 1)
     return codes
 
 
 def captions_for(model, lengths):
     """Features and mask of captions of so many tokens."""
-    features = torch.randn(len(lengths), model.config.cond_tokens, model.config.caption_dim)
-    mask = (
-        torch.arange(model.config.cond_tokens)
-        >= model.config.cond_tokens - torch.tensor(lengths)[:, None]
-    )
+    c = model.config.cond_tokens
+    features = torch.randn(len(lengths), c, model.config.caption_dim)
+    mask = torch.arange(c) >= c - torch.tensor(lengths)[:, None]
     return features * mask[..., None], mask
 
 
-CONFIGS = {
-    "heads of 64": replace(TINY, grid=9, dim=128, n_head=2),
-    "heads of 100": replace(TINY, grid=9, dim=200, n_head=2),
-    "captions": replace(TINY, grid=8, num_classes=0, cond_tokens=20, caption_dim=7),
-}
-
-
-def three_conditions(model):
-    """Conditions of three images, as generate takes them."""
-    if model.config.caption_dim:
-        return captions_for(model, [3, 20, 11])
-    return [torch.tensor([0, 3, 3])]
-
-
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_steps_give_the_codes_of_full_forward_passes(config):
-    """With a cache that grows once, and guidance that ends half-way."""
+@pytest.mark.parametrize(
+    "config",
+    [
+        replace(TINY, grid=9, dim=128, n_head=2),
+        replace(TINY, grid=9, dim=200, n_head=2),
+        replace(TINY, grid=8, num_classes=0, cond_tokens=20, caption_dim=7),
+    ],
+    ids=["heads of 64", "heads of 100", "captions"],
+)
+def test_cached_steps_give_the_codes_of_full_forward_passes(config):
+    """With a cache that grows, and guidance that ends half-way."""
     model = random_model(config)
-    cond = three_conditions(model)
+    cond = captions_for(model, [3, 20, 11]) if config.caption_dim else [torch.tensor([0, 3, 3])]
     for settings in SETTINGS:
-        right = plainly(model, *cond, seeds=[7, 8, 9], **settings)
-        assert torch.equal(sample.generate(model, *cond, seeds=[7, 8, 9], **settings), right)
+        how = {"seeds": [7, 8, 9], "top_k": 20, **settings}
+        assert torch.equal(sample.generate(model, *cond, **how), plainly(model, *cond, **how)), how
     assert model.new_cache(1)[0].shape[-1] % 8 == 0
-
-
-@pytest.fixture
-def recorded(monkeypatch):
-    """Steps are recorded, though there is no GPU; the list of what was recorded. A traced step is
-    like a CUDA graph: it repeats operations on the same tensors, whatever Python does meanwhile.
-    Unlike a CUDA graph it runs once while it is traced; that is undone."""
-    graphs = []
-
-    def record(run, device):
-        touched = [run.__self__.state, *run.__self__.cache]
-        before = [tensor.clone() for tensor in touched]
-        graph = make_fx(lambda _: run())(torch.zeros(()))
-        for tensor, old in zip(touched, before):
-            tensor.copy_(old)
-        graphs.append(graph)
-        return lambda: graph(torch.zeros(()))
-
-    monkeypatch.setattr(fast, "record", record)
-    return graphs
-
-
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_a_recorded_step_gives_the_same_codes(config, recorded, monkeypatch):
-    """It is recorded at the start, when the cache grows and when guidance ends."""
-    model = random_model(config)
-    cond = three_conditions(model)
-    settings = dict(cfg_scale=3.0, cfg_interval=30, top_k=20, seeds=[7, 8, 9])
-    codes = sample.generate(model, *cond, **settings)
-    assert len(recorded) == 3
-    monkeypatch.undo()
-    assert torch.equal(codes, sample.generate(model, *cond, **settings))
 
 
 @pytest.mark.slow
@@ -256,22 +208,21 @@ def test_a_compiled_step_draws_the_same():
     """As one graph without breaks, while the cache grows and guidance ends."""
     if not runs.can_compile(True, torch.device("cpu")):
         pytest.skip("torch.compile finds no compiler")
-    model = random_model(replace(TINY, grid=9))
+    model, labels = random_model(replace(TINY, grid=9)), torch.tensor([0, 3])
     settings = dict(cfg_scale=3.0, cfg_interval=70, top_k=20, seeds=[1, 2])
-    right = sample.generate(model, torch.tensor([0, 3]), **settings)
-    compiled = sample.generate(model, torch.tensor([0, 3]), compiled=True, **settings)
-    assert torch.equal(right, compiled)
+    right = sample.generate(model, labels, **settings)
+    assert torch.equal(right, sample.generate(model, labels, compiled=True, **settings))
 
 
 def test_packed_layers_draw_the_same_and_replace_the_plain_ones():
     model, plain = random_model(), random_model()
     fast.pack(model)
     assert not any(isinstance(module, torch.nn.Linear) for module in model.modules())
-    # so that interrupted samples still know their model
+    # or interrupted samples would not know their model
     assert vq.weights_hash(model) == vq.weights_hash(plain)
     labels, settings = torch.arange(5), dict(cfg_scale=3.0, top_k=20, seeds=range(5))
-    packed = sample.generate(model, labels, **settings)
-    assert torch.equal(packed, sample.generate(plain, labels, **settings))
+    codes = sample.generate(model, labels, **settings)
+    assert torch.equal(codes, sample.generate(plain, labels, **settings))
 
 
 def test_what_cannot_be_packed_or_recorded_is_run_as_it_is(monkeypatch, capsys):
@@ -282,7 +233,7 @@ def test_what_cannot_be_packed_or_recorded_is_run_as_it_is(monkeypatch, capsys):
     assert isinstance(fast.pack(random_model()).output, torch.nn.Linear)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
     monkeypatch.setattr(torch.cuda, "graph", missing)
-    assert fast.record(missing, torch.device("cuda")) is missing
+    assert fast.record(missing) is missing
     assert "not recorded as a CUDA graph (no such operator)" in capsys.readouterr().err
 
 
@@ -348,99 +299,32 @@ def pair(tmp_path_factory):
 
 def run(*args, procs=0):
     """Run a script as a user would, alone or under torchrun."""
-    how = (
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={procs}"]
-        if procs
-        else []
-    )
-    return subprocess.run(
-        [sys.executable, *how, *map(str, args)], cwd=ROOT, capture_output=True, text=True
-    )
+    how = []
+    if procs:
+        how = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={procs}"]
+    command = [sys.executable, *how, *map(str, args)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
-def test_a_grid_of_classes_is_drawn(pair, tmp_path):
-    result = run(
-        "sample.py",
-        "--vq",
-        pair / "vq.pt",
-        "--gpt",
-        pair / "gpt.pt",
-        "--classes",
-        "1,catfish",
-        "--count",
-        3,
-        "--out",
-        tmp_path / "a.png",
-    )
+@pytest.mark.parametrize("count", ["--count", "--per-class"])  # the flag, and its old name
+def test_a_grid_of_classes_is_drawn(pair, tmp_path, count):
+    models, out = ["--vq", pair / "vq.pt", "--gpt", pair / "gpt.pt"], tmp_path / "a.png"
+    result = run("sample.py", *models, "--classes", "1,catfish", count, 3, "--out", out)
     assert result.returncode == 0, result.stderr
-    with Image.open(tmp_path / "a.png") as image:
-        assert image.size == (
-            3 * 100 + 4,
-            2 * (96 + 16 + 4) + 4,
-        )  # 16 pixels drawn six times as large, and titles
-
-
-def test_settings_come_from_one_table(monkeypatch, capsys):
-    """Defaults for classes and captions, the paper's; a new filter is one row and one function."""
-
-    def settings(words, captioned=False):
-        monkeypatch.setattr(sys, "argv", ["sample.py", *words.split()])
-        args = sample.parse()[1]
-        return args, sample.choose_settings(args, captioned, args.paper)
-
-    args, chosen = settings("--top-k 7 --per-class 3")  # the old name of --count
-    assert args.count == 3
-    assert chosen["top_k"] == 7 and chosen["cfg_scale"] == 4.0
-    assert settings("--temperature 0", captioned=True)[1]["cfg_scale"] == 7.5
-    paper = settings("--paper --pretrained L-256 --top-p 0.5")[1]
-    assert (paper["cfg_scale"], paper["top_k"], paper["top_p"]) == (1.75, 0, 0.5)
-    assert settings("--paper --cfg-scale 3")[1]["cfg_scale"] == 3
-
-    filter_logits = sample.filter_logits
-
-    def with_min_p(logits, min_p=0.0, **filters):
-        unlikely = logits.softmax(-1) < min_p * logits.softmax(-1).amax(-1, keepdim=True)
-        return filter_logits(logits.masked_fill(unlikely, -torch.inf), **filters)
-
-    monkeypatch.setitem(sample.SETTINGS, "min_p", (0.0, 0.0, 0, 1, "least share of the likeliest"))
-    monkeypatch.setattr(sample, "filter_logits", with_min_p)
-    model, labels = random_model(), torch.tensor([1, 2])
-    codes = sample.generate(model, labels, seeds=[0, 1], **settings("--min-p 1")[1])
-    greedy = sample.generate(model, labels, **settings("--temperature 0")[1])
-    assert torch.equal(codes, greedy)
-    with pytest.raises(SystemExit):
-        settings("--min-p 2")
-    assert "--min-p: 2 is not a number from 0 to 1" in capsys.readouterr().err
+    with Image.open(out) as image:  # 16 pixels six times as large, and titles
+        assert image.size == (3 * 100 + 4, 2 * (96 + 16 + 4) + 4)
 
 
 def test_a_caption_of_two_lines_is_drawn_as_one(pair, tmp_path, monkeypatch):
-    model = random_model(
-        replace(TINY, num_classes=0, cond_tokens=captions.CAPTION_TOKENS, caption_dim=64)
-    )
-    torch.save(
-        {
-            "model": model.state_dict(),
-            "config": asdict(model.config),
-            "text": captions.CaptionEncoder("words").about,
-        },
-        tmp_path / "gpt.pt",
-    )
+    c = captions.CAPTION_TOKENS
+    model = random_model(replace(TINY, num_classes=0, cond_tokens=c, caption_dim=64))
+    saved = {"model": model.state_dict(), "config": asdict(model.config)}
+    saved["text"] = captions.CaptionEncoder("words").about
+    torch.save(saved, tmp_path / "gpt.pt")
+    command = ["sample.py", "--vq", str(pair / "vq.pt"), "--gpt", str(tmp_path / "gpt.pt")]
     for name, prompt in ("one", "a red star"), ("two", "a red\r\nstar\n"):
-        monkeypatch.setattr(
-            sys,
-            "argv",
-            [
-                "sample.py",
-                "--vq",
-                str(pair / "vq.pt"),
-                "--gpt",
-                str(tmp_path / "gpt.pt"),
-                "--prompt",
-                prompt,
-                "--out",
-                str(tmp_path / f"{name}.png"),
-            ],
-        )
+        out = str(tmp_path / f"{name}.png")
+        monkeypatch.setattr(sys, "argv", [*command, "--prompt", prompt, "--out", out])
         sample.main()
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
 
@@ -454,9 +338,10 @@ def test_a_caption_of_two_lines_is_drawn_as_one(pair, tmp_path, monkeypatch):
         (["--vq", "GPT"], "is not a tokenizer checkpoint"),
         (["--out", "a.jpg"], "give a name that ends in .png"),
         (["--pretrained", "B-256"], "give --vq and --gpt, or --pretrained"),
-        (["--image-size", "256"], "draws 16 pixels a side"),
+        (["--image-size", "256"], "makes 16 x 16 pixels"),
         (["--num-samples", "5", "--classes", "1", "--out", "a.npz"], "leave out --classes"),
-        (["--seed", str(2**63)], "--seed: 9223372036854775808 is not a whole number from 0 to"),
+        (["--top-p", "0"], "argument --top-p: 0 is not"),
+        (["--seed", str(2**63)], "argument --seed: 9223372036854775808 is not"),
     ],
 )
 def test_a_mistake_gets_one_sentence(pair, flags, sentence):

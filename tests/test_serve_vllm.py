@@ -20,7 +20,7 @@ from PIL import Image
 import gpt
 import sample
 import vq
-from nanollamagen import captions, data
+from nanollamagen import captions, files
 
 vllm = pytest.importorskip("vllm", reason="vLLM is not installed")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -29,6 +29,7 @@ from vllm.exceptions import VLLMValidationError  # noqa: E402
 from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality  # noqa: E402
 
 import serve_vllm  # noqa: E402
+from nanollamagen import vllm_model  # noqa: E402
 
 V, T = 64, 36
 TINY = gpt.GPTConfig(
@@ -252,11 +253,9 @@ def test_given_codes_stand_and_the_others_are_drawn_after_them(llm, tiny):
     """Every third code and the last row are given: the others are those that a plain forward pass
     draws there."""
     folder, model = tiny
-    info, given = (
-        serve_vllm.read_export(folder),
-        [(7 * i) % V if i % 3 == 0 or i >= 30 else -1 for i in range(T)],
-    )
-    params = serve_vllm.sampling_params(info, seed=8, cfg_scale=4.0, top_k=10, given=given)
+    info = serve_vllm.read_export(folder)
+    known = [(7 * i) % V if i % 3 == 0 or i >= 30 else -1 for i in range(T)]
+    params = serve_vllm.sampling_params(info, seed=8, cfg_scale=4.0, top_k=10, known=known)
     (codes,) = codes_of(
         llm.generate([serve_vllm.class_prompt(3, info)], params, use_tqdm=False)
     ).tolist()
@@ -266,7 +265,7 @@ def test_given_codes_stand_and_the_others_are_drawn_after_them(llm, tiny):
         )  # (T, V) each
     noise = sample.gumbel_noise(torch.tensor([8]), torch.arange(T), V)
     right = sample.draw(uncond + (cond - uncond) * 4.0, noise, top_k=10).tolist()
-    assert codes == [new if old < 0 else old for old, new in zip(given, right)] and codes != right
+    assert codes == [new if old < 0 else old for old, new in zip(known, right)] and codes != right
     params.extra_args["given"] = [10**9] + [
         -1
     ] * 3  # beyond the codebook is its last; a short list is a beginning
@@ -281,7 +280,7 @@ def processor():
     config = SimpleNamespace(
         model_config=SimpleNamespace(hf_config=SimpleNamespace(gpt={"vocab_size": 4}))
     )
-    return serve_vllm.Draw(config, torch.device("cpu"), False)
+    return vllm_model.Draw(config, torch.device("cpu"), False)
 
 
 def params(scale, interval=-1):
@@ -339,7 +338,7 @@ def test_code_i_stands_at_position_i():
     sequence is code i."""
     model = SimpleNamespace(config=TINY)
     for length in (1, 7, 120):
-        positions, delta = serve_vllm.TwoStreamGPT.get_mrope_input_positions(
+        positions, delta = vllm_model.TwoStreamGPT.get_mrope_input_positions(
             model, [5] * length, []
         )
         assert positions.shape == (3, length) and (positions == T).all() and length + delta == 0
@@ -355,8 +354,8 @@ def test_code_i_stands_at_position_i():
         (dict(extra_args={"cfg_scale": True}), "cfg_scale"),
         (dict(extra_args={"cfg_interval": -2}), "cfg_interval"),
         (dict(extra_args={"cfg_interval": None}), "cfg_interval"),
-        (dict(extra_args={"cfg_scael": 4}), "'cfg_scael' is no setting"),
-        (dict(extra_args={"top_k": 4}, temperature=1.0), "say top_k in the request itself"),
+        (dict(extra_args={"cfg_scael": 4}), "'cfg_scael' is not a setting"),
+        (dict(extra_args={"top_k": 4}, temperature=1.0), "give top_k as a field of the request"),
         (
             dict(extra_args={"top_k": 2.5}, temperature=0),
             "top_k 2.5 is not a whole number from 0 to",
@@ -370,7 +369,7 @@ def test_code_i_stands_at_position_i():
         (dict(extra_args={"given": [1, 2.5]}), "given is a list"),
         (dict(extra_args={"given": [3, -2]}), "given is a list"),
         (dict(extra_args={"given": [2**31]}), "given is a list"),
-        (dict(extra_args={"kv_transfer_params": "all"}), "'kv_transfer_params' is no setting"),
+        (dict(extra_args={"kv_transfer_params": "all"}), "'kv_transfer_params' is not a setting"),
         (dict(min_p=0.1), "min_p is for words"),
         (dict(presence_penalty=1.0), "presence_penalty is for words"),
         (dict(repetition_penalty=1.5), "repetition_penalty is"),
@@ -401,7 +400,7 @@ def test_what_the_draw_would_leave_out_is_refused_and_the_engine_goes_on(
     ],
 )
 def test_whole_numbers_do_where_a_number_is_asked_for_and_limits_are_allowed(extra):
-    serve_vllm.check_params(vllm.SamplingParams(temperature=0, extra_args=extra))
+    vllm_model.check_params(vllm.SamplingParams(temperature=0, extra_args=extra))
 
 
 def test_senseless_prompts_do_not_stop_the_engine(llm, tiny):
@@ -416,7 +415,7 @@ def test_senseless_prompts_do_not_stop_the_engine(llm, tiny):
     assert torch.equal(codes_of(outputs[:1]), expected(model, [(TINY.num_classes, 1.0, -1)]))
 
 
-# ---- other engines: vLLM has one in a process at a time, so these come after the tests that share one
+# ---- other engines: vLLM has one in a process at a time, so these come after those that share one
 @pytest.mark.parametrize("overrides", [{}, {"enable_prefix_caching": True}])
 def test_prefix_caching_and_preemption_change_nothing(tiny, overrides):
     """Room for two images and a half: the fourth is thrown out half-way and computed again."""
@@ -499,16 +498,16 @@ def test_the_released_models_are_exported_by_name(tmp_path, monkeypatch):
     exported(tmp_path, CAPTIONS)
     wanted = []
 
-    def pretrained(name, where):
-        wanted.append((where, name))
-        return tmp_path / ("vq.pt" if name.startswith("vq") else "gpt.pt")
+    def download(url, path):
+        wanted.append(url.split("/", 3)[3])
+        return tmp_path / ("vq.pt" if path.name.startswith("vq") else "gpt.pt")
 
-    monkeypatch.setattr(data, "pretrained", pretrained)
+    monkeypatch.setattr(files, "download", download)
     run("export", "--pretrained", "t2i-512", "--out", tmp_path / "y")
     assert serve_vllm.read_export(tmp_path / "y")["captions"]
     assert wanted == [
-        ("peizesun/llamagen_t2i", "vq_ds16_t2i.pt"),
-        ("peizesun/llamagen_t2i", "t2i_XL_stage2_512.pt"),
+        "peizesun/llamagen_t2i/resolve/main/vq_ds16_t2i.pt",
+        "peizesun/llamagen_t2i/resolve/main/t2i_XL_stage2_512.pt",
     ]
     with pytest.raises(SystemExit):
         run(
@@ -561,19 +560,20 @@ def test_a_request_is_one_image_with_the_settings_asked_for(tiny):
         ("export --gpt DIR/gpt.pt --vq DIR/other.pt --out OUT", "they do not belong together"),
         (
             "generate nowhere --classes 1",
-            "nowhere is no folder written by serve_vllm.py export ([Errno 2] No such",
+            "nowhere was not written by serve_vllm.py export ([Errno 2] No such",
         ),
         ("generate DIR/x --classes 10", "class 10 is out of range"),
-        ("generate DIR/x --classes 1 --n 0", "--n 0 is not between 1 and 1,000"),
-        ("generate DIR/x --classes 1 --n 1000000000", "--n 1000000000 is not"),
-        ("generate DIR/x --classes 1 --seed -1", "--seed -1 is not between 0 and"),
+        ("generate DIR/x --classes 1 --n 0", "--n: 0 is not a whole number from 1 to 1,000"),
+        ("generate DIR/x --classes 1 --count 0", "--count: 0 is not a whole number from 1 to"),
+        ("generate DIR/x --classes 1 --count 1000000000", "--count: 1000000000 is not"),
+        ("generate DIR/x --classes 1 --seed -1", "--seed: -1 is not a whole number from 0 to"),
         (
-            "generate DIR/x --classes 1 --seed 9223372036854775807",
-            "is not between 0 and 4,611,686,018,427,387,904",
+            "generate DIR/x --classes 1 --seed 9223372036854775808",
+            "is not a whole number from 0 to 9,223,372,036,854,775,807",
         ),
         (
             "generate DIR/x --classes 1 --out picture.jpg",
-            "picture.jpg is not a name that ends in .png",
+            "picture.jpg: give a name that ends in .png",
         ),
         (
             "generate DIR/x --classes 1 --out DIR/gpt.pt/x.png",
@@ -581,37 +581,40 @@ def test_a_request_is_one_image_with_the_settings_asked_for(tiny):
         ),
         (
             "generate DIR/x --classes 1 --gpu-memory-utilization nan",
-            "utilization nan is not between 0.01 and 1",
+            "utilization: nan is not a number from 0.01 to 1",
         ),
         (
             "generate DIR/x --classes 1 --gpu-memory-utilization 0",
-            "utilization 0.0 is not between 0.01 and 1",
+            "utilization: 0 is not a number from 0.01 to 1",
         ),
         (
             "generate DIR/x --classes 1 --tensor-parallel-size 0",
-            "--tensor-parallel-size 0 does not divide",
+            "--tensor-parallel-size: 0 is not a whole number from 1 to",
         ),
-        ("generate DIR/x --classes 1 --temperature nan", "--temperature nan is not between"),
-        ("generate DIR/x --classes 1 --top-k -1", "--top-k -1 is not between"),
+        ("generate DIR/x --classes 1 --temperature nan", "--temperature: nan is not a number from"),
+        ("generate DIR/x --classes 1 --top-k -1", "--top-k: -1 is not a whole number from"),
         (
             "export --gpt DIR/gpt.pt --vq DIR/vq.pt --out OUT --image-size 0",
-            "--image-size 0 is not between 16 and",
+            "--image-size: 0 is not a whole number from 1 to",
         ),
         (
             "export --gpt DIR/gpt.pt --vq DIR/vq.pt --out OUT --image-size 256",
-            "gpt.pt draws 24 pixels",
+            "gpt.pt makes 24 x 24 pixels",
         ),
-        ("generate DIR/gpt.pt --classes 1", "gpt.pt is no folder written by serve_vllm.py export"),
+        ("generate DIR/gpt.pt --classes 1", "gpt.pt was not written by serve_vllm.py export"),
         ("export --gpt DIR/gpt.pt --vq DIR/vq.pt --out DIR/gpt.pt", "gpt.pt"),
         ("generate DIR/x --classes 1 --tensor-parallel-size 4", "does not divide the 2 heads"),
         (
             "generate DIR/x --classes 1 --cfg-scale -3",
-            "--cfg-scale -3.0 is not between 0 and 1,000",
+            "--cfg-scale: -3 is not a number from 0 to 1,000",
         ),
-        ("generate DIR/x --classes 1 --top-p 0", "--top-p 0.0 is not between"),
-        ("generate DIR/x --classes 1 --temperature 3", "--temperature 3.0 is not between 0 and 2"),
-        ("generate DIR/x --prompt star", "draws from classes, not captions: give --classes"),
-        ("generate TEXT/x --classes 1", "draws from captions, not classes: give --prompt"),
+        ("generate DIR/x --classes 1 --top-p 0", "--top-p: 0 is not a number from"),
+        (
+            "generate DIR/x --classes 1 --temperature 3",
+            "--temperature: 3 is not a number from 0 to 2",
+        ),
+        ("generate DIR/x --prompt star", "is for classes: give --classes, not --prompt"),
+        ("generate TEXT/x --classes 1", "is for captions: give --prompt, not --classes"),
         ("generate TEXT/x --prompt <br>", "the caption '<br>' has no words"),
         ("generate TEXT/x --prompt star --t5 TEXT", "cannot be loaded"),
     ],
@@ -640,10 +643,10 @@ def test_an_export_is_not_overwritten_and_a_broken_one_is_named(tmp_path, capsys
     assert "holds an exported model; choose another folder, or delete it" in capsys.readouterr().err
     assert not serve_vllm.read_export(folder)["captions"]
     (folder / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match="no folder written by .*model.safetensors"):
+    with pytest.raises(ValueError, match="not written by .*model.safetensors"):
         serve_vllm.read_export(folder)
     (folder / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="no folder written by .*'gpt'"):
+    with pytest.raises(ValueError, match="not written by .*'gpt'"):
         serve_vllm.read_export(folder)
 
 
@@ -679,7 +682,14 @@ def generate(folder, out, *flags):
 def test_generate_writes_the_pictures(tiny, tmp_path):
     folder, model = tiny
     done = generate(
-        folder, tmp_path / "grid.png", "--classes", "1,thing 3", "--n", "2", "--temperature", "0"
+        folder,
+        tmp_path / "grid.png",
+        "--classes",
+        "1,thing 3",
+        "--count",
+        "2",
+        "--temperature",
+        "0",
     )
     assert re.search(r"grid.png: 4 images, [\d.]+ images/s\n", done.stdout), done.stdout
     noise = [
@@ -738,7 +748,7 @@ def test_vllm_leaves_room_for_what_stands_beside_it(monkeypatch):
     shares = []
     for total in (24e9, 80e9):
         monkeypatch.setattr(
-            torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=total)
+            torch.cuda, "get_device_properties", lambda _, n=total: SimpleNamespace(total_memory=n)
         )
         shares += [
             serve_vllm.memory_share({"image_size": size, "captions": size == 512})
@@ -747,11 +757,40 @@ def test_vllm_leaves_room_for_what_stands_beside_it(monkeypatch):
     assert shares == [0.875, 0.625, 0.92, 0.887]
 
 
+def test_a_new_setting_is_one_row_in_the_table_and_one_argument_of_the_draw(tiny, monkeypatch):
+    """min_p is added to sample.SETTINGS and sample.draw: a request, its checks and Draw know it."""
+    seen = []
+
+    def draw(logits, noise, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+        seen.append((min_p, top_k))
+        return logits.argmax(-1)
+
+    monkeypatch.setitem(sample.SETTINGS, "min_p", (0.1, 0.2, 0, 1, "relative to the likeliest"))
+    monkeypatch.setattr(sample, "draw", draw)
+    info, g = serve_vllm.read_export(tiny[0]), processor()
+    requests = [
+        serve_vllm.sampling_params(info, min_p=0.3),
+        serve_vllm.sampling_params(info),
+        vllm.SamplingParams(min_p=0.5, top_k=7),
+    ]
+    for request in requests:
+        vllm_model.check_params(request)
+    g.update_state(BatchUpdate(3, [], [(row, p, [1], []) for row, p in enumerate(requests)], []))
+    g.apply(torch.zeros(3, 8))
+    assert sorted(seen) == [(0.1, 2000), (0.3, 2000), (0.5, 7)]
+    with pytest.raises(ValueError, match="min_p 2 is not a number from 0 to 1"):
+        vllm_model.check_params(serve_vllm.sampling_params(info, min_p=2))
+    flags = serve_vllm.command_line().parse_args(["generate", "x", "--min-p", "0.4"])
+    assert flags.min_p == 0.4
+
+
 def test_help_and_mistakes_do_not_wait_for_vllm():
-    code = (
-        "import runpy, sys; sys.argv = ['serve_vllm.py', '--help']\n"
-        "try: runpy.run_path('serve_vllm.py', run_name='__main__')\n"
-        "finally: print('vllm' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.startswith("usage") and done.stdout.endswith("False\n"), done.stdout
+    for words in ("--help", "generate nowhere", "generate x --count 0"):
+        code = (
+            f"import runpy, sys; sys.argv = ['serve_vllm.py', *{words.split()}]\n"
+            "try: runpy.run_path('serve_vllm.py', run_name='__main__')\n"
+            "finally: print('vllm' in sys.modules)"
+        )
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert "usage" in (done.stdout + done.stderr) and done.stdout.endswith("False\n")

@@ -123,10 +123,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one(codes, tmp_path, monkeypatch)
         patch.setattr(files, "save_checkpoint", killed_after_saving)
         with pytest.raises(KeyboardInterrupt):
             train(patch, codes, tmp_path / "cut", *flags)
-    assert data.read_checkpoint(tmp_path / "cut" / "ckpt.pt")["step"] == 7
+    assert files.read_checkpoint(tmp_path / "cut" / "ckpt.pt")["step"] == 7
     train(monkeypatch, codes, tmp_path / "cut", *flags, "--resume")
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
-    one, two = (data.read_checkpoint(tmp_path / name / "ckpt.pt") for name in ("whole", "cut"))
+    one, two = (files.read_checkpoint(tmp_path / name / "ckpt.pt") for name in ("whole", "cut"))
     for part in ("model", "ema"):
         assert all(torch.equal(one[part][k], two[part][k]) for k in one[part])
     assert not all(torch.equal(one["model"][k], one["ema"][k]) for k in one["ema"])
@@ -137,7 +137,7 @@ def test_going_on_without_keep_leaves_what_was_kept(codes, tmp_path, monkeypatch
     train(monkeypatch, codes, tmp_path / "run", "--save-every", 1, "--max-steps", 4, "--resume")
     names = sorted(path.name for path in (tmp_path / "run").glob("ckpt*"))
     assert names == ["ckpt.pt", "ckpt_00000002.pt", "ckpt_00000003.pt"]
-    assert [data.read_checkpoint(tmp_path / "run" / name)["step"] for name in names] == [4, 2, 3]
+    assert [files.read_checkpoint(tmp_path / "run" / name)["step"] for name in names] == [4, 2, 3]
 
 
 def test_a_signal_that_comes_again_at_once_is_the_same_wish_and_later_ends_the_process(monkeypatch):
@@ -339,7 +339,7 @@ MISTAKES = [
     ("--out", "FILE", "empty: no folder can be made there"),
     ("--out", "/proc/run", "--out /proc/run: no folder can be made there"),
     *(
-        ("--out", place, "ckpt.pt was not written by a training script; choose another --out")
+        ("--out", place, "ckpt.pt is not a training script's; choose another --out")
         for place in ("OTHER", "LIST")
     ),
     *(

@@ -91,7 +91,7 @@ def test_training_losses_usage_and_gradients_are_the_reference_ones(released):
 def test_released_files_load_and_their_kind_is_recognised(released, tmp_path, capsys):
     """In every wrapper, without the usage queue that some files lack. Where a released file has
     both, the weights that the official code samples from win; in our own files the averaged ones
-    do. What is unknown is passed over."""
+    do. Unknown weights are ignored."""
     name, model, expected = released
     state = {k: v for k, v in model.state_dict().items() if k != "quantize.codebook_used"}
     other = {k: torch.zeros_like(v) for k, v in state.items()}
@@ -113,9 +113,7 @@ def test_released_files_load_and_their_kind_is_recognised(released, tmp_path, ca
         loaded = vq.load_vq(tmp_path / "vq.pt")
         assert loaded.config == vq.VQ_CONFIGS[name] and not loaded.training
         assert vq.weights_hash(loaded) == vq.weights_hash(model), kind
-        warned = (
-            "1 unknown weights are passed over, the first is loss.step" in capsys.readouterr().err
-        )
+        warned = "1 unknown weights are ignored, the first is loss.step" in capsys.readouterr().err
         assert warned == (kind == "stray")
     del state["encoder.conv_in.bias"]
     torch.save(state, tmp_path / "vq.pt")

@@ -1,84 +1,85 @@
-"""What extras/window.py promises: the picture of sample.py in fewer steps."""
+"""What extras/window.py promises: the picture of sample.py, in fewer steps."""
 
-import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import ROOT
-from test_gpt import random_model
-from test_sample import CONFIGS, SETTINGS, captions_for
-from test_sample import pair as pair
-from test_sample import recorded as recorded
+from test_gpt import TINY, random_model
+from test_sample import captions_for, pair, run  # noqa: F401
 
 import sample
-from extras import window
-from nanollamagen import fast
+
+sys.path.insert(0, str(ROOT / "extras"))
+import window
+
+SETTINGS = [
+    dict(),
+    dict(cfg_scale=3.0),
+    dict(cfg_scale=3.0, cfg_interval=0, top_k=20),
+    dict(cfg_scale=3.0, cfg_interval=30, top_k=20),
+    dict(cfg_scale=3.0, top_p=0.8, temperature=0.7),
+    dict(cfg_scale=2.0, temperature=0.0),
+]
+CLASSES = replace(TINY, grid=9, dim=200, n_head=2)
+CAPTIONS = replace(TINY, grid=8, num_classes=0, cond_tokens=20, caption_dim=7)
 
 
-def one_condition(model):
-    if model.config.caption_dim:
-        return captions_for(model, [3])
-    return [torch.tensor([3])]
-
-
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_windows_give_the_codes_of_one_code_at_a_time_in_fewer_steps(config):
-    """With a cache that grows, guidance that ends within a window, and windows that are longer than
-    what is left."""
+@pytest.mark.parametrize("config", [CLASSES, CAPTIONS], ids=["classes", "captions"])
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_the_codes_are_those_of_sample_generate(config, settings):
+    """From the same seed, while the cache grows and guidance ends half-way, in windows of any size:
+    of one code, and of more codes than the image has."""
     model, T = random_model(config), config.grid**2
-    cond = one_condition(model)
-    for settings in [*SETTINGS, dict(cfg_scale=1.5, top_p=0.7, temperature=0.8)]:
-        right = sample.generate(model, *cond, seeds=[7], **settings)
-        for size in (1, 5, 100):
-            trace = []
-            codes = window.generate(model, *cond, seed=7, window=size, trace=trace, **settings)
-            assert torch.equal(codes, right), (settings, size)
-            assert len(trace) == T - 1 if size == 1 else len(trace) < T - 1
-            assert trace[-1][0] == T
+    cond = captions_for(model, [11, 20]) if config.caption_dim else [torch.tensor([0, 3])]
+    right = sample.generate(model, *cond, seeds=[7, 2**63 + 8], **settings)
+    for i, seed in enumerate([7, 2**63 + 8]):
+        one = [x[i : i + 1] for x in cond]
+        for W in (1, 5, T - 1, 100):
+            codes, steps = window.window_codes(model, *one, window=W, seed=seed, **settings)
+            assert torch.equal(codes, right[i : i + 1]), W
+            assert steps == T if W == 1 else steps < T
 
 
-def test_packed_layers_give_the_same_codes():
-    model, cond = random_model(), torch.tensor([2])
-    right = window.generate(model, cond, seed=1, window=3, cfg_scale=3.0, top_k=20)
-    fast.pack(model)
-    packed = window.generate(model, cond, seed=1, window=3, cfg_scale=3.0, top_k=20)
-    assert torch.equal(packed, right)
-
-
-def test_a_recorded_step_gives_the_same_codes(recorded, monkeypatch):
-    model = random_model(CONFIGS["heads of 64"])
-    settings = dict(seed=1, cfg_scale=3.0, cfg_interval=30, top_k=20)
-    codes = window.generate(model, torch.tensor([2]), **settings)
-    assert recorded
-    monkeypatch.undo()
-    assert torch.equal(codes, window.generate(model, torch.tensor([2]), **settings))
-
-
-def test_the_command_writes_the_picture_of_sample_py(pair, tmp_path):
-    flags = ["--vq", pair / "vq.pt", "--gpt", pair / "gpt.pt", "--classes", "1,catfish"]
-    pictures = []
-    for script in ("sample.py", "extras/window.py"):
-        out = tmp_path / f"{len(pictures)}.png"
-        words = [sys.executable, script, *flags, "--seed", "5", "--top-k", "20", "--out", out]
-        result = subprocess.run(
-            [str(word) for word in words], cwd=ROOT, capture_output=True, text=True
+@torch.no_grad()
+def test_a_model_that_is_sure_takes_one_step_for_each_window():
+    """Its codes do not depend on those before them, so the guesses after the first are right."""
+    model = random_model(TINY)
+    model.norm.weight.zero_()  # all logits are 0
+    for W in (4, 5):
+        codes, steps = window.window_codes(
+            model, torch.tensor([1]), window=W, temperature=0.0, cfg_scale=2.0
         )
-        assert result.returncode == 0, result.stderr
-        pictures.append(out.read_bytes())
-    assert pictures[0] == pictures[1]
-    assert "32 codes in" in result.stdout
+        assert codes.tolist() == [[0] * 16]  # which is the first guess of every code
+        assert steps == 1 + -(-15 // W)
+    settings = dict(seeds=[3])
+    codes, steps = window.window_codes(model, torch.tensor([1]), window=4, seed=3)
+    assert torch.equal(codes, sample.generate(model, torch.tensor([1]), **settings))
+    assert steps < 12
 
 
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        (["--window", "0"], "--window: 0 is not a whole number from 1 to"),
-        (["--out", "a.npz"], "--out a.npz: give a name that ends in .png"),
-    ],
-)
-def test_a_mistake_names_the_flag(flags, message, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["window.py", "--vq", "a", "--gpt", "b", *flags])
-    with pytest.raises(SystemExit) as stop:
-        window.main()
-    assert stop.value.code == 2 and message in capsys.readouterr().err
+def test_the_trace_tells_every_guess():
+    """What tests/window.py makes its figure from: each step's first code is final in it."""
+    model, trace = random_model(TINY), []
+    codes, steps = window.window_codes(model, torch.tensor([2]), window=4, seed=1, trace=trace)
+    assert len(trace) == steps - 1
+    firsts = [first for first, _ in trace]
+    assert firsts[0] == 1 and all(b > a for a, b in zip(firsts, firsts[1:]))
+    for first, guesses in trace:
+        assert torch.equal(guesses[: first + 1], codes[0, : first + 1])
+    assert torch.equal(trace[-1][1], codes[0])
+
+
+# ---- the command line --------------------------------------------------------------------------
+def test_the_picture_is_that_of_sample_py(pair, tmp_path):  # noqa: F811
+    """To the last byte, with an image for each class; and it says how many steps each took."""
+    models = ["--vq", pair / "vq.pt", "--gpt", pair / "gpt.pt", "--classes", "1,catfish"]
+    models += ["--seed", 5, "--cfg-scale", 3]
+    plain = run("sample.py", *models, "--out", tmp_path / "plain.png")
+    assert plain.returncode == 0, plain.stderr
+    fast = run("extras/window.py", *models, "--window", 6, "--out", tmp_path / "fast.png")
+    assert fast.returncode == 0, fast.stderr
+    assert (tmp_path / "plain.png").read_bytes() == (tmp_path / "fast.png").read_bytes()
+    for name in ("dog", "catfish"):
+        assert f"{name}: 16 codes in " in fast.stdout

@@ -1,0 +1,203 @@
+"""Sets of images for the metrics: an NPZ as ADM writes it, or a folder of images.
+
+images = image_sets.open_set("samples.npz")        # no image is in memory before it is read
+batch = images.read(range(8))                      # eight arrays uint8 (H, W, 3)
+"""
+
+import hashlib
+import os
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import sample
+import vq
+from nanollamagen import data, files, inception, parts
+
+# What an NPZ may hold of a data set: means and covariances of Inception's two kinds of features.
+STATISTICS = {"mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023)}
+
+HOST = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches"
+ADM_URL = f"{HOST}/imagenet/256/VIRTUAL_imagenet256_labeled.npz"
+ADM_SHA256 = "b32732719497e42660a9affb4a966068cba0855ac449b82015e34ec376d20758"
+
+
+class ImageSet(NamedTuple):
+    """Images and where they come from."""
+
+    path: Path
+    count: int
+    shape: tuple  # (H, W, 3)
+    read: callable  # indices -> as many uint8 (H, W, 3), fastest in rising order
+    sha256: str  # of the file, or of a folder's file names and sizes
+    stored: dict = {}  # the statistics that a reference brings, see STATISTICS
+    labels: list = None  # (count,) class ids, if it has any
+    of: str = ""  # what images `stored` was computed from
+
+
+def open_set(path, tokenizer=None, size=None, device="cpu"):
+    """The ImageSet at a path: an NPZ, a folder of codes (tokenizer: its checkpoint), or all images
+    below a folder. Codes are resized to `size`, files cropped. Raises OSError or ValueError."""
+    path = Path(path)
+    if not path.exists():
+        where = f"; it is at {ADM_URL}" if ADM_URL.endswith(path.name) else ""
+        raise OSError(f"{path} does not exist{where}")
+    if path.is_file():
+        return open_npz(path)
+    if (path / "codes.npy").exists():
+        return open_codes(path, tokenizer, size, device)
+    return open_folder(path, size)
+
+
+def open_codes(folder, tokenizer, size=None, device="cpu"):
+    """The first crop of each image in a folder of codes, decoded when it is read."""
+    codes, labels, meta = data.load_codes(folder)  # (N, A, T), (N,)
+    model = vq.load_vq(tokenizer, device) if tokenizer else None
+    if model is None or vq.weights_hash(model) != meta["tokenizer"]:
+        raise ValueError(f"{folder} holds codes; --vq CKPT must name the tokenizer that made them")
+
+    def decode(indices):
+        first = torch.from_numpy(codes[indices, 0].astype(np.int64))  # (B, T)
+        return sample.to_pixels(model, first.to(device), size)
+
+    sha256 = files.file_hash(folder / "codes.npy")
+    shape = decode([0]).shape[1:]
+    return ImageSet(folder, len(codes), shape, decode, sha256, labels=labels)
+
+
+def open_folder(folder, size=None):
+    """All images below a folder, at any depth."""
+    paths = data.list_images(folder)
+    if not paths:
+        raise ValueError(f"{folder} holds no images")
+
+    def load(i):
+        image = data.open_image(paths[i])
+        return np.array(data.center_crop(image, size) if size else image)
+
+    names = "\n".join(f"{os.path.relpath(p, folder)} {os.path.getsize(p)}" for p in paths)
+    sha256 = hashlib.sha256(names.encode()).hexdigest()
+    read = partial(in_parallel, load)
+    return ImageSet(folder, len(paths), load(0).shape, read, sha256)
+
+
+def in_parallel(function, items):
+    """[function(item) for each item], on threads."""
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(function, items))
+
+
+def open_npz(path):
+    """An ADM batch: arr_0 uint8 (N, H, W, 3), perhaps statistics. Images are read one by one."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if "arr_0" not in file.files:
+                names = ", ".join(file.files) or "nothing"
+                raise LookupError(f"it holds {names}, but no images under arr_0")
+            extra = {k: file[k] for k in (*STATISTICS, "labels", "of") if k in file.files}
+        archive = zipfile.ZipFile(path)  # open as long as the set is used
+        member = archive.open("arr_0.npy")
+        np.lib.format.read_magic(member)
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
+    except OSError:
+        raise
+    except Exception as error:  # a truncated or pickled file can make NumPy stumble in any way
+        raise ValueError(f"{path} is damaged, or no NPZ of plain arrays: {error}") from None
+    if dtype != np.uint8 or shape[3:] != (3,) or 0 in shape or fortran:
+        raise ValueError(f"arr_0 of {path} is {dtype} {shape}; it must be uint8 (N, H, W, 3), RGB")
+    N, *image_shape = shape
+    first_byte, n_bytes = member.tell(), int(np.prod(image_shape))
+
+    def read(indices):
+        images = []
+        try:
+            for i in indices:
+                member.seek(first_byte + i * n_bytes)
+                pixels = np.frombuffer(member.read(n_bytes), np.uint8)
+                images.append(pixels.reshape(image_shape))
+        except Exception as error:
+            what = f"image {i} of {N:,} cannot be read ({error})"
+            raise ValueError(f"{path} is damaged: {what}") from None
+        return images
+
+    sha256, stored = files.file_hash(path), stored_statistics(path, extra)
+    labels, of = extra.get("labels"), str(extra.get("of", "unknown images"))
+    return ImageSet(path, N, tuple(image_shape), read, sha256, stored, labels, of)
+
+
+def stored_statistics(path, arrays):
+    """The four arrays of STATISTICS in an NPZ, {} if it has no mu, which stands for all four."""
+    if "mu" not in arrays:
+        return {}
+    stored = {name: arrays.get(name, np.empty(0)) for name in STATISTICS}
+    for name, array in stored.items():
+        if array.shape != STATISTICS[name]:
+            what = f"{name} is {array.shape}, not {STATISTICS[name]}"
+            raise ValueError(f"statistics in {path} are of another network: {what}")
+    return stored
+
+
+def over_all(count, function, what, batch_size):
+    """function(indices of a batch) -> tensors, for all images: the results joined to arrays
+    (count, ...) on process 0, None on others. Each process takes a contiguous share."""
+    rank, world = parts.processes()
+    mine = range(count * rank // world, count * (rank + 1) // world)
+    results = []
+    with files.progress(len(mine), what, rank) as bar:
+        for i in range(0, len(mine), batch_size):
+            batch = mine[i : i + batch_size]
+            results.append([x.cpu().numpy() for x in function(batch)])
+            bar.update(len(batch))
+    share = [np.concatenate(arrays) for arrays in zip(*results)]
+    if world == 1:
+        return share
+    shares = [None] * world
+    dist.gather_object(share, shares if rank == 0 else None)
+    if rank > 0:
+        return None
+    shares = [share for share in shares if share]  # some are empty if images are few
+    return [np.concatenate(arrays) for arrays in zip(*shares)]
+
+
+def describe(images):
+    """An ImageSet in a few words: what its hash, its keys and its count tell."""
+    if images.sha256 == ADM_SHA256:
+        trained = "statistics of ImageNet's training set"
+        return f"ADM's reference: {trained}, 10,000 images for precision and recall"
+    H, W, _ = images.shape
+    words = f"{images.count:,} images of {W}x{H} pixels in {images.path}"
+    return f"stored statistics of {images.of}, and {words}" if images.stored else words
+
+
+def cautions(ref, gen, net):
+    """Why the scores of gen against ref may not be what they seem: a list of sentences."""
+    changes = np.diff(gen.labels) if gen.labels is not None and gen.count > 5000 else np.zeros(1)
+    # fmt: off
+    rules = (
+        (net["sha256"] != inception.SHA256,
+         "unpublished Inception weights: compare only scores of this same file"),
+        (gen.count < 50_000,
+         f"only {gen.count:,} samples: papers use 50,000; fewer give a higher FID and a lower IS"),
+        (ref.count < 10_000,
+         f"only {ref.count:,} reference images: 10,000 are usual for precision and recall"),
+        (gen.stored,
+         f"{gen.path} stores statistics, as references do: are the two files swapped?"),
+        (ADM_URL.endswith(ref.path.name) and ref.sha256 != ADM_SHA256,
+         f"{ref.path} has the name of ADM's reference but other content"),
+        (ref.count == 50_000 and not ref.stored,
+         "50,000 reference images without statistics, as many as ImageNet's validation set has: "
+         f"papers score samples against training-set statistics ({ADM_URL})"),
+        (gen.shape != ref.shape,
+         f"{gen.shape[1]}-pixel samples against {ref.shape[1]}: papers resize samples first"),
+        ((changes >= 0).all() and changes.any(),
+         "samples are sorted by class: shuffle them, "
+         "because IS takes 5,000 at a time in file order"),
+    )
+    # fmt: on
+    return [sentence for applies, sentence in rules if applies]
