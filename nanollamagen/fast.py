@@ -47,7 +47,7 @@ class Recorded:
             self.layer = self.cache[0]
             self.replay = None  # frees the old graph's memory
             self.run()  # as it is, which warms up all that it calls
-            self.replay = record(self.run) if state.is_cuda else self.run
+            self.replay = record(self.run, state.device)
         return self.state
 
     def run(self):
@@ -55,8 +55,10 @@ class Recorded:
         self.state.copy_(self.step(self.state, self.number))
 
 
-def record(run):
-    """A function that replays run() as a CUDA graph, or run itself where it cannot be recorded."""
+def record(run, device):
+    """A function that replays run() as a CUDA graph. On a CPU, and where that fails, run itself."""
+    if device.type == "cpu":
+        return run
     graph = torch.cuda.CUDAGraph()
     try:
         # other threads may pin memory meanwhile

@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT, fill, golden
 from PIL import Image
 from test_gpt import TINY, random_model
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import gpt
 import sample
@@ -184,23 +185,52 @@ def captions_for(model, lengths):
     return features * mask[..., None], mask
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        replace(TINY, grid=9, dim=128, n_head=2),
-        replace(TINY, grid=9, dim=200, n_head=2),
-        replace(TINY, grid=8, num_classes=0, cond_tokens=20, caption_dim=7),
-    ],
-    ids=["heads of 64", "heads of 100", "captions"],
-)
+CONFIGS = {
+    "heads of 64": replace(TINY, grid=9, dim=128, n_head=2),
+    "heads of 100": replace(TINY, grid=9, dim=200, n_head=2),
+    "captions": replace(TINY, grid=8, num_classes=0, cond_tokens=20, caption_dim=7),
+}
+
+
+def three_conditions(model):
+    """Conditions of three images, as generate takes them."""
+    if model.config.caption_dim:
+        return captions_for(model, [3, 20, 11])
+    return [torch.tensor([0, 3, 3])]
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_cached_steps_give_the_codes_of_full_forward_passes(config):
     """With a cache that grows, and guidance that ends half-way."""
     model = random_model(config)
-    cond = captions_for(model, [3, 20, 11]) if config.caption_dim else [torch.tensor([0, 3, 3])]
+    cond = three_conditions(model)
     for settings in SETTINGS:
         how = {"seeds": [7, 8, 9], "top_k": 20, **settings}
         assert torch.equal(sample.generate(model, *cond, **how), plainly(model, *cond, **how)), how
     assert model.new_cache(1)[0].shape[-1] % 8 == 0
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_a_recorded_step_gives_the_same_codes(config, monkeypatch):
+    """It is recorded at the start, when the cache grows and when guidance ends. A traced step is
+    like a CUDA graph: it repeats operations on the same tensors, whatever Python does meanwhile.
+    Unlike a CUDA graph it runs once while it is traced; that is undone."""
+
+    def record(run, device):
+        touched = [run.__self__.state, *run.__self__.cache]
+        before = [tensor.clone() for tensor in touched]
+        graphs.append(make_fx(lambda _: run())(torch.zeros(())))
+        for tensor, old in zip(touched, before):
+            tensor.copy_(old)
+        return lambda: graphs[-1](torch.zeros(()))
+
+    model, graphs = random_model(config), []
+    cond = three_conditions(model)
+    settings = dict(cfg_scale=3.0, cfg_interval=30, top_k=20, seeds=[7, 8, 9])
+    right = sample.generate(model, *cond, **settings)
+    monkeypatch.setattr(fast, "record", record)
+    assert torch.equal(sample.generate(model, *cond, **settings), right)
+    assert len(graphs) == 3
 
 
 @pytest.mark.slow
@@ -233,7 +263,7 @@ def test_what_cannot_be_packed_or_recorded_is_run_as_it_is(monkeypatch, capsys):
     assert isinstance(fast.pack(random_model()).output, torch.nn.Linear)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
     monkeypatch.setattr(torch.cuda, "graph", missing)
-    assert fast.record(missing) is missing
+    assert fast.record(missing, torch.device("cuda")) is missing
     assert "not recorded as a CUDA graph (no such operator)" in capsys.readouterr().err
 
 
@@ -313,6 +343,39 @@ def test_a_grid_of_classes_is_drawn(pair, tmp_path, count):
     assert result.returncode == 0, result.stderr
     with Image.open(out) as image:  # 16 pixels six times as large, and titles
         assert image.size == (3 * 100 + 4, 2 * (96 + 16 + 4) + 4)
+
+
+def test_settings_come_from_one_table(monkeypatch, capsys):
+    """Defaults for classes and captions, and the paper's; a new filter is one row, one function."""
+
+    def settings(words, captioned=False):
+        monkeypatch.setattr(sys, "argv", ["sample.py", *words.split()])
+        args = sample.parse()[1]
+        return sample.choose_settings(args, captioned, args.paper)
+
+    chosen = settings("--top-k 7")
+    assert chosen["top_k"] == 7 and chosen["cfg_scale"] == 4.0
+    assert settings("--temperature 0", captioned=True)["cfg_scale"] == 7.5
+    paper = settings("--paper --pretrained L-256 --top-p 0.5")
+    assert (paper["cfg_scale"], paper["top_k"], paper["top_p"]) == (1.75, 0, 0.5)
+    assert settings("--paper --cfg-scale 3")["cfg_scale"] == 3
+
+    filter_logits = sample.filter_logits
+
+    def with_min_p(logits, min_p=0.0, **filters):
+        p = logits.softmax(-1)
+        unlikely = p < min_p * p.amax(-1, keepdim=True)
+        return filter_logits(logits.masked_fill(unlikely, -torch.inf), **filters)
+
+    monkeypatch.setitem(sample.SETTINGS, "min_p", (0.0, 0.0, 0, 1, "least share of the likeliest"))
+    monkeypatch.setattr(sample, "filter_logits", with_min_p)
+    model, labels = random_model(), torch.tensor([1, 2])
+    codes = sample.generate(model, labels, seeds=[0, 1], **settings("--min-p 1"))
+    greedy = sample.generate(model, labels, **settings("--temperature 0"))
+    assert torch.equal(codes, greedy)
+    with pytest.raises(SystemExit):
+        settings("--min-p 2")
+    assert "--min-p: 2 is not a number from 0 to 1" in capsys.readouterr().err
 
 
 def test_a_caption_of_two_lines_is_drawn_as_one(pair, tmp_path, monkeypatch):
