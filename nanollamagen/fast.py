@@ -14,7 +14,8 @@ import torch.nn.functional as F
 
 def grow(cache, needed, most):
     """Make room for `needed` positions in each layer (2, B, n, positions, d) of a cache, in place.
-    Attention reads the whole cache, filled or not: it grows in four steps or more up to `most`."""
+    Attention reads the whole cache, filled or not: it grows in at most four steps up to
+    `most`. At each of them a GPU records its step again."""
     room = cache[0].shape[3]
     if needed > room:
         block = max(64, -(-most // 256) * 64)
@@ -47,7 +48,7 @@ class Recorded:
             self.layer = self.cache[0]
             self.replay = None  # frees the old graph's memory
             self.run()  # as it is, which warms up all that it calls
-            self.replay = record(self.run) if state.is_cuda else self.run
+            self.replay = record(self.run, state.device) if state.is_cuda else self.run
         return self.state
 
     def run(self):
@@ -55,12 +56,12 @@ class Recorded:
         self.state.copy_(self.step(self.state, self.number))
 
 
-def record(run):
+def record(run, device):
     """A function that replays run() as a CUDA graph, or run itself where it cannot be recorded."""
     graph = torch.cuda.CUDAGraph()
     try:
-        # other threads may pin memory meanwhile
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        # torch records on the current device; other threads may pin memory meanwhile
+        with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
             run()
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
