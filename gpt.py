@@ -1,8 +1,8 @@
 """The Llama over image codes of LlamaGen (arXiv:2406.06525, section 2.3), for classes or captions.
 
-RMSNorm, SwiGLU and 2D rotary positions. A class embedding or 120 caption embeddings come before
-the first code, and the codes of an image follow row by row. Nothing else is specific to images.
-It loads released files and those of train_gpt.py:
+A plain Llama: RMSNorm, SwiGLU, rotary positions. Only this is specific to images: positions have
+two dimensions, a class embedding or 120 caption embeddings come before the first code, and the
+codes of an image follow row by row. It loads released files and those of train_gpt.py:
 
     model = gpt.load_gpt("c2i_B_256.pt")
     logits = model(codes[:, :-1], labels)      # (B, T, V): logits[:, i] predicts code i
@@ -273,8 +273,8 @@ class GPT(nn.Module):
 
     def extend(self, x, start, cache, mask=None, last=1):
         """Feed embeddings x (B, L, C) at positions start .. start + L - 1 and fill the cache there;
-        later positions may hold anything. start is an int or a tensor, mask the same at every call.
-        Returns the logits (B, last, V) that follow the `last` positions."""
+        later positions may hold any finite numbers. start is an int or a tensor, mask is the same
+        at every call. Returns the logits (B, last, V) that follow the `last` positions."""
         positions = start + torch.arange(x.shape[1], device=x.device)  # (L,)
         rope = self.rope[positions]
         visible = who_sees_whom(positions, cache[0].shape[3], mask)

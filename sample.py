@@ -33,8 +33,8 @@ from nanollamagen import captions, data, fast, files, flags, noise, parts
 # but the guidance (cfg_scale, cfg_interval) are arguments of draw().
 # fmt: off
 SETTINGS = {  # default for classes, default for captions, smallest, largest, what it is
-    "cfg_scale":    (4.0,  7.5,  0,    1000,  "guidance; 1 is none"),
-    "cfg_interval": (-1,   -1,   -1,   10**6, "guide only this many + 2 codes, the first; -1: all"),
+    "cfg_scale":    (4.0,  7.5,  0,    1000,  "guidance; up to 1 there is none"),
+    "cfg_interval": (-1,   -1,   -1,   10**6, "k guides only the first k + 2 codes; -1: all"),
     "temperature":  (1.0,  1.0,  0,    2,     "0 takes the likeliest code, 2 is vLLM's limit"),
     "top_k":        (2000, 1000, 0,    10**6, "sample from the k likeliest codes; 0: all"),
     "top_p":        (1.0,  1.0,  1e-6, 1,     "sample from the likeliest codes that make up p"),
@@ -129,8 +129,7 @@ def generate(
                   same image in any batch
     compiled      torch.compile the model
     progress      show a bar over the T codes
-    how           temperature, top_k and top_p, see draw
-    """
+    how           temperature, top_k and top_p, see draw"""
     B, T, c = len(cond), model.config.grid**2, model.config.cond_tokens
     if mask is not None and mask.shape[1] != c:
         raise ValueError(f"captions have {mask.shape[1]} positions; here they need all {c}")
@@ -167,7 +166,7 @@ def generate(
 
     # Every other code follows from the one before it and from what the cache holds.
     step = fast.Recorded(next_code, cache)
-    bar = files.progress(T, "codes", unit=" codes", rank=0 if progress else 1)
+    bar = files.progress(T - 1, "codes", unit=" codes", rank=0 if progress else 1)
     for i in range(1, T):
         if guided and 0 <= cfg_interval < i - 1:  # the rows without condition are done
             guided = False
@@ -176,6 +175,7 @@ def generate(
         fast.grow(cache, c + i, positions)
         codes[:, i] = step(codes[:, i - 1], i)
         bar.update()
+    bar.close()
     return codes
 
 
@@ -347,7 +347,7 @@ def main():
         from nanollamagen import runs  # takes two seconds
 
         settings["compiled"] = runs.can_compile(True, device)
-    elif device.type == "cpu":
+    if device.type == "cpu" and not settings.get("compiled"):
         fast.pack(model)
 
     if args.num_samples:
@@ -442,7 +442,7 @@ def choose_settings(args, captioned, paper=False):
 # ---- argument checks ---------------------------------------------------------------------------
 def check_flags(parser, args):
     """Refuse flags that do not fit together."""
-    if bool(args.pretrained) == bool(args.vq and args.gpt):
+    if args.pretrained and (args.vq or args.gpt) or not (args.pretrained or args.vq and args.gpt):
         parser.error("give --vq and --gpt, or --pretrained")
     if args.pretrained and args.image_size:
         parser.error("--image-size does not go with --pretrained, whose names tell the pixels")

@@ -171,7 +171,7 @@ def read_model(folder, info):
     with torch.device("meta"):
         model = gpt.GPT(gpt.GPTConfig(**info["gpt"]))
     model.load_state_dict(load_file(Path(folder) / "model.safetensors"), assign=True)
-    model.classes, model.text = info["classes"], info["text"]
+    model.classes, model.text, model.tokenizer = info["classes"], info["text"], info["tokenizer"]
     return model.cpu().eval()  # .cpu() for the rotary table
 
 

@@ -40,8 +40,8 @@ from nanollamagen import data, files, flags, runs
 from nanollamagen.codes import Codes
 from nanollamagen.loss import cross_entropy
 
-# The authors' batch size and learning rate (official repository, thread 8); others: (256, 1e-4).
-RECIPES = {"XL": (256, 2e-4), "XXL": (512, 2e-4), "3B": (512, 2e-4)}
+# Batch size and learning rate. The larger ones are the authors' (issue 8 of their repository).
+RECIPE, RECIPES = (256, 1e-4), {"XL": (256, 2e-4), "XXL": (512, 2e-4), "3B": (512, 2e-4)}
 GRAD_CLIP = 1.0  # largest norm of the gradient
 
 
@@ -69,7 +69,7 @@ def parse():
     flag("--warmup-steps", type=flags.count, default=0, help="steps of linear warm-up")
     flag("--weight-decay", type=flags.weight, default=0.05, help="of matrices; norms have none")
     flag("--dropout", type=flags.fraction, default=0.1, help="of embeddings, attention and FFN")
-    flag("--class-dropout", type=flags.fraction, default=0.1, help="how often it is hidden")
+    flag("--class-dropout", type=flags.fraction, default=0.1, help="of class or caption")
     flag("--ema-decay", type=flags.fraction, default=0.0, help="of averaged weights; 0: none")
     # what a run shows and keeps
     flag("--val-images", type=flags.count, default=0, help="images held out for a validation loss")
@@ -104,7 +104,7 @@ def learning_rate(args, step, max_steps):
 
 # ---- training ------------------------------------------------------------------------------------
 def main():
-    """Flags, processes, data, model, optimizer, loop."""
+    """Flags, processes, data, model, optimizer, resume, loop."""
     parser, args = parse()
     rank, world, device = runs.this_process(args.device)
     signals = runs.catch_signals()
@@ -115,7 +115,7 @@ def main():
         codes = Codes(args.codes, args.val_images)
         dropout = {"dropout": args.dropout, "class_dropout": args.class_dropout}
         config = replace(gpt.GPT_CONFIGS[args.model], **codes.config, **dropout)
-        recipe = RECIPES.get(args.model, (256, 1e-4)) if config.num_classes else (256, 1e-4)
+        recipe = RECIPES.get(args.model, RECIPE) if config.num_classes else RECIPE
         args.batch_size = args.batch_size or recipe[0]
         args.lr = args.lr or recipe[1]
         path, saved = runs.find_checkpoint(out)
@@ -125,7 +125,6 @@ def main():
         files.make_folder(out)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    max_steps = args.max_steps or math.ceil(args.epochs * len(codes.train_ids) / args.batch_size)
     share = args.batch_size // world  # images of a batch that this process takes
     micro = args.micro_batch or share  # images that it takes at once
 
@@ -140,7 +139,7 @@ def main():
         large = sum(weight.numel() for weight in model.parameters()) > 1e9
         parallel = "fsdp" if large and world > 1 else "ddp"
     sharded = parallel != "ddp"
-    if world > 1 or sharded:
+    if world > 1 or sharded:  # FSDP needs a process group even for one process
         runs.connect(device)
     forward = build(model, args, parallel, device, bf16, compiled)  # `model`, perhaps within DDP
     if not saved:
@@ -162,10 +161,12 @@ def main():
     if saved:
         step, images_seen = runs.restore_run(model, optimizer, ema, path, saved)
     saved = init = None  # frees their memory
+    images_left = max(0, args.epochs * len(codes.train_ids) - images_seen)
+    max_steps = args.max_steps or step + math.ceil(images_left / args.batch_size)
     work = gpt.flops_per_image(config)
     log = runs.Log(out, step, max_steps, args.batch_size, rank, world, device, work)
     if rank == 0:
-        describe(args, codes, config, step, max_steps, recipe)
+        describe(args, codes, model, step, max_steps, recipe)
         how = f"{'bfloat16' if bf16 else 'float32'}{', compiled' if compiled else ''}"
         print(f"{world} process(es) on {device.type}, {parallel}, {how}, torch {torch.__version__}")
 
@@ -174,7 +175,7 @@ def main():
         return step % every == 0 or step == max_steps
 
     def store(joined):
-        """Write a checkpoint. All processes call it. joined: under FSDP as ckpt.pt, too."""
+        """Write a checkpoint. All processes call it. joined: under FSDP, also write ckpt.pt."""
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
         if ema:
             state["ema"] = ema
@@ -289,9 +290,9 @@ def shard(model, parallel, device, bf16):
 
 
 def average_gradients(model, last):
-    """Say whether the next backward pass is the last of a step. DDP averages gradients over the
-    processes after the last one. FSDP does after each, so that no process holds more than its
-    shard; over several copies of the model it averages after the last."""
+    """Tell DDP or FSDP whether the next backward pass is the last of a step. DDP averages
+    gradients over the processes after the last one. FSDP does after each, so that no process holds
+    more than its shard; over several copies of the model it averages after the last."""
     if isinstance(model, DistributedDataParallel):
         model.require_backward_grad_sync = last
     elif isinstance(model, FSDPModule):
@@ -299,10 +300,10 @@ def average_gradients(model, last):
 
 
 # ---- what a run shows ----------------------------------------------------------------------------
-def describe(args, codes, config, step, max_steps, recipe):
+def describe(args, codes, model, step, max_steps, recipe):
     """Print what is trained on what, and the loss to expect first."""
-    with torch.device("meta"):
-        parameters = sum(weight.numel() for weight in gpt.GPT(config).parameters())
+    config = model.config
+    parameters = sum(weight.numel() for weight in model.parameters())  # whole ones, FSDP or not
     V, batch_size, images = config.vocab_size, args.batch_size, len(codes.train_ids)
     print(
         f"{args.model}: {parameters / 1e6:.1f}M parameters; {config.grid**2} codes of {V:,} per "

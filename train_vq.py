@@ -164,7 +164,6 @@ def main(tokenizer=vq.VQModel, configs=vq.VQ_CONFIGS):
         files.make_folder(out)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    max_steps = args.max_steps or math.ceil(args.epochs * len(images) / args.batch_size)
     share = args.batch_size // world  # images of a batch that this process takes
     micro = args.micro_batch or share  # images that it takes at once
 
@@ -198,6 +197,8 @@ def main(tokenizer=vq.VQModel, configs=vq.VQ_CONFIGS):
     if saved:
         step, images_seen = restore(parts, ema, saved)
     saved = init = None  # frees their memory
+    images_left = max(0, args.epochs * len(images) - images_seen)
+    max_steps = args.max_steps or step + math.ceil(images_left / args.batch_size)
     first_step = step
     log = runs.Log(out, step, max_steps, args.batch_size, rank, world, device)
     if rank == 0:
@@ -407,10 +408,7 @@ def describe(args, images, model, init_disc, step, max_steps):
     """Print what is trained on what."""
     parameters = sum(weight.numel() for weight in model.parameters())
     T, V = model.codes_per_image(args.image_size), model.config.codebook_size
-    print(
-        f"{args.model}: {parameters / 1e6:.1f}M parameters; {T} codes of {V:,} per image of "
-        f"{args.image_size} pixels"
-    )
+    print(f"{args.model}: {parameters / 1e6:.1f}M parameters; {T} codes of {V:,} per image")
     print(
         f"{args.data}: {len(images):,} images; {max_steps:,} steps of {args.batch_size} images = "
         f"{max_steps * args.batch_size / len(images):.1f} epochs -> {args.out}"
@@ -464,7 +462,7 @@ def check(args, config, world, path, saved, init):
     if args.resume and not saved:
         raise ValueError(f"--resume: {args.out} has no ckpt.pt")
     if saved:
-        runs.check_same_run(path, saved, asdict(config), {})
+        runs.check_same_run(path, saved, asdict(config), {"image_size": args.image_size})
     if init and init.config != config:
         raise ValueError(
             f"--init {args.init} does not fit --model {args.model}: it is {asdict(init.config)}"

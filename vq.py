@@ -471,7 +471,9 @@ def main():
     except (OSError, ValueError) as error:
         parser.error(str(error))
     except KeyboardInterrupt:
-        sys.exit("\nstopped; the same command continues from here")
+        if args.command == "encode":
+            print("\nstopped; the same command continues from here", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -104,7 +104,6 @@ def check_tokens(tokens, *, parameter="prompt"):
         raise Refused(parameter, f"{max(tokens)} is not a class")
 
 
-# ---- a JSON body -------------------------------------------------------------------------------
 async def read_json(request: Request):
     """The fields of a JSON body. Only the content type of JSON counts: before a browser posts JSON
     for a web page of another site it asks us, and for text it does not."""

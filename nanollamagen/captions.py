@@ -306,7 +306,6 @@ def caption_features(text, spans, ids, short):
     return [torch.tensor(text[start:end]) for start, end in spans[ids, which]]
 
 
-# ---- the command -------------------------------------------------------------------------------
 def main():
     """The command line."""
     kind = argparse.RawDescriptionHelpFormatter

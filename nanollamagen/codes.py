@@ -85,16 +85,16 @@ class Codes:
         steps        a range of step numbers
         images_seen  how many images the steps before have used
         pin          put batches in memory that a GPU can fetch by itself"""
-        share = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
-        images = data.shuffled(len(self.train_ids), seed, images_seen)
+        mine = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
+        pairs = data.shuffled(len(self.train_ids), seed, images_seen)
 
         def read():
             for step in steps:
-                ids = self.train_ids[[i for _, i in itertools.islice(images, batch_size)]]
+                ids = self.train_ids[[i for _, i in itertools.islice(pairs, batch_size)]]
                 rng = np.random.RandomState((seed * 1_000_003 + step) % 2**32)
                 crops = rng.randint(self.codes.shape[1], size=batch_size)
                 short = rng.rand(batch_size) < SHORT_CAPTIONS
-                batch = self.load(ids[share], crops[share], short[share], full_length)
+                batch = self.load(ids[mine], crops[mine], short[mine], full_length)
                 yield [x.pin_memory() for x in batch] if pin else batch
 
         return prefetch(read())

@@ -295,7 +295,6 @@ def load_codes(folder):
     return codes, labels, meta
 
 
-# ---- the embedded data set `shapes` -------------------------------------------------------------
 def shapes(n=24000, seed=0, captioned=False):
     """n drawings of shapes.py, with classes or with captions. They are drawn when they are read."""
     places = [(seed, i) for i in range(n)]

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 
 def grow(cache, needed, most):
     """Make room for `needed` positions in each layer (2, B, n, positions, d) of a cache, in place.
-    Attention reads the whole cache, filled or not: it grows in four steps or more up to `most`."""
+    Attention reads the whole cache, filled or not: it grows in at most four steps up to
+    `most`. At each of them a GPU records its step again."""
     room = cache[0].shape[3]
     if needed > room:
         block = max(64, -(-most // 256) * 64)
@@ -61,8 +62,8 @@ def record(run, device):
         return run
     graph = torch.cuda.CUDAGraph()
     try:
-        # other threads may pin memory meanwhile
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        # torch records on the current device; other threads may pin memory meanwhile
+        with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
             run()
     except RuntimeError as error:
         reason = str(error).splitlines()[0]

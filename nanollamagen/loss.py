@@ -42,7 +42,7 @@ class CrossEntropy(torch.autograd.Function):
         for rows, target, top, log_sum in chunks:
             log_p = rows.float().log_softmax(1)
             top.copy_(rows.amax(1, keepdim=True))
-            log_sum.copy_(-log_p.amax(1, keepdim=True))
+            log_sum.copy_(-log_p.amax(1, keepdim=True))  # the largest has log_p = -log_sum
             total -= log_p.gather(1, target).sum()
         ctx.save_for_backward(logits, targets, largest, log_sums)
         ctx.scale = scale

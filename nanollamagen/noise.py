@@ -25,5 +25,6 @@ def uniform(seeds, positions, n):
     state = mix(mix(seeds) + positions)[..., None]
     hashed = mix(state + GOLDEN * torch.arange(n, device=state.device))
     forty_bits = (hashed >> 24).bitwise_and_((1 << 40) - 1)
-    # float32 is finest near 0, and rounds the largest of these to 1
+    # Small numbers become large noise, which decides: they keep all 40 bits. The largest would
+    # round to 1, which is what the clamp is for.
     return forty_bits.float().add_(0.5).mul_(2.0**-40).clamp_(max=1 - 2.0**-24)

@@ -92,11 +92,12 @@ def catch_signals():
 
 
 HELP = "a lower --lr or --dtype float32 may help; the last checkpoint is from before"
-NOT_FINITE = f"the loss is not finite ({HELP})"
+NOT_FINITE = f"the gradient is not finite ({HELP})"
 
 
 def status(norms, asked_to_stop, world):
-    """(all gradient norms, tensors (), are finite; some process was asked to stop), all alike."""
+    """Whether all gradient norms, tensors (), are finite, and whether any process was asked to
+    stop. The answer is the same on every process."""
     failed = ~torch.stack([norm.isfinite() for norm in norms]).all()
     answer = torch.stack([failed.float(), torch.full_like(failed, asked_to_stop).float()])
     if world > 1:
@@ -185,8 +186,8 @@ def fill(target, source):
 
 
 def gather(tree):
-    """A nested dict with whole tensors instead of shards, on the CPU of process 0; None elsewhere.
-    All processes call it. No GPU holds two whole tensors at once."""
+    """A nested dict with each shard replaced by its whole tensor, on the CPU of process 0 (None
+    elsewhere); the rest stays as it is. All processes call it. No GPU holds two whole tensors."""
     if isinstance(tree, dict):
         return {key: gather(value) for key, value in tree.items()}
     if isinstance(tree, DTensor):
@@ -236,20 +237,21 @@ def read_plain(folder):
         if lost:
             raise OSError(f"{', '.join(lost)} not found")
         return json.loads((folder / "plain.json").read_text())
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a broken index can make the reader stumble in any way
         fix = "remove it to resume from an earlier one"
         raise ValueError(f"{folder} is damaged ({error}); {fix}") from None
 
 
 def check_same_run(path, saved, config, origin):
-    """Raise ValueError unless a checkpoint is of this model (config) and of this data (origin)."""
+    """Raise ValueError unless a checkpoint is of this model (config) and of this data (origin).
+    Dropout may change, as rates may."""
     if config.keys() != saved["config"].keys():
         raise ValueError(f"{path} was written by another script; choose another --out")
     then = {**saved["config"], **saved}
     changed = [
         f"{name} was {str(then[name])[:40]}, is {str(value)[:40]}"
         for name, value in {**config, **origin}.items()
-        if name in then and then[name] != value
+        if name in then and then[name] != value and name not in ("dropout", "class_dropout")
     ]
     if changed:
         what = f"is of another model or other data ({'; '.join(changed)})"
@@ -293,8 +295,11 @@ def save(state, plain, out, rank, keep=0, sharded=False, joined=True):
         return
     if keep and not sharded:  # a second name for ckpt.pt, which the next ckpt.pt does not replace
         (out / f"{name}.pt").unlink(missing_ok=True)
-        os.link(out / "ckpt.pt", out / f"{name}.pt")
-    older = sorted(path for path in out.glob("ckpt_[0-9]*") if path.stem != name)
+        try:
+            os.link(out / "ckpt.pt", out / f"{name}.pt")
+        except OSError:  # a file system without hard links
+            shutil.copy(out / "ckpt.pt", out / f"{name}.pt")
+    older = sorted(path for path in out.glob("ckpt_[0-9]*") if path.stem < name)
     if not keep:  # files are here because an earlier start had --keep: they stay
         older = [path for path in older if path.is_dir()]
     while len(older) > keep:
@@ -304,7 +309,7 @@ def save(state, plain, out, rank, keep=0, sharded=False, joined=True):
 
 def save_shards(state, plain, folder):
     """Write a checkpoint folder: shards by every process, plain values as plain.json. It gets its
-    name when it is complete. Raises OSError on every process."""
+    name when it is complete. Raises OSError, on every process if a shard could not be written."""
     temporary = folder.parent / "ckpt.tmp"
     if dist.get_rank() == 0:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -30,7 +30,6 @@ import gpt
 import sample
 
 
-# ---- registration ------------------------------------------------------------------------------
 class Config(transformers.PretrainedConfig):
     """config.json of an exported folder; its `gpt` holds the fields of gpt.GPTConfig."""
 

@@ -695,7 +695,7 @@ def test_uploads_that_are_no_edit_have_their_own_status(server):
     assert draw(image=[("a.png", HOLE)], prompt="star").data
     for images, sentence in (
         (2, "image: send one picture, and one mask"),
-        (3, "the body: send a whole multipart form, with one image and at most"),
+        (3, "the body: send a whole form, with one image and at most"),
     ):
         with pytest.raises(openai.BadRequestError, match=sentence):
             draw(image=[("a.png", HOLE)] * images, prompt="star")

@@ -1,6 +1,7 @@
 """What sample.py promises: the reference's tokens and filters, and pictures that follow from their
 seeds alone."""
 
+import contextlib
 import math
 import subprocess
 import sys
@@ -262,8 +263,9 @@ def test_what_cannot_be_packed_or_recorded_is_run_as_it_is(monkeypatch, capsys):
     monkeypatch.setattr(fast, "PackedLinear", missing)
     assert isinstance(fast.pack(random_model()).output, torch.nn.Linear)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
     monkeypatch.setattr(torch.cuda, "graph", missing)
-    assert fast.record(missing, torch.device("cuda")) is missing
+    assert fast.record(missing, torch.device("cuda", 0)) is missing
     assert "not recorded as a CUDA graph (no such operator)" in capsys.readouterr().err
 
 
