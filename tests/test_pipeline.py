@@ -36,7 +36,7 @@ def test_train_encode_train_sample(photos, tmp_path, photographs, size):
     run(
         "train_gpt.py",
         f"--codes {codes} --model demo --batch-size 8 --max-steps 3 --vq {tokenizer} "
-        f"--sample-every 3 --out {tmp_path}/gpt",
+        f"--save-every 3 --out {tmp_path}/gpt",
     )
     run(
         "sample.py",
