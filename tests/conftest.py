@@ -1,11 +1,23 @@
 """Shared by all tests: the project's root on the path, the golden files, and models filled by the
 golden rule."""
 
+import contextlib
+import io
 import json
 import os
+import runpy
+import signal
+import subprocess
 import sys
+import traceback
 import zlib
+from collections import Counter
 from pathlib import Path
+from unittest import mock
+
+# One thread for each test process, and for each that a test starts: `make test` runs two of them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
 
 import numpy as np
 import pytest
@@ -94,6 +106,55 @@ def photos():
             "imagenet_sample/"
         )
     return PHOTOS
+
+
+def run_script(script, *args, processes=0, env=None):
+    """Run a script, or a module of nanollamagen, with these words. It runs within this process,
+    because Python and its imports take three seconds to start, or under torchrun with `processes`.
+    Returns returncode, stdout and stderr, as subprocess.run does."""
+    args = [str(word) for word in args]
+    env = {**os.environ, **(env or {})}
+    path = str(ROOT / script)
+    start = [path] if script.endswith(".py") else ["-m", script]
+    if processes:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        command = [sys.executable, *torchrun, *start, *args]
+        return subprocess.run(
+            command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600
+        )
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with (
+        mock.patch.object(sys, "argv", [path, *args]),
+        mock.patch.object(sys, "path", [os.path.dirname(path), *sys.path]),
+        mock.patch.dict(os.environ, env),
+        contextlib.chdir(ROOT),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        try:
+            if script.endswith(".py"):
+                runpy.run_path(path, run_name="__main__")
+            else:
+                runpy.run_module(script, run_name="__main__")
+        except SystemExit as exit:
+            code = exit.code or 0
+        except Exception:
+            traceback.print_exc()
+            code = 1
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    return subprocess.CompletedProcess([script, *args], code, out.getvalue(), err.getvalue())
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say in words why tests were skipped."""
+    reasons = Counter(
+        report.longrepr[2].removeprefix("Skipped: ").split(";")[0]
+        for report in terminalreporter.stats.get("skipped", [])
+    )
+    for reason, count in reasons.items():
+        terminalreporter.write_line(f"skipped {count}: {reason}")
 
 
 def words(text):

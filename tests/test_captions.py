@@ -7,7 +7,6 @@ transformers as the real ones are; where it is missing, the tests that need it s
 import argparse
 import json
 import os
-import subprocess
 import sys
 from dataclasses import asdict, replace
 from functools import cache
@@ -16,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, difference, fill, golden, released_keys
+from conftest import difference, fill, golden, released_keys, run_script
 from PIL import Image
 
 import evaluate
@@ -27,7 +26,6 @@ import vq
 from nanollamagen import captions, files
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here asks a server
-os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 TINY = gpt.GPTConfig(
     dim=64,
     n_layer=2,
@@ -445,24 +443,15 @@ def codes(tmp_path_factory):
     """Sixty images with captions, read by the stand-in."""
     folder = caption_folder(tmp_path_factory.mktemp("data") / "codes")
     assert (
-        run("-m", "nanollamagen.captions", "encode", "--codes", folder, "--t5", "words").returncode
+        run_script("nanollamagen.captions", "encode", "--codes", folder, "--t5", "words").returncode
         == 0
     )
     return folder
 
 
-def run(*args, procs=0):
-    """Run a script as a user would, alone or under torchrun."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={procs}"]
-    how = [sys.executable, *(torchrun if procs else [])]
-    return subprocess.run(
-        [*how, *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
-
-
 def test_features_on_disk_are_those_of_each_caption_without_padding(t5, tmp_path):
     folder = caption_folder(tmp_path / "codes", count=30, long=[7, 9])
-    result = run("-m", "nanollamagen.captions", "encode", "--codes", folder, "--t5", t5)
+    result = run_script("nanollamagen.captions", "encode", "--codes", folder, "--t5", t5)
     assert result.returncode == 0, result.stderr
     assert (
         "29 captions and 15 short ones; 1 captions are empty, 2 were cut to 120 tokens"
@@ -478,7 +467,7 @@ def test_features_on_disk_are_those_of_each_caption_without_padding(t5, tmp_path
         assert np.allclose(text[a:b], row[keep], atol=2e-3)
     assert (
         "Nothing to do"
-        in run("-m", "nanollamagen.captions", "encode", "--codes", folder, "--t5", t5).stdout
+        in run_script("nanollamagen.captions", "encode", "--codes", folder, "--t5", t5).stdout
     )
 
 
@@ -509,8 +498,8 @@ def test_an_interrupted_run_goes_on_and_two_processes_write_what_one_writes(
         captions.load_text(folders[1])
     captions.encode(args[1])
     assert len(calls) == 1 + 1 + 2  # the first part was kept
-    result = run(
-        "-m", "nanollamagen.captions", "encode", "--codes", folders[2], "--t5", "words", procs=2
+    result = run_script(
+        "nanollamagen.captions", "encode", "--codes", folders[2], "--t5", "words", processes=2
     )
     assert result.returncode == 0, result.stderr
     assert (
@@ -546,12 +535,12 @@ def test_a_line_without_a_caption_gets_one_sentence(tmp_path, line, sentence):
     (folder / "captions.jsonl").write_text(
         "\n".join(lines[:7] + ([line] + lines[8:] if line else [])) + "\n"
     )
-    result = run("-m", "nanollamagen.captions", "encode", "--codes", folder, "--t5", "words")
+    result = run_script("nanollamagen.captions", "encode", "--codes", folder, "--t5", "words")
     assert result.returncode == 2 and sentence in result.stderr and "Traceback" not in result.stderr
 
 
 def test_features_of_another_encoder_are_not_mixed(codes, t5):
-    result = run("-m", "nanollamagen.captions", "encode", "--codes", codes, "--t5", t5)
+    result = run_script("nanollamagen.captions", "encode", "--codes", codes, "--t5", t5)
     assert (
         result.returncode == 2
         and "tells of another encoder or other captions (words, 64 features per token)"
@@ -682,7 +671,9 @@ def test_two_processes_give_the_losses_of_one(codes, tmp_path, monkeypatch, flag
         0.9,
     ]
     train(monkeypatch, codes, tmp_path / "one", *still)
-    result = run("train_gpt.py", *flags_for(codes, tmp_path / "two", *still, *flags), procs=2)
+    result = run_script(
+        "train_gpt.py", *flags_for(codes, tmp_path / "two", *still, *flags), processes=2
+    )
     assert result.returncode == 0, result.stderr
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
     assert log(tmp_path / "two")[-1]["val_loss"] == pytest.approx(
@@ -700,7 +691,7 @@ def test_from_captions_to_pictures_in_two_stages_through_t5(t5, tokenizer, tmp_p
     the command line."""
 
     def go(*args):
-        result = run(*args)
+        result = run_script(*args)
         assert result.returncode == 0, result.stderr
         return result.stdout
 
@@ -777,7 +768,7 @@ def models(tmp_path_factory):
 def test_npz_of_prompts_is_balanced_and_the_same_on_two_processes(models, tokenizer, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red thing\n\na blue thing\ngreen\n")
     for name, procs in (("one", 0), ("two", 2)):
-        result = run(
+        result = run_script(
             "sample.py",
             "--vq",
             tokenizer,
@@ -791,7 +782,7 @@ def test_npz_of_prompts_is_balanced_and_the_same_on_two_processes(models, tokeni
             150,
             "--out",
             tmp_path / f"{name}.npz",
-            procs=procs,
+            processes=procs,
         )
         assert result.returncode == 0, result.stderr
     assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "two.npz").read_bytes()
@@ -822,7 +813,7 @@ def test_a_prompt_that_does_not_fit_gets_one_sentence(
     models, tokenizer, name, flags, sentence, request
 ):
     flags = [request.getfixturevalue("t5") if f == "T5" else f for f in flags]
-    result = run("sample.py", "--vq", tokenizer, "--gpt", models / f"{name}.pt", *flags)
+    result = run_script("sample.py", "--vq", tokenizer, "--gpt", models / f"{name}.pt", *flags)
     assert result.returncode == 2 and sentence in result.stderr and "Traceback" not in result.stderr
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import random
 import shutil
-import subprocess
 import sys
 import tarfile
 import time
@@ -17,7 +16,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, golden
+from conftest import golden, run_script
 from PIL import Image
 
 import vq
@@ -200,17 +199,7 @@ def tokenizer(tmp_path_factory):
 
 def encode(*args, procs=0):
     """vq.py encode as a user runs it."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={procs}"]
-    command = [
-        sys.executable,
-        *(torchrun if procs else []),
-        "vq.py",
-        "encode",
-        *map(str, args),
-        "--workers",
-        "0",
-    ]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return run_script("vq.py", "encode", *args, "--workers", 0, processes=procs)
 
 
 def contents(out):
@@ -594,21 +583,9 @@ def test_a_codebook_beyond_uint16_is_refused(tmp_path):
 
 def test_reconstruct_puts_originals_above_reconstructions(tokenizer, tmp_path):
     root = folder(tmp_path / "data")
-    result = subprocess.run(
-        [
-            sys.executable,
-            "vq.py",
-            "reconstruct",
-            "--vq",
-            tokenizer,
-            "--out",
-            tmp_path / "r.png",
-            root / "ant" / "0.png",
-            root / "cat" / "1.png",
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
+    flags = ["--vq", tokenizer, "--out", tmp_path / "r.png"]
+    result = run_script(
+        "vq.py", "reconstruct", *flags, root / "ant" / "0.png", root / "cat" / "1.png"
     )
     assert result.returncode == 0, result.stderr
     model = vq.load_vq(tokenizer)

@@ -2,7 +2,6 @@
 mistake."""
 
 import json
-import subprocess
 import sys
 import tracemalloc
 import urllib.error
@@ -10,7 +9,7 @@ import urllib.error
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, ROOT, difference, pictures, save_npz
+from conftest import GOLDEN, difference, pictures, run_script, save_npz
 from PIL import Image
 
 import evaluate
@@ -640,11 +639,10 @@ def test_two_processes_give_one_processs_numbers(command, tokenizer, weights, tm
     if command == "recon":
         words = f"recon --vq {tokenizer[1]} --data shapes:7 --image-size 32 --out {tmp_path}/a.png"
     metrics = []
-    for processes in ("", "-m torch.distributed.run --standalone --nproc_per_node=2"):
-        path = tmp_path / f"{len(metrics)}.json"
-        line = f"{processes} evaluate.py {words} --inception {weights} --batch-size 2 --json {path}"
-        command_line = [sys.executable, *line.split()]
-        done = subprocess.run(command_line, cwd=ROOT, capture_output=True, text=True)
+    for processes in (0, 2):
+        path = tmp_path / f"{processes}.json"
+        flags = ["--inception", weights, "--batch-size", 2, "--json", path]
+        done = run_script("evaluate.py", *words.split(), *flags, processes=processes)
         assert done.returncode == 0, done.stderr
         metrics.append(json.loads(path.read_text())["metrics"])
     assert metrics[0] == pytest.approx(metrics[1], rel=1e-4, abs=1e-5)

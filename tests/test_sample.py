@@ -3,15 +3,15 @@ seeds alone."""
 
 import contextlib
 import math
-import subprocess
 import sys
+import threading
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, fill, golden
+from conftest import fill, golden, run_script, words
 from PIL import Image
 from test_gpt import TINY, random_model
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -329,19 +329,10 @@ def pair(tmp_path_factory):
     return folder
 
 
-def run(*args, procs=0):
-    """Run a script as a user would, alone or under torchrun."""
-    how = []
-    if procs:
-        how = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={procs}"]
-    command = [sys.executable, *how, *map(str, args)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-
-
 @pytest.mark.parametrize("count", ["--count", "--per-class"])  # the flag, and its old name
 def test_a_grid_of_classes_is_drawn(pair, tmp_path, count):
     models, out = ["--vq", pair / "vq.pt", "--gpt", pair / "gpt.pt"], tmp_path / "a.png"
-    result = run("sample.py", *models, "--classes", "1,catfish", count, 3, "--out", out)
+    result = run_script("sample.py", *models, "--classes", "1,catfish", count, 3, "--out", out)
     assert result.returncode == 0, result.stderr
     with Image.open(out) as image:  # 16 pixels six times as large, and titles
         assert image.size == (3 * 100 + 4, 2 * (96 + 16 + 4) + 4)
@@ -411,7 +402,7 @@ def test_a_caption_of_two_lines_is_drawn_as_one(pair, tmp_path, monkeypatch):
 )
 def test_a_mistake_gets_one_sentence(pair, flags, sentence):
     flags = [str(pair / "gpt.pt") if f == "GPT" else f for f in flags]
-    result = run("sample.py", "--vq", pair / "vq.pt", "--gpt", pair / "gpt.pt", *flags)
+    result = run_script("sample.py", "--vq", pair / "vq.pt", "--gpt", pair / "gpt.pt", *flags)
     assert result.returncode == 2 and sentence in result.stderr and "Traceback" not in result.stderr
 
 
@@ -419,7 +410,7 @@ def test_another_tokenizer_is_refused(pair, tmp_path):
     other = torch.load(pair / "vq.pt", weights_only=True)
     other["model"]["decoder.conv_in.bias"] += 1
     torch.save(other, tmp_path / "vq.pt")
-    result = run("sample.py", "--vq", tmp_path / "vq.pt", "--gpt", pair / "gpt.pt")
+    result = run_script("sample.py", "--vq", tmp_path / "vq.pt", "--gpt", pair / "gpt.pt")
     assert result.returncode == 2 and "another tokenizer" in result.stderr
 
 
@@ -439,7 +430,7 @@ def test_npz_is_balanced_and_the_same_for_any_number_of_processes_and_after_a_st
         128,
     ]
     for name, procs in (("one", 0), ("two", 2)):
-        result = run("sample.py", *flags, "--out", tmp_path / f"{name}.npz", procs=procs)
+        result = run_script("sample.py", *flags, "--out", tmp_path / f"{name}.npz", processes=procs)
         assert result.returncode == 0, result.stderr
     assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "two.npz").read_bytes()
     with np.load(tmp_path / "one.npz", allow_pickle=False) as f:
@@ -478,8 +469,6 @@ def test_npz_is_balanced_and_the_same_for_any_number_of_processes_and_after_a_st
 def test_pretrained_fetches_the_released_files_once_and_samples_from_them(tmp_path):
     """Files of the released names, shapes and form, served from this machine in place of Hugging
     Face."""
-    import os
-    import threading
     from functools import partial
     from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
@@ -494,32 +483,20 @@ def test_pretrained_fetches_the_released_files_once_and_samples_from_them(tmp_pa
     )
     threading.Thread(target=server.serve_forever, daemon=True).start()
     env = {
-        **os.environ,
         "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
         "NANOLLAMAGEN_CACHE": str(tmp_path / "cache"),
     }
-    command = [
-        sys.executable,
-        "sample.py",
-        "--pretrained",
-        "B-256",
-        "--paper",
-        "--classes",
-        "red fox",
-    ]
-    first = subprocess.run(
-        [*command, "--out", tmp_path / "a.png"], cwd=ROOT, capture_output=True, text=True, env=env
-    )
+    command = words("sample.py --pretrained B-256 --paper")
+    command += ["--classes", "red fox"]
+    first = run_script(*command, "--out", tmp_path / "a.png", env=env)
     server.shutdown()
     assert first.returncode == 0, first.stderr
     assert "cfg_scale 2.0" in first.stdout and "top_k 0" in first.stdout
     with Image.open(tmp_path / "a.png") as image:
         assert image.size == (256 + 8, 256 + 16 + 8)
-    offline = subprocess.run(
-        [*command, "--out", tmp_path / "b.png"], cwd=ROOT, capture_output=True, text=True, env=env
-    )
+    offline = run_script(*command, "--out", tmp_path / "b.png", env=env)
     assert offline.returncode == 0, offline.stderr  # the server is gone; the files are here
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     (tmp_path / "cache" / "c2i_B_256.pt").unlink()
-    missing = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
+    missing = run_script(*command, env=env)
     assert missing.returncode == 2 and "fetch it elsewhere and put it at" in missing.stderr
