@@ -765,6 +765,7 @@ def models(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_npz_of_prompts_is_balanced_and_the_same_on_two_processes(models, tokenizer, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red thing\n\na blue thing\ngreen\n")
     for name, procs in (("one", 0), ("two", 2)):

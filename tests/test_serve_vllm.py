@@ -701,6 +701,7 @@ def test_generate_writes_the_pictures(tiny, tmp_path):
     assert np.abs(pixels_of(tmp_path / "grid.png", 24, 2, 2).astype(int) - right).max() <= 1
 
 
+@pytest.mark.slow
 def test_generate_draws_captions(captioned, tmp_path):
     texts = ["a red star", "a small blue circle on white"]
     folder, model = captioned
