@@ -1,10 +1,10 @@
 """What gpt.py promises: the released models to the last digit, and decoding that equals one full
 forward."""
 
-from dataclasses import functools
+import functools
+from dataclasses import replace
 
 import pytest
-import replace
 import torch
 import torch.nn.functional as F
 from conftest import difference, fill, golden, released_keys
