@@ -2,7 +2,8 @@
 # make demo-text   the same from captions: "a small red star on white", with the tokenizer of `make demo`
 # make demo-var   the same by VAR (extras/README.md): whole grids of codes, coarse to fine; and pictures drawn on from parts
 # make side-by-side   LlamaGen and VAR, the same minutes each on the photographs of $(CIFAR); the table of extras/README.md
-# make test   all tests
+# make test   the tests, at most eight minutes on two cores
+# make test-all   also the slow ones: kills, loads, several processes, a browser
 # make lint   the formatter and the linter, as CI runs them first
 # All set up .venv first, with the pinned versions of requirements.txt and requirements-vllm.txt. Finished stages of the
 # demos are not repeated; `rm -r runs/demo runs/demo-text runs/demo-var` starts them over.
@@ -17,7 +18,7 @@ VQ_STEPS = 900
 GPT_STEPS = 1080
 VAR_STEPS = 600
 
-.PHONY: demo demo-text demo-var side-by-side test lint
+.PHONY: demo demo-text demo-var side-by-side test test-all lint
 .DELETE_ON_ERROR:
 
 # the project itself too, for vLLM finds serve_vllm.py by its entry point
@@ -32,8 +33,13 @@ lint: .venv/installed
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 
+# two workers of one thread each: a file's tests stay together, because they share what they train
+TEST = OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist loadfile
 test: .venv/installed
-	$(PYTHON) -m pytest -q
+	$(TEST) -m 'not slow'
+
+test-all: .venv/installed
+	$(TEST)
 
 $(RUN)/vq/ckpt.pt: | .venv/installed
 	@echo "1/4  the tokenizer: 24 x 24 pixels <-> 6 x 6 codes"
