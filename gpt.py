@@ -217,11 +217,20 @@ class GPT(nn.Module):
         if not self.norm.weight.is_meta:
             self.load_state_dict(dict(self.initial_weights(seed=int(torch.randint(2**62, ())))))
 
-    def initial_weights(self, seed):
+    def initial_weights(self, seed, init=None):
         """Yield (name, tensor) of an untrained model; its first loss is ln(V), as the output layer
         is zero. A tensor follows from (seed, name) alone and only one exists at a time: processes
-        that hold a shard each of a large model make it like this and agree."""
+        that hold a shard each of a large model make it like this and agree.
+
+        init: a trained model of the same sizes, whose weights are taken instead. If it has another
+        number of classes, its table of classes is not: that one starts over."""
+        trained = init.state_dict() if init else {}
+        if init and init.config.num_classes != self.config.num_classes:
+            del trained["cls_embedding.embedding_table.weight"]
         for name, weight in self.state_dict().items():
+            if name in trained:
+                yield name, trained[name]
+                continue
             key = zlib.crc32(f"{seed} {name}".encode())
             generator = torch.Generator(weight.device).manual_seed(key)
             value = torch.zeros(weight.shape, device=weight.device)

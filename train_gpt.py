@@ -55,7 +55,7 @@ def parse():
     one, switch = flags.at_least_one, argparse.BooleanOptionalAction
     # fmt: off
     flag("--codes", default="codes", help="folder written by vq.py encode")
-    flag("--init", metavar="CKPT", help="start from the weights of this model, of any image size")
+    flag("--init", metavar="CKPT", help="start from this model's weights; other classes will do")
     flag("--out", default="runs/gpt", help="run folder: ckpt.pt, log.jsonl, samples_*.png")
     flag("--resume", action="store_true", help="continue from the newest checkpoint in --out")
     # the model and its recipe
@@ -143,8 +143,7 @@ def main():
         runs.connect(device)
     forward = build(model, args, parallel, device, bf16, compiled)  # `model`, perhaps within DDP
     if not saved:
-        weights = init.state_dict().items() if init else model.initial_weights(args.seed)
-        runs.copy_weights(model, weights)
+        runs.copy_weights(model, model.initial_weights(args.seed, init))
 
     # ---- optimizer -------------------------------------------------------------------------------
     matrices = [weight for weight in model.parameters() if weight.dim() > 1]
@@ -160,15 +159,15 @@ def main():
     step, images_seen = 0, 0
     if saved:
         step, images_seen = runs.restore_run(model, optimizer, ema, path, saved)
-    saved = init = None  # frees their memory
     images_left = max(0, args.epochs * len(codes.train_ids) - images_seen)
     max_steps = args.max_steps or step + math.ceil(images_left / args.batch_size)
     work = gpt.flops_per_image(config)
     log = runs.Log(out, step, max_steps, args.batch_size, rank, world, device, work)
     if rank == 0:
-        describe(args, codes, model, step, max_steps, recipe)
+        describe(args, codes, model, init, step, max_steps, recipe)
         how = f"{'bfloat16' if bf16 else 'float32'}{', compiled' if compiled else ''}"
         print(f"{world} process(es) on {device.type}, {parallel}, {how}, torch {torch.__version__}")
+    saved = init = None  # frees their memory
 
     def due(every):
         """Whether it is time for what happens every so many steps, and at the end."""
@@ -300,7 +299,7 @@ def average_gradients(model, last):
 
 
 # ---- what a run shows ----------------------------------------------------------------------------
-def describe(args, codes, model, step, max_steps, recipe):
+def describe(args, codes, model, init, step, max_steps, recipe):
     """Print what is trained on what, and the loss to expect first."""
     config = model.config
     parameters = sum(weight.numel() for weight in model.parameters())  # whole ones, FSDP or not
@@ -319,8 +318,10 @@ def describe(args, codes, model, step, max_steps, recipe):
     print(f"learning rate {args.lr:.1e}{hint}")
     if step:
         print(f"resumed at step {step}")
-    elif args.init:
+    elif init:
         print(f"the first weights are those of {args.init}")
+        if init.config.num_classes != config.num_classes:
+            print(f"it has {init.config.num_classes} classes: the table of classes starts over")
     else:
         print(f"the first loss should be ln({V}) = {math.log(V):.2f}: the output layer is zero")
 
@@ -397,14 +398,12 @@ def check(args, codes, config, world, path, saved, init, vq_model):
 
 
 def check_init(args, codes, config, init):
-    """Raise ValueError unless --init is a model of this shape for this kind of condition."""
+    """Raise ValueError unless --init is a model of this shape, for classes or captions alike."""
     if bool(init.config.caption_dim) != bool(config.caption_dim):
         kinds = ("classes", "captions") if config.caption_dim else ("captions", "classes")
-        raise ValueError(
-            f"--init {args.init} is a model for {kinds[0]}, but {args.codes} was made from images "
-            f"with {kinds[1]}"
-        )
-    free = ("grid", "dropout", "class_dropout")
+        what = f"is a model for {kinds[0]}, but the images of {args.codes} have {kinds[1]}"
+        raise ValueError(f"--init {args.init} {what}")
+    free = ("grid", "num_classes", "dropout", "class_dropout")
     differing = [
         f"{name} {value} there, {getattr(config, name)} here"
         for name, value in asdict(init.config).items()
