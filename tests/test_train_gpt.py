@@ -470,6 +470,50 @@ def test_another_tokenizers_pictures_are_refused(codes, tmp_path, monkeypatch, c
     assert stop.value.code == 2 and "is not the tokenizer that made" in capsys.readouterr().err
 
 
+def test_a_trained_model_adapts_to_other_classes(codes, tmp_path, monkeypatch, capsys):
+    """With --init, all weights are the trained model's except its table of classes: that one starts
+    over with the new number of classes. A short run then learns what the new classes tell."""
+    flags = words("--max-steps 40 --dropout 0")
+    train(monkeypatch, codes, tmp_path / "three", *flags)
+    four = shutil.copytree(codes, tmp_path / "codes")
+    meta = json.loads((four / "meta.json").read_text())
+    (four / "meta.json").write_text(json.dumps({**meta, "classes": ["a", "b", "c", "d"]}))
+    labels = np.arange(60, dtype=np.int32) % 4
+    np.save(four / "labels.npy", labels)
+    eight = np.random.RandomState(1).randint(0, 8, (60, 2, 16))
+    np.save(four / "codes.npy", ((labels[:, None, None] * 5 + eight) % 20).astype(np.uint16))
+
+    first, copy = {}, runs.copy_weights
+
+    def recorder(model, weights):
+        copy(model, weights)
+        first.update({name: value.clone() for name, value in model.state_dict().items()})
+
+    capsys.readouterr()
+    monkeypatch.setattr(runs, "copy_weights", recorder)
+    init = tmp_path / "three" / "ckpt.pt"
+    flags = words("--max-steps 60 --dropout 0 --lr 2e-3")
+    train(monkeypatch, four, tmp_path / "four", *flags, "--init", init)
+    assert "it has 3 classes: the table of classes starts over\n" in capsys.readouterr().out
+    trained = files.read_checkpoint(init)["model"]
+    table = "cls_embedding.embedding_table.weight"
+    assert {name for name in trained if not torch.equal(trained[name], first[name])} == {table}
+    assert first[table].shape == (4 + 1, 128) and first[table].std() < 0.03  # untrained: 0.02
+    assert losses(tmp_path / "four")[-1] < losses(tmp_path / "four")[0] - 0.5
+    assert gpt.load_gpt(tmp_path / "four" / "ckpt.pt").classes == ["a", "b", "c", "d"]
+
+
+def test_another_size_is_not_adapted(codes, tmp_path, monkeypatch, capsys):
+    config = gpt.GPTConfig(dim=64, n_layer=1, n_head=2, vocab_size=20, grid=4, num_classes=7)
+    weights = gpt.GPT(config).state_dict()
+    torch.save({"model": weights, "config": asdict(config)}, tmp_path / "init.pt")
+    with pytest.raises(SystemExit) as stop:
+        train(monkeypatch, codes, tmp_path / "run", "--init", tmp_path / "init.pt")
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "init.pt does not fit --model demo and" in error
+    assert "dim 64 there, 128 here" in error and "num_classes" not in error
+
+
 def test_a_batch_that_does_not_split_says_which_would(codes, tmp_path):
     result = torchrun(3, codes, tmp_path / "run", "--max-steps", 1)
     sentence = "--batch-size 8 does not split over 3 processes; try --batch-size 6"
