@@ -258,6 +258,8 @@ def generate(args):
     outputs = engine.generate(prompts, params)
     seconds = time.time() - began
     codes = torch.tensor([output.outputs[0].token_ids for output in outputs], device=device)
+    if codes.max() >= info["gpt"]["vocab_size"]:  # see vllm_model.Draw
+        raise ValueError("some logits are not finite: the model overflows; try --dtype float32")
     pixels = np.concatenate([sample.to_pixels(vq_model, group) for group in codes.split(8)])
     columns = args.count if args.count > 1 else len(titles)
     data.save_grid(pixels, args.out, min(columns, 10), titles)

@@ -69,6 +69,8 @@ async def image_events(images, job, i):
         async for output in outputs:
             # While a client reads, more codes come as one output: some parts may be left out.
             codes += output.outputs[0].token_ids
+            if max(codes, default=0) >= images.vq.config.codebook_size:  # see Draw
+                raise RuntimeError("the model's logits are not finite")
             rows = len(codes) // grid
             if rows < grid and any(shown < row <= rows for row in due):
                 event = await event_of(images, job, i, "partial_image", codes[: rows * grid])

@@ -69,6 +69,9 @@ class Block(nn.Module):
         qkv = qkv.view(-1, 2, 3, self.n, self.d).transpose(1, 2).flatten(2, 3)  # (N, 3, 2n, d)
         q, k, v = qkv.unbind(1)  # each (N, 2n, d)
         q, k = gpt.rotate(q, rope), gpt.rotate(k, rope)
+        # Kernels read whole blocks of the cache, and 0 * NaN is NaN: what one image leaves there
+        # must be finite, or the next one that gets its blocks is spoiled.
+        k, v = k.nan_to_num(0, 0, 0), v.nan_to_num(0, 0, 0)
         # Not every d has a kernel in vLLM. Zeros at the end of a head change no score.
         q, k, v = (F.pad(t, (0, self.head_size - self.d)).flatten(1) for t in (q, k, v))
         y = self.attention(q, k, v).view(-1, 2, self.n, self.head_size)[..., : self.d]
@@ -183,6 +186,7 @@ class Draw(LogitsProcessor):
             if len(rows) == len(logits):
                 rows = slice(None)  # all of them: a view instead of a copy
             codes[rows] = self.next_codes(logits[rows], requests, dict(settings))
+        codes[~logits.isfinite().all(1)] = self.V  # no code: the API fails this image alone
         logits.fill_(-torch.inf).scatter_(1, codes[:, None], 0)
         return logits
 

@@ -847,6 +847,21 @@ def test_only_what_the_model_can_do_is_served(server):
             assert "is not here; there are /, /health" in error["message"]
 
 
+def test_embeddings_are_not_accepted_over_http(captioned):
+    """A NaN among them was able to spoil other clients' pictures."""
+    body = {"model": "shapes", "prompt_embeds": "AAAA", "max_tokens": 4}
+    error_of(httpx.post(f"{captioned.url}/v1/completions", json=body), 404)
+    assert len(post(captioned, {"prompt": "a star"}).json()["data"]) == 1
+
+
+def test_an_image_whose_logits_are_not_finite_fails_alone(engine, server, monkeypatch, capfd):
+    """The model then gives a code beyond the codebook, which the tokenizer must not see."""
+    monkeypatch.setitem(globals(), "codes_of", lambda _, seed: [V if seed == 7 else 3] * GRID**2)
+    error_of(post(server, {"seed": 7}), 500)
+    assert "not finite" in capfd.readouterr().err
+    assert len(post(server, {"seed": 6}).json()["data"]) == 1
+
+
 @pytest.mark.slow
 def test_with_an_api_key_only_its_owners_draw(engine):
     """Nothing but the page and /health answers without it."""
