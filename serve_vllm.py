@@ -28,6 +28,7 @@ os.environ.update(
     {
         "VLLM_NO_USAGE_STATS": "1",  # else vLLM reports to its authors
         "VLLM_USE_V2_MODEL_RUNNER": "0",  # the newer runner takes another kind of LogitsProcessor
+        "VLLM_USE_FLASHINFER_SAMPLER": "0",  # it needs nvcc; of its result only an argmax is used
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # offline, one process: starts sooner
         "VLLM_CPU_KVCACHE_SPACE": "4",  # GiB on a CPU, where the default is nearly all memory
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else one of two cores is kept free
@@ -137,6 +138,7 @@ def vllm_config(c):
         "num_key_value_heads": 2 * c.n_head,
         "head_dim": head_size,
         "vocab_size": 2 * c.vocab_size,
+        "head_dtype": "float32",  # guidance multiplies the rounding of logits
         "max_position_embeddings": c.cond_tokens + c.grid**2,
         "tie_word_embeddings": False,
         "rope_parameters": {  # so that vLLM asks the model for positions
@@ -203,7 +205,7 @@ def memory_share(info):
 def engine_arguments(folder, tensor_parallel_size=1, **more):
     """Keyword arguments of vllm.LLM, and defaults of `vllm serve`, for an exported folder. `more`
     overrides them where it is not None. Raises ValueError if vLLM is missing, and if so many ranks
-    cannot share the heads."""
+    cannot share the model."""
     info, cuda = read_export(folder), torch.cuda.is_available()
     check_vllm()
     check_ranks(info, tensor_parallel_size)
@@ -214,7 +216,7 @@ def engine_arguments(folder, tensor_parallel_size=1, **more):
         "use_tqdm_on_load": False,
         "logits_processors": [DRAW],
         "enable_prompt_embeds": info["captions"],
-        "max_num_seqs": 64,
+        "max_num_seqs": 256 if cuda else 64,
         "max_model_len": info["max_position_embeddings"],
         "enable_prefix_caching": False,
         "enforce_eager": not cuda,
@@ -432,12 +434,13 @@ def check_vllm():
 
 
 def check_ranks(info, tensor_parallel_size):
-    """Raise ValueError if so many ranks cannot share the heads."""
-    heads = info["gpt"]["n_head"]
-    if tensor_parallel_size < 1 or heads % tensor_parallel_size:
-        raise ValueError(
-            f"--tensor-parallel-size {tensor_parallel_size} does not divide the {heads} heads"
-        )
+    """Raise ValueError if so many ranks cannot share the model."""
+    config = gpt.GPTConfig(**info["gpt"])
+    shared = {"heads": config.n_head, "hidden channels": config.hidden, "codes": config.vocab_size}
+    for what, count in shared.items():
+        if tensor_parallel_size < 1 or count % tensor_parallel_size:
+            flag = f"--tensor-parallel-size {tensor_parallel_size}"
+            raise ValueError(f"{flag} does not divide the model's {count:,} {what}")
 
 
 if __name__ == "__main__":

@@ -1621,7 +1621,7 @@ def test_the_command_serves_captions(tmp_path):
         (["EXPORTED", "--port", "70000"], "--port 70000 is not between 0 and 65,535"),
         (
             ["EXPORTED", "--tensor-parallel-size", "4"],
-            "--tensor-parallel-size 4 does not divide the 2 heads",
+            "--tensor-parallel-size 4 does not divide the model's 2 heads",
         ),
     ],
 )

@@ -620,7 +620,10 @@ def test_a_request_is_one_image_with_the_settings_asked_for(tiny):
         ),
         ("generate DIR/gpt.pt --classes 1", "gpt.pt was not written by serve_vllm.py export"),
         ("export --gpt DIR/gpt.pt --vq DIR/vq.pt --out DIR/gpt.pt", "gpt.pt"),
-        ("generate DIR/x --classes 1 --tensor-parallel-size 4", "does not divide the 2 heads"),
+        (
+            "generate DIR/x --classes 1 --tensor-parallel-size 4",
+            "does not divide the model's 2 heads",
+        ),
         (
             "generate DIR/x --classes 1 --cfg-scale -3",
             "--cfg-scale: -3 is not a number from 0 to 1,000",
