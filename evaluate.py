@@ -406,7 +406,7 @@ def parse():
     c = commands.add_parser("recon", help="rFID, PSNR, SSIM and codebook usage of a tokenizer")
     c.set_defaults(run=recon)
     c.add_argument("--vq", metavar="CKPT", required=True, help="tokenizer checkpoint")
-    c.add_argument("--data", metavar="DIR", required=True, help="class folders, or shapes:N")
+    c.add_argument("--data", required=True, help="class folders, .jsonl, .tar, or shapes:N")
     c.add_argument(
         "--image-size",
         type=flags.pixels,
@@ -448,7 +448,7 @@ def parse():
         )
         c.add_argument(
             "--device",
-            type=flags.device,
+            type=flags.float64_device,
             default="cuda" if torch.cuda.is_available() else "cpu",
             help="cuda or cpu (default: cuda where there is one)",
         )

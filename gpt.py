@@ -31,7 +31,7 @@ class GPTConfig:
     n_head: int = 12
     vocab_size: int = 16384  # V, entries in the tokenizer's codebook
     grid: int = 16  # rows = columns of codes, so T = grid * grid
-    num_classes: int = 1000  # id num_classes stands for "no class", used for guidance
+    num_classes: int = 1000  # id num_classes means "no class", used for guidance
     cond_tokens: int = 1  # c, positions before the first code: one class token, or 120 of a caption
     dropout: float = 0.1  # of token embeddings, attention output and FFN output, in training
     class_dropout: float = 0.1  # how often training replaces the condition by "none"
@@ -170,7 +170,7 @@ class ClassEmbedding(nn.Module):
         return self.embedding_table(labels)[:, None]
 
     def uncond(self, labels):
-        """The condition of the same shape that stands for none."""
+        """The condition of the same shape that means "none"."""
         return torch.full_like(labels, self.num_classes)
 
 

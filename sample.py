@@ -290,7 +290,7 @@ def add_flags(p):
     flag("--resize", type=flags.pixels, help="side, in pixels, to resize the images to")
     flag("--seed", type=flags.seed, default=0, help="image i follows from seed + i")
     flag("--device", type=flags.device, default="cuda" if on_gpu else "cpu",
-         help="cuda or cpu (default: cuda where there is one)")
+         help="cuda, cpu or mps (default: cuda if any)")
     flag("--dtype", choices=["float32", "bfloat16"], default="bfloat16" if on_gpu else "float32",
          help="of the GPT (default: bfloat16 on a GPU)")
     # fmt: on

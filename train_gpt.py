@@ -63,7 +63,7 @@ def parse():
     flag("--micro-batch", type=flags.batch, help="images a process takes at once")
     flag("--epochs", type=flags.positive, default=300, help="passes over the images")
     flag("--max-steps", type=one, help="steps, instead of --epochs")
-    flag("--lr", type=flags.positive, help="AdamW's learning rate (default: the paper's)")
+    flag("--lr", type=flags.positive, help="AdamW's learning rate (default: the authors', by size)")
     flag("--schedule", choices=["constant", "cosine"], default="constant", help="cosine ends at 0")
     flag("--warmup-steps", type=flags.count, default=0, help="steps of linear warm-up")
     flag("--weight-decay", type=flags.weight, default=0.05, help="of matrices; norms have none")
@@ -76,10 +76,10 @@ def parse():
     flag("--log-every", type=one, default=100, help="steps between lines")
     flag("--save-every", type=one, default=5000, help="steps between checkpoints and pictures")
     flag("--keep", type=flags.count, default=0, help="older checkpoints to keep, as ckpt_STEP")
-    flag("--vq", help="tokenizer that made the codes; with it samples_*.png are drawn")
+    flag("--vq", help="tokenizer that made the codes; with it, samples_*.png are written")
     # the machine
     flag("--seed", type=flags.seed, default=0, help="of weights, order, crops and dropout")
-    flag("--device", type=flags.device, help="cuda or cpu (default: cuda where there is one)")
+    flag("--device", type=flags.device, help="cuda, cpu or mps (default: cuda if any)")
     flag("--dtype", choices=["float32", "bfloat16"], help="arithmetic (default: bfloat16 on GPU)")
     flag("--compile", action=switch, help="torch.compile the blocks (default: on GPU)")
     flag("--parallel", choices=["auto", "ddp", "fsdp", "hsdp"], default="auto",
@@ -208,7 +208,7 @@ def main():
         torch.manual_seed(((args.seed * 1_000_003 + step) * 1_000_003 + rank) % 2**63)
 
         # 2. This process's share of the batch, which was read while the step before ran.
-        batch = [x.to(device, non_blocking=True) for x in next(batches)]
+        batch = [x.to(device, non_blocking=cuda) for x in next(batches)]
 
         # 3. Forward and backward, in micro-batches if the share does not fit in memory.
         step_loss = torch.zeros((), device=device)
@@ -316,7 +316,7 @@ def describe(args, codes, model, init, step, max_steps, recipe):
         f"{max_steps * batch_size / images:.1f} epochs -> {args.out}"
     )
     scaled = recipe[1] * batch_size / recipe[0]
-    hint = "" if batch_size == recipe[0] else f"; the paper's, scaled to this batch: {scaled:.1e}"
+    hint = "" if batch_size == recipe[0] else f"; the authors', scaled to this batch: {scaled:.1e}"
     print(f"learning rate {args.lr:.1e}{hint}")
     if step:
         print(f"resumed at step {step}")
@@ -332,7 +332,7 @@ def describe(args, codes, model, init, step, max_steps, recipe):
 def validate(model, codes, micro, rank, world, device, autocast):
     """Mean loss over the held-out images, without dropout. The processes share the images."""
     model.eval()
-    sums = torch.zeros(2, dtype=torch.float64, device=device)  # of losses, of codes
+    sums = torch.zeros(2, dtype=torch.float64)  # of losses, of codes
     for i in range(0, len(codes.val_ids), micro * world):
         ids = codes.val_ids[i : i + micro * world][rank::world]
         # a process without images runs the model all the same: under FSDP all must call it
@@ -342,8 +342,9 @@ def validate(model, codes, micro, rank, world, device, autocast):
             logits = model(tokens[:, :-1], *cond)
         if len(ids):
             loss = cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="sum")
-            sums += torch.stack([loss.double(), loss.new_tensor(tokens.numel()).double()])
+            sums += torch.tensor([loss.item(), tokens.numel()], dtype=torch.float64)
     if world > 1:
+        sums = sums.to(device)
         dist.all_reduce(sums)
     model.train()
     return float(sums[0] / sums[1])
@@ -370,7 +371,7 @@ def picture(config, weights, vq_model, codes, device, path):
 
 # ---- argument checks -----------------------------------------------------------------------------
 def check(args, codes, config, world, path, saved, init, vq_model):
-    """Raise ValueError with one sentence if flags, codes and checkpoints do not fit together."""
+    """Raise ValueError if flags, codes and checkpoints do not fit together."""
     share = args.batch_size // world
     if args.batch_size % world:
         raise ValueError(
@@ -400,7 +401,7 @@ def check(args, codes, config, world, path, saved, init, vq_model):
 
 
 def check_init(args, codes, config, init):
-    """Raise ValueError unless --init is a model of this shape, for classes or captions alike."""
+    """Raise ValueError unless --init is a model of this size, for the same kind of condition."""
     if bool(init.config.caption_dim) != bool(config.caption_dim):
         kinds = ("classes", "captions") if config.caption_dim else ("captions", "classes")
         what = f"is a model for {kinds[0]}, but the images of {args.codes} have {kinds[1]}"

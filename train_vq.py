@@ -46,7 +46,7 @@ def parse(configs):
     one, switch = flags.at_least_one, argparse.BooleanOptionalAction
     size, named = flags.bounded(int, 1, 2**16), next(iter(configs))
     # fmt: off
-    flag("--data", required=True, help="a folder of class folders, or shapes (drawn on the fly)")
+    flag("--data", required=True, help="class folders, .jsonl or .tar with captions, shapes")
     flag("--image-size", type=flags.pixels, default=256, help="pixels of a side")
     flag("--init", metavar="CKPT", help="start from this tokenizer, and its discriminator if any")
     flag("--out", default="runs/vq", help="run folder: ckpt.pt, log.jsonl, recon_*.png")
@@ -59,7 +59,7 @@ def parse(configs):
     flag("--micro-batch", type=flags.batch, help="images a process takes at once")
     flag("--epochs", type=flags.positive, default=40, help="passes over the images")
     flag("--max-steps", type=one, help="steps, instead of --epochs")
-    flag("--lr", type=flags.positive, default=1e-4, help="AdamW's learning rate")
+    flag("--lr", type=flags.positive, default=1e-4, help="AdamW's, at any batch size")
     flag("--schedule", choices=["constant", "cosine"], default="constant", help="cosine ends at 0")
     flag("--warmup-steps", type=flags.count, default=0, help="steps of linear warm-up")
     flag("--weight-decay", type=flags.weight, default=0.05, help="of all weights")
@@ -74,7 +74,7 @@ def parse(configs):
     # the machine
     flag("--seed", type=flags.seed, default=0, help="of weights, order and crops")
     flag("--workers", type=flags.count, help="processes that read images (default: GPU 8, CPU 0)")
-    flag("--device", type=flags.device, help="cuda or cpu (default: cuda where there is one)")
+    flag("--device", type=flags.device, help="cuda, cpu or mps (default: cuda if any)")
     flag("--dtype", choices=["float32", "bfloat16"], help="arithmetic (default: bfloat16 on GPU)")
     flag("--compile", action=switch, default=False, help="torch.compile the model")
     # fmt: on
@@ -233,7 +233,8 @@ def main(tokenizer=vq.VQModel, configs=vq.VQ_CONFIGS):
             group["lr"] = lr
 
         # 2. This process's share of the batch, which its workers read while the step before ran.
-        batch = next(batches).to(device, non_blocking=True).split(micro)  # each (B, 3, H, W)
+        batch = next(batches).to(device, non_blocking=device.type == "cuda")
+        batch = batch.split(micro)  # each (B, 3, H, W)
 
         # 3. Forward and backward, in micro-batches if the share does not fit in memory. First the
         #    tokenizer, then the discriminator on the same images. The discriminator comes late,
@@ -433,7 +434,7 @@ def picture(model, weights, images, path):
 
 # ---- argument checks -----------------------------------------------------------------------------
 def check(args, config, world, path, saved, init):
-    """Raise ValueError with one sentence if flags and checkpoints do not fit together."""
+    """Raise ValueError if flags and checkpoints do not fit together."""
     share = args.batch_size // world
     if args.batch_size % world:
         raise ValueError(

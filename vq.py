@@ -428,9 +428,9 @@ def parse():
         )
         c.add_argument("--image-size", type=flags.pixels, help="in pixels (default: as trained)")
         c.add_argument(
-            "--device", type=flags.device, default=device, help="cuda or cpu (default: cuda if any)"
+            "--device", type=flags.device, default=device, help="cuda, cpu or mps (cuda if any)"
         )
-    enc.add_argument("--data", required=True, help="a folder of class folders, shapes or shapes:N")
+    enc.add_argument("--data", required=True, help="class folders, .jsonl, .tar, or shapes:N")
     enc.add_argument("--out", default="codes", help="folder to write (default: codes)")
     enc.add_argument("--ten-crop", action="store_true", help="ten crops per image, as in the paper")
     enc.add_argument(

@@ -8,15 +8,15 @@ $ python ablations/run.py maskgit --codes runs/cifar/codes --vq runs/cifar/vq/ck
       --data cifar10/train
 $ python ablations/run.py guidance --gpt runs/cifar/gpt/ckpt.pt --vq runs/cifar/vq/ckpt.pt \\
       --data cifar10/train
-Larger. What follows -- goes to baseline and ablation alike:
+A larger model. Flags after -- go to both the baseline and the ablation:
 $ python ablations/run.py rar --nproc 8 --codes codes --seeds 1 --steps 50000 \\
       -- --model L --batch-size 256 --lr 1e-4
 The table of ablations/README.md and its pictures, from results.json:
 $ python ablations/run.py --table
 
 Every run copies the scripts to a folder of its own, applies the diff there and starts them as a
-user would. What is in results.json is not run again, so a second start resumes where the first was
-stopped.
+user would. A run that is in results.json is not repeated, so a second start resumes where the first
+was stopped.
 """
 
 import argparse
@@ -248,7 +248,7 @@ def key_of(idea, variant, seed, args):
 
 
 def digest(value):
-    """Eight letters that stand for a plain value."""
+    """A hash of a plain value, eight letters."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -273,7 +273,7 @@ def measure_all(idea, args):
             run = args.out.resolve() / f"{what['name']}-{seed}-{digest(key)}"
             changed_scripts(what["path"], run / "scripts")
             row = measure(what, variant, seed, run / "scripts", args)
-            # A baseline of which more is wanted is trained once: its row is replaced.
+            # A row that lacks a measure is measured again: the new row replaces it.
             rows = [row for row in rows if row not in same]
             rows.append({**key, **row, "added": what["added"], "removed": what["removed"]})
             write_rows(rows, args.results)

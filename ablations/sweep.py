@@ -161,7 +161,7 @@ def parse():
         default=50_000,
         help="samples for each cell (default: 50000)",
     )
-    p.add_argument("--seed", type=flags.seed, default=0, help="sample i is drawn from seed + i")
+    p.add_argument("--seed", type=flags.seed, default=0, help="sample i follows from seed + i")
     p.add_argument(
         "--image-size",
         type=flags.pixels,
@@ -182,7 +182,7 @@ def parse():
     )
     p.add_argument(
         "--device",
-        type=flags.device,
+        type=flags.float64_device,
         default="cuda" if torch.cuda.is_available() else "cpu",
         help="cuda or cpu (default: cuda where there is one)",
     )

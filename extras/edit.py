@@ -114,10 +114,10 @@ def resample(log_weights, seeds, number):
     """The B * P particles to continue with, int64 (B * P,), or None if all stay. Changes
     log_weights (B, P) in place.
 
-    Where the effective number of particles 1 / sum(weights^2) is below P / 2, P of them are taken
-    at even distances along the cumulative weights (systematic resampling). Copies replace the
-    unlikely ones, and all weigh the same again. Copies then sample different codes, because noise
-    belongs to the place in the batch."""
+    Where the effective sample size 1 / sum(weights^2) falls below P / 2, P particles are resampled
+    by weight, at even distances along the cumulative weights (systematic resampling). Then all
+    weigh the same again. Copies of a particle continue with different codes, because noise belongs
+    to the place in the batch."""
     B, P = log_weights.shape
     weights = log_weights.double().softmax(1)
     poor = 1 / weights.square().sum(1) < P / 2  # (B,)
@@ -211,7 +211,8 @@ def parse():
         flag("--" + name.replace("_", "-"), type=flags.bounded(type(classes), least, most),
              help=f"{what} (default: {default})")
     flag("--out", default="edit.png", help="PNG: the photo, what is kept of it, the results")
-    flag("--device", type=flags.device, default="cuda" if torch.cuda.is_available() else "cpu",
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    flag("--device", type=flags.float64_device, default=default,
          help="cuda or cpu (default: cuda where there is one)")
     # fmt: on
     p.usage = (

@@ -222,7 +222,7 @@ def parse():
         c.add_argument("images", nargs="+", metavar="IMAGE")
 
     flag = encoding.add_argument
-    flag("--data", required=True, help="a folder of class folders, or shapes, or shapes:N")
+    flag("--data", required=True, help="class folders, .jsonl or .tar with captions, or shapes:N")
     flag("--out", default="codes", help="folder to write (default: codes)")
     flag("--image-size", type=flags.pixels, help="of a side (default: as the tokenizer's training)")
     flag("--ten-crop", action="store_true", help="ten crops per image instead of two")
@@ -241,7 +241,7 @@ def parse():
             "--device",
             type=flags.device,
             default="cuda" if torch.cuda.is_available() else "cpu",
-            help="cuda or cpu (default: cuda where there is one)",
+            help="cuda, cpu or mps (default: cuda if any)",
         )
     args = p.parse_args()
     return commands.choices[args.command], args

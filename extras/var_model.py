@@ -37,7 +37,7 @@ class VARConfig:
     scales: tuple = SCALES_256
     vocab_size: int = 4096  # V
     code_dim: int = 32  # D
-    num_classes: int = 1000  # id num_classes stands for "no class"
+    num_classes: int = 1000  # id num_classes means "no class"
     shared_adaln: bool = False  # one modulation for all blocks, and an offset for each
     class_dropout: float = 0.1  # how often training replaces the class by "no class"
 

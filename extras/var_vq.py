@@ -64,8 +64,8 @@ class ScaleQuantizer(nn.Module):
         self.use(config.scales)
 
     def use(self, scales):
-        """Set the scales. No weight depends on them, so the released tokenizer serves 256 and 512
-        pixels."""
+        """Set the scales. No weight depends on them, so the released tokenizer works for 256
+        and 512 pixels."""
         self.scales = tuple(scales)
         # Which φ a scale takes: the nearest of four ticks. Two of ten scales lie half-way between
         # ticks, where the rounding of NumPy's float64 decides. Float32 or exact arithmetic would

@@ -75,8 +75,8 @@ def load_pretrained(flag, name, *kinds):
 
 
 class CaptionEncoder:
-    """Features of captions by FLAN-T5's encoder, or by the stand-in "words", which is no language
-    model: a token is a word, and its features are random numbers that follow from its letters.
+    """Features of captions by FLAN-T5's encoder, or by the stub "words", which is no language
+    model: a token is a word, and each word has a fixed random vector.
 
     name    folder or Hugging Face name of a T5, which the package transformers loads, or "words"
     about   {"encoder": name, "dim": D, "hash": tells encoders apart}
@@ -136,7 +136,7 @@ class CaptionEncoder:
 
 
 def word_features(word):
-    """The stand-in's features of a word, (64,): random numbers that follow from its letters."""
+    """The stub's fixed random vector of a word, (64,)."""
     rng = np.random.RandomState(zlib.crc32(word.encode()))
     return torch.tensor(rng.randn(64)).float()
 
@@ -317,9 +317,9 @@ def main():
     flag = enc.add_argument
     flag("--codes", default="codes", help="folder of vq.py encode (default: codes)")
     flag("--t5", default="google/flan-t5-xl", help="folder or Hugging Face name of a T5, or words, "
-         "a stand-in without weights (default: google/flan-t5-xl)")
+         "a stub without weights (default: google/flan-t5-xl)")
     flag("--batch-size", type=flags.batch, default=64, help="captions T5 takes together")
-    flag("--device", type=flags.device, default=device, help="cuda or cpu (default: cuda if any)")
+    flag("--device", type=flags.device, default=device, help="cuda, cpu or mps (cuda if any)")
     # fmt: on
     args = p.parse_args()
     try:

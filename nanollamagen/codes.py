@@ -29,7 +29,7 @@ class Codes:
     val_ids     numbers of the `val_images` held out, the same ones for every seed"""
 
     def __init__(self, folder, val_images=0):
-        """Raises OSError or ValueError with one sentence for a folder that cannot be trained on."""
+        """Raises OSError or ValueError for a folder that cannot be trained on."""
         self.folder = Path(folder)
         self.codes, self.labels, meta = data.load_codes(folder)
         self.codes.base.madvise(mmap.MADV_RANDOM)  # else the kernel reads megabytes around each row

@@ -120,12 +120,12 @@ def start_blocks(loader, encode, T, device, batch_size):
         pixels = torch.from_numpy(np.concatenate(pixels))  # (n * A, H, W, 3) uint8
         if on_gpu:
             pixels = pixels.pin_memory()
-        pixels = pixels.to(device, non_blocking=True).permute(0, 3, 1, 2)
+        pixels = pixels.to(device, non_blocking=on_gpu).permute(0, 3, 1, 2)
         codes = [torch.zeros(0, T, dtype=torch.int64, device=device)]
         if len(pixels):
             for batch in pixels.split(batch_size):
                 codes.append(encode(batch.float() / 127.5 - 1).flatten(1))
-        codes = torch.cat(codes).to("cpu", non_blocking=True)
+        codes = torch.cat(codes).to("cpu", non_blocking=on_gpu)
         event = torch.cuda.current_stream(device).record_event() if on_gpu else None
         yield states, codes, event
 

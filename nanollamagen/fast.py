@@ -57,8 +57,8 @@ class Recorded:
 
 
 def record(run, device):
-    """A function that replays run() as a CUDA graph. On a CPU, and where that fails, run itself."""
-    if device.type == "cpu":
+    """A function that replays run() as a CUDA graph; without one, run itself."""
+    if device.type != "cuda":
         return run
     graph = torch.cuda.CUDAGraph()
     try:

@@ -6,6 +6,7 @@ p.add_argument("--batch-size", type=flags.at_least_one, default=256, help="image
 
 import argparse
 import os
+from functools import partial
 
 import torch
 
@@ -36,14 +37,18 @@ weight = bounded(float, 0, 1e6)  # of a loss, of decay
 fraction = bounded(float, 0, 1)
 
 
-def device(name):
-    """A type for --device: its text, for "cuda" with the number of this process's GPU."""
-    try:
-        wanted = torch.device(name)
-    except RuntimeError:
-        raise argparse.ArgumentTypeError(f"{name} is not a device; cuda and cpu are") from None
-    number = int(os.environ.get("LOCAL_RANK", 0)) if wanted.index is None else wanted.index
-    if wanted.type == "cuda" and number >= torch.cuda.device_count():
-        gpus = f"torch sees {torch.cuda.device_count()} GPUs here"
-        raise argparse.ArgumentTypeError(f"{name}: {gpus}; cpu needs none")
-    return f"cuda:{number}" if wanted.type == "cuda" else name
+def device(name, kinds=("cuda", "mps", "cpu")):
+    """A type for --device: "cpu", "mps" (an Apple GPU), or "cuda" with the number of a GPU, of this
+    process's where the flag has none."""
+    kind, _, number = name.partition(":")
+    if kind not in kinds or not (number or "0").isdecimal():
+        raise argparse.ArgumentTypeError(f"{name} is none of {', '.join(kinds)}")
+    number = int(number or os.environ.get("LOCAL_RANK", 0))
+    gpus = torch.cuda.device_count() if kind == "cuda" else torch.mps.device_count()
+    if kind != "cpu" and number >= gpus:
+        seen = f"torch sees {gpus} GPUs here for {kind}"
+        raise argparse.ArgumentTypeError(f"{name}: {seen}; cpu needs none")
+    return f"cuda:{number}" if kind == "cuda" else kind
+
+
+float64_device = partial(device, kinds=("cuda", "cpu"))  # an Apple GPU has no float64

@@ -132,7 +132,7 @@ def open_npz(path):
 
 
 def stored_statistics(path, arrays):
-    """The four arrays of STATISTICS in an NPZ, {} if it has no mu, which stands for all four."""
+    """The four arrays of STATISTICS in an NPZ, {} if it has none."""
     if "mu" not in arrays:
         return {}
     stored = {name: arrays.get(name, np.empty(0)) for name in STATISTICS}

@@ -38,8 +38,11 @@ import sample
 import vq
 from nanollamagen import captions, data
 
-httpx, openai, uvicorn = (pytest.importorskip(m) for m in ("httpx", "openai", "uvicorn"))
-pytest.importorskip("vllm", reason="vLLM is not installed")
+WHY = "needs vLLM, which `make test` installs on Linux x86-64"
+pytest.importorskip("vllm", reason=WHY)
+httpx, openai, uvicorn = (
+    pytest.importorskip(m, reason=WHY) for m in ("httpx", "openai", "uvicorn")
+)
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 from vllm.entrypoints.launchers.app import build_app  # noqa: E402

@@ -3,6 +3,7 @@ missing or unfit.
 
 To add a script: a line in COMMANDS with words that would work, and its flags in the lists below."""
 
+import importlib
 import json
 import os
 import sys
@@ -19,6 +20,7 @@ import vq
 from nanollamagen import captions
 
 sys.path.insert(0, str(ROOT / "ablations"))
+sys.path.insert(0, str(ROOT / "extras"))
 import sweep
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here asks a server
@@ -34,6 +36,13 @@ COMMANDS = {
     "sample": (sample, "--vq vq.pt --gpt gpt.pt --image-size 256 --out a.png"),
     "sweep": (sweep, "--vq vq.pt --gpt gpt.pt --ref a.npz --inception gone.pth"),
 }
+SCRIPTS = [  # that take --device, with words that come before it
+    *((name, "") for name in ("train_vq", "train_gpt", "sample", "sweep", "edit", "window")),
+    *((name, "encode") for name in ("vq", "var", "nanollamagen.captions")),
+    ("evaluate", "recon"),
+    ("train_var", ""),
+    ("train_var", "tokenizer"),
+]
 NONSENSE = ["0", "-1", "nan", "1.5e300", "9" * 30, "many", ""]
 NUMBERS = [  # command, flag, which of NONSENSE mean something
     ("compare", "--size", []),
@@ -161,10 +170,20 @@ def test_a_number_out_of_range_gets_the_range(complaint):
     assert complaint("sweep", "--cfg-scale=1,nan").endswith("nan is not a number from 0 to 1,000")
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_a_device_that_is_not_there_is_named(complaint, command):
-    for value in ("banana", "", *([] if torch.cuda.is_available() else ["cuda", "cuda:3"])):
-        assert "--device" in complaint(command, f"--device={value}")
+@pytest.mark.parametrize("name, words", SCRIPTS)
+def test_a_device_that_is_not_there_is_named(name, words, monkeypatch, capsys):
+    """In every script that takes --device, before it does anything else."""
+    absent = ["banana", "", "meta", "xpu", "cuda:-1", "cuda:99", "mps:1", "cpu:x"]
+    absent += [] if torch.cuda.is_available() else ["cuda"]
+    absent += [] if torch.backends.mps.is_available() else ["mps"]
+    script = importlib.import_module(name)
+    for value in absent:
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *words.split(), f"--device={value}"])
+        with pytest.raises(SystemExit) as stop:
+            script.main()
+        errors = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+        assert stop.value.code == 2 and len(errors) == 1
+        assert f"argument --device: {value}" in errors[0], errors
 
 
 def test_sizes_that_the_models_do_not_have_are_named(complaint):

@@ -22,7 +22,7 @@ import sample
 import vq
 from nanollamagen import captions, files
 
-vllm = pytest.importorskip("vllm", reason="vLLM is not installed")
+vllm = pytest.importorskip("vllm", reason="needs vLLM, which `make test` installs on Linux x86-64")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 from vllm.exceptions import VLLMValidationError  # noqa: E402

@@ -191,7 +191,7 @@ def test_two_processes_and_micro_batches_give_the_losses_of_one(codes, tmp_path,
         (
             "3B",
             ["--batch-size", 64],
-            "learning rate 2.0e-04; the paper's, scaled to this batch: 2.5e-05",
+            "learning rate 2.0e-04; the authors', scaled to this batch: 2.5e-05",
         ),
         ("3B", ["--batch-size", 64, "--lr", 3e-4], "learning rate 3.0e-04;"),
     ],
@@ -332,7 +332,8 @@ MISTAKES = [
     ("--micro-batch", "3", "--micro-batch 3 does not divide the 8 images"),
     ("--val-images", "60", "--val-images 60: the folder has 60 images"),
     ("--device", "cuda", "argument --device: cuda: torch sees 0 GPUs here"),
-    ("--device", "tpu2", "argument --device: tpu2 is not a device; cuda and cpu are"),
+    ("--device", "mps", "argument --device: mps: torch sees 0 GPUs here for mps"),
+    ("--device", "tpu2", "argument --device: tpu2 is none of cuda, mps, cpu"),
     ("--codes", "NOWHERE", "make it with: python vq.py encode"),
     ("--codes", "FOLDER", "make it with: python vq.py encode"),
     ("--codes", "FILE", "make it with: python vq.py encode"),
@@ -468,6 +469,24 @@ def test_another_tokenizers_pictures_are_refused(codes, tmp_path, monkeypatch, c
     with pytest.raises(SystemExit) as stop:
         train(monkeypatch, codes, tmp_path / "run", "--vq", tmp_path / "vq.pt")
     assert stop.value.code == 2 and "is not the tokenizer that made" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not torch.backends.mps.is_available(), reason="needs an Apple GPU")
+def test_an_apple_gpu_trains_and_samples_as_a_cpu_does(codes, tmp_path, monkeypatch):
+    flags = words("--dropout 0 --class-dropout 0 --val-images 6 --val-every 5")
+    train(monkeypatch, codes, tmp_path / "first", "--max-steps", 20)
+    flags += ["--init", tmp_path / "first" / "ckpt.pt", "--max-steps", 5]
+    for device in ("cpu", "mps"):
+        train(monkeypatch, codes, tmp_path / device, *flags, "--device", device)
+    assert losses(tmp_path / "mps") == pytest.approx(losses(tmp_path / "cpu"), abs=1e-3)
+    val = [log(tmp_path / device)[-1]["val_loss"] for device in ("cpu", "mps")]
+    assert val[1] == pytest.approx(val[0], abs=1e-3)
+    images = {}
+    for device in ("cpu", "mps"):
+        model = gpt.load_gpt(tmp_path / "cpu" / "ckpt.pt", device)
+        labels = torch.arange(3, device=device)
+        images[device] = sample.generate(model, labels, cfg_scale=2.0, seeds=range(3)).cpu()
+    assert (images["cpu"] == images["mps"]).float().mean() > 0.9  # the last digits may differ
 
 
 def test_a_trained_model_adapts_to_other_classes(codes, tmp_path, monkeypatch, capsys):

@@ -384,7 +384,7 @@ MISTAKES = [
     ("--image-size", "16", "the discriminator needs 24 pixels; --disc-weight 0 trains without it"),
     ("--micro-batch", "3", "--micro-batch 3 does not divide the 4 images"),
     ("--lpips-weight", "1", "Or train without it: --lpips-weight 0"),
-    ("--device", "gpu", "argument --device: gpu is not a device; cuda and cpu are"),
+    ("--device", "gpu", "argument --device: gpu is none of cuda, mps, cpu"),
     ("--device", "cuda:99", "argument --device: cuda:99: torch sees"),
     ("--data", "nowhere", "--data nowhere: no such file or folder"),
     ("--data", "FILE", "file: no such file or folder"),

@@ -1,0 +1,66 @@
+"""ablations/plot.py: a picture of what log.jsonl says."""
+
+import json
+import sys
+
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+sys.path.insert(0, str(ROOT / "ablations"))
+import plot
+
+ROWS = [
+    {"step": 1, "loss": 5.5},
+    {"step": 100, "loss": 3.0, "val_loss": 2.5},
+    {"step": 200, "loss": 2.0, "val_loss": 1.75},
+    {"step": 300, "loss": 1.5, "val_loss": 1.5},
+]
+
+
+def run(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["plot.py", *map(str, words)])
+    plot.main()
+
+
+def test_the_lines_are_where_the_log_says(tmp_path, monkeypatch, capsys):
+    """Loss 1 to 6 over the plot's height, step 0 to 300 over its width, and the colour is there."""
+    text = "".join(json.dumps(row) + "\n" for row in ROWS)
+    (tmp_path / "log.jsonl").write_text(text + '{"step": 400, "lo')  # the run still writes
+    found, curves = [], plot.curves
+    monkeypatch.setattr(plot, "curves", lambda *args: found.extend(curves(*args)))
+    run(monkeypatch, tmp_path, "--out", tmp_path / "curve.png")
+    label = f"{tmp_path}: training 1.5000 at step 300\n{tmp_path}: validation 1.5000 at step 300\n"
+    assert capsys.readouterr().out == f"{label}{tmp_path}/curve.png\n"
+
+    picture = Image.open(tmp_path / "curve.png").convert("RGB")
+    left, right, top, bottom = 75, 960 - 35, 25 + 2 * 28, picture.height - 75
+    for points, field in zip(found, ("loss", "val_loss")):
+        rows = [row for row in ROWS if field in row]
+        assert len(points) == len(rows)
+        for (x, y), row in zip(points, rows):
+            assert x == pytest.approx(left + row["step"] / 300 * (right - left))
+            assert y == pytest.approx(bottom - (row[field] - 1) / 5 * (bottom - top))
+            red, green, blue = picture.getpixel((round(x), round(y)))
+            assert blue > red + 50, (row, red, green, blue)
+    x, y = found[1][0]
+    assert picture.getpixel((round(x), round(y) + 60)) == (255, 255, 255)  # so this can fail
+
+
+@pytest.mark.parametrize("low, high, first, last", [(1.16, 5.5, 1, 6), (0, 900, 0, 1000)])
+def test_axes_have_round_numbers(low, high, first, last):
+    numbers = plot.ticks(low, high)
+    assert (numbers[0], numbers[-1]) == (first, last) and 5 <= len(numbers) <= 7
+    assert plot.ticks(2.5, 2.5)[0] <= 2.5 <= plot.ticks(2.5, 2.5)[-1]  # all the same
+
+
+def test_a_run_without_such_a_log_is_named(tmp_path, monkeypatch, capsys):
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "rec": 0.5}\n')
+    for words, sentence in (
+        ([tmp_path / "none"], "none/log.jsonl not found; give the --out folder"),
+        ([tmp_path], "log.jsonl has no loss; it has step, rec"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            run(monkeypatch, *words, "--out", tmp_path / "curve.png")
+        assert stop.value.code == 2 and sentence in capsys.readouterr().err
+    assert not (tmp_path / "curve.png").exists()
