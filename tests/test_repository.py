@@ -213,6 +213,8 @@ def test_every_flag_is_read():
         readers = text
         if "sample.conditions(args" in text:  # sample.py reads what to sample
             readers += (ROOT / "sample.py").read_text()
+        if "vq.encode(args" in text:  # vq.py reads what to encode
+            readers += (ROOT / "vq.py").read_text()
         for flag, words in flags_of(text):
             if words.get("help") == "argparse.SUPPRESS":  # an old name
                 continue
