@@ -97,6 +97,54 @@ def difference(got, stored):
     return float((torch.as_tensor(got).detach().double() - stored).abs().max() / stored.abs().max())
 
 
+def rounding(layers, gain=1):
+    """The bound of `difference` that float32 justifies, on every processor. `layers` (a product, a
+    norm) follow one another, and each may be off by one relative step, 2**-23: its sums are added
+    in another order, whose errors average out. `gain` tells how much later layers magnify an
+    earlier error."""
+    return layers * gain * 2.0**-23
+
+
+# Largest values seen with AVX-512, AVX2 and SSE are below a third of each bound.
+SHALLOW = rounding(16)  # 1.9e-6: an embedding; an angle of 31, whose last place alone is 1.8e-6
+# GPT-B has 12 blocks of norm, qkv, attention, projection; norm, gate, down. The stream of residuals
+# grows, so early errors shrink. 1.0e-5; with the norms' epsilon at 1e-6 logits are off by 2.9e-5.
+GPT = rounding(12 * 7)
+GPT_GRADIENT = rounding(3 * 12 * 7)  # 3.0e-5: backward has two products for each one of forward
+# VAR's golden transformers have at most 4 such blocks. 3.3e-6; epsilon 1e-5 gives 4.7e-6.
+VAR = rounding(4 * 7)
+VAR_GRADIENT = rounding(3 * 4 * 7)  # 1.0e-5
+SUMS = rounding(10 * 4)  # 4.8e-6: VAR's ten scales, each interpolated, convolved, mixed and added
+# The tokenizers' encoder has 68 layers, the decoder 92. Group norms magnify what is nearly flat:
+# five times, by the values of an image of zeros in float32 and float64. 9.5e-5; epsilon 1e-5 moves
+# that image's latents by 20 %.
+VQ = rounding(68 + 92, gain=5)
+VQ_GRADIENT = rounding(3 * (68 + 92), gain=5)  # 2.9e-4
+# Five convolutions; batch norm magnifies scores that are nearly alike. 9.7e-6; epsilon 1e-6: 1.6e-5
+PATCHGAN = rounding(9, gain=9)
+LPIPS = rounding(
+    13 + 5
+)  # 2.1e-6: 13 convolutions, one difference of five added; epsilon 1e-5: 3.4e-6
+INCEPTION = rounding(47)  # 5.6e-6: so many convolutions follow one another
+
+
+# Mistakes that tests plant, to see that the bounds above tell them.
+def with_epsilon(model, kind, eps):
+    """The model with another epsilon in each norm of a kind, in place."""
+    for part in model.modules():
+        if isinstance(part, kind):
+            part.eps = eps
+    return model
+
+
+def with_swapped_kernels(model):
+    """The model with rows and columns of each convolution swapped, in place."""
+    for part in model.modules():
+        if isinstance(part, torch.nn.Conv2d):
+            part.weight.data = part.weight.data.transpose(2, 3).contiguous()
+    return model
+
+
 @pytest.fixture
 def photos():
     """The folder of real photographs; tests that use it skip where it is missing."""

@@ -9,7 +9,15 @@ import urllib.error
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, difference, pictures, run_script, save_npz
+from conftest import (
+    GOLDEN,
+    INCEPTION,
+    SHALLOW,
+    difference,
+    pictures,
+    run_script,
+    save_npz,
+)
 from PIL import Image
 
 import evaluate
@@ -83,7 +91,17 @@ def test_features_are_those_of_the_tensorflow_graph(net):
         ("evaluator_spatial", spatial),
         ("logits", pool @ net["fc.weight"].T),
     ):
-        assert difference(got, golden[name]) < 1e-4, name
+        assert difference(got, golden[name]) < INCEPTION, name
+
+
+def test_the_bound_tells_a_wrong_epsilon_and_swapped_axes(net, monkeypatch):
+    golden, _ = arrays("inception")
+    images = torch.from_numpy(golden["input"])
+    wrong = {k: v.transpose(2, 3) if k.endswith("conv.weight") else v for k, v in net.items()}
+    assert difference(inception.features(wrong, images)[0], golden["pool3"]) > 100 * INCEPTION
+    norm = inception.F.batch_norm
+    monkeypatch.setattr(inception.F, "batch_norm", lambda *a, eps: norm(*a, eps=1e-5))
+    assert difference(inception.features(net, images)[0], golden["pool3"]) > 3 * INCEPTION
 
 
 def test_float32_is_full_within_inception_and_as_it_was_elsewhere(net, weights, monkeypatch):
@@ -200,7 +218,7 @@ def test_statistics_that_are_not_finite_or_do_not_match_are_refused():
 def test_inception_scores_are_adms(split):
     golden, figures = arrays("inception_score")
     probs = torch.from_numpy(golden["acts"] @ golden["weight"]).softmax(-1)
-    assert difference(probs[:64], golden["preds_head"]) < 1e-5
+    assert difference(probs[:64], golden["preds_head"]) < SHALLOW
     assert evaluate.inception_score(probs, split) == pytest.approx(
         figures["score"][f"split_{split}"], rel=1e-5
     )
@@ -328,13 +346,13 @@ def test_code_usage_counts_entries_and_their_evenness():
 def test_measured_features_are_the_recorded_ones(e2e):
     golden, _ = arrays("e2e_features")
     for side, measured in zip(("ref", "sample"), e2e):
-        assert difference(measured["pool"][:4], golden[f"{side}_pool_head"]) < 1e-4
-        assert difference(measured["mu"], golden[f"{side}_pool_mean"]) < 1e-5
+        assert difference(measured["pool"][:4], golden[f"{side}_pool_head"]) < INCEPTION
+        assert difference(measured["mu"], golden[f"{side}_pool_mean"]) < INCEPTION
         radii = evaluate.radii(
             torch.from_numpy(measured["pool"])
         )  # 0.5, from squared norms of 200 in float32
         assert np.allclose(radii, golden[f"radii_{side}"], rtol=5e-4, atol=0)
-    assert difference(e2e[0]["mu_s"], golden["ref_spatial_mean"]) < 1e-5
+    assert difference(e2e[0]["mu_s"], golden["ref_spatial_mean"]) < INCEPTION
 
 
 def test_the_five_numbers_are_what_adms_command_printed(e2e, net):
@@ -438,8 +456,8 @@ def test_batches_do_not_change_features(net, tmp_path):
     images = image_sets.open_npz(save_npz(tmp_path / "a.npz", arr_0=pictures(5)))
     one, all_ = (evaluate.measure(images, net, size) for size in (2, 5))
     assert (
-        difference(one["pool"], all_["pool"]) < 1e-5
-        and difference(one["sigma_s"], all_["sigma_s"]) < 1e-5
+        difference(one["pool"], all_["pool"]) < INCEPTION
+        and difference(one["sigma_s"], all_["sigma_s"]) < INCEPTION
     )
 
 

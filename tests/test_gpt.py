@@ -7,7 +7,17 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import difference, fill, golden, released_keys
+from conftest import (
+    GPT,
+    GPT_GRADIENT,
+    SHALLOW,
+    VAR,
+    difference,
+    fill,
+    golden,
+    released_keys,
+    rounding,
+)
 
 import gpt
 
@@ -53,8 +63,8 @@ def test_teacher_forced_logits_are_the_reference_ones(name, grid):
         logits = model.eval()(expected["idx"].long(), expected["cls"].long())[
             :, expected["pos"].long()
         ]
-    assert difference(logits[..., expected["vocab_sel"].long()], expected["logits"]) < 2e-5
-    assert difference(logits.logsumexp(-1), expected["lse"]) < 2e-5
+    assert difference(logits[..., expected["vocab_sel"].long()], expected["logits"]) < GPT
+    assert difference(logits.logsumexp(-1), expected["lse"]) < GPT
     assert torch.equal(logits.argmax(-1).int(), expected["argmax"])
 
 
@@ -65,17 +75,72 @@ def test_training_loss_and_gradients_are_the_reference_ones(name, grid):
     model.train().requires_grad_()
     logits = model(idx[:, :-1], expected["cls"].long())
     nll = F.cross_entropy(logits.transpose(1, 2), idx, reduction="none")
-    assert difference(nll.detach(), expected["train_nll"]) < 1e-4
-    assert difference(nll.mean().detach(), expected["train_loss"]) < 1e-5
+    assert difference(nll.detach(), expected["train_nll"]) < GPT
+    assert difference(nll.mean().detach(), expected["train_loss"]) < GPT
     nll.mean().backward()
     norms = {k: p.grad.double().norm() for k, p in model.named_parameters()}
     assert (
         difference(
             torch.stack([norms[k] for k in expected["grad_keys"].tolist()]), expected["grad_norms"]
         )
-        < 5e-4
+        < GPT_GRADIENT
     )
-    assert difference(torch.stack(list(norms.values())).norm(), expected["grad_total_norm"]) < 5e-4
+    assert (
+        difference(torch.stack(list(norms.values())).norm(), expected["grad_total_norm"])
+        < GPT_GRADIENT
+    )
+
+
+@pytest.mark.parametrize("released", ["gpt_b_c2i"], indirect=True)
+@torch.no_grad()
+def test_the_bound_tells_a_wrong_epsilon_and_swapped_axes(released, monkeypatch):
+    model, expected = on_grid(released, 4)
+    model.eval()
+
+    def off():
+        logits = model(expected["idx"].long(), expected["cls"].long())[:, expected["pos"].long()]
+        return difference(logits[..., expected["vocab_sel"].long()], expected["logits"])
+
+    assert off() < GPT
+    rope = model.rope
+    model.rope = torch.cat([rope[:1], rope[1:].view(4, 4, -1, 2).transpose(0, 1).flatten(0, 1)])
+    assert off() > 100 * GPT
+    model.rope = rope
+    wrong_norm(monkeypatch)
+    assert off() > 2 * GPT
+
+
+@pytest.mark.parametrize(
+    "name, bound",
+    [
+        ("gpt_b_c2i", GPT),
+        ("gpt_3b_head", GPT),
+        ("gpt_t2i", GPT),
+        ("var/var_d2", VAR),
+        ("var/var_d4", VAR),
+        ("var/var_shared", VAR),
+    ],
+)
+def test_no_recorded_code_hangs_on_rounding(name, bound):
+    """Codes are compared for equality: the runner-up is further away than twice what the bound
+    allows the logits, which guidance multiplies by up to 1 + 2 cfg. Padded positions have no
+    logits."""
+    expected, meta = golden(name)
+    for key in [k for k in expected if k.endswith("logits") and "uncond" not in k]:
+        largest = expected[key].abs().max()
+        margin = expected[key.replace("logits", "argmax_margin")]
+        assert margin[margin > 0].min() > 2 * bound * largest, key
+    for run in meta.get("generations", []) + meta.get("runs", []):
+        cfg = run.get("cfg_scale", run.get("cfg"))
+        if "min_margin" in run:
+            assert run["min_margin"] > 2 * bound * largest * (1 + 2 * cfg), run["key"]
+
+
+def wrong_norm(monkeypatch):
+    """Plant RMSNorm's epsilon as 1e-6."""
+    monkeypatch.setattr(
+        gpt.RMSNorm, "forward", lambda norm, x: F.rms_norm(x, x.shape[-1:], norm.weight, 1e-6)
+    )
 
 
 def test_rotary_table_and_rotation_are_the_reference_ones():
@@ -84,9 +149,11 @@ def test_rotary_table_and_rotation_are_the_reference_ones():
         g, d, c = (int(part[1:]) for part in name.split("_"))
         table = gpt.rope_table(g, d, c)
         assert list(table.shape) == expected[f"{name}_shape"].tolist()
-        assert difference(table[expected[f"{name}_rows"].long()], expected[f"{name}_table"]) < 1e-6
+        assert (
+            difference(table[expected[f"{name}_rows"].long()], expected[f"{name}_table"]) < SHALLOW
+        )
         weighted = (torch.arange(1, len(table) + 1).double()[:, None, None] * table.double()).sum(0)
-        assert difference(weighted, expected[f"{name}_weighted_colsum"]) < 1e-6
+        assert difference(weighted, expected[f"{name}_weighted_colsum"]) < rounding(8)
     import numpy as np
 
     for d, c in [(64, 1), (100, 1), (128, 1), (64, 120), (100, 120), (128, 120)]:
@@ -97,7 +164,7 @@ def test_rotary_table_and_rotation_are_the_reference_ones():
         )
         rows = expected[f"apply_d{d}_c{c}_rows"].long()
         turned = gpt.rotate(torch.from_numpy(x), gpt.rope_table(4, d, c))[:, rows]
-        assert difference(turned, expected[f"apply_d{d}_c{c}_out"]) < 1e-5
+        assert difference(turned, expected[f"apply_d{d}_c{c}_out"]) < SHALLOW
 
 
 @pytest.mark.parametrize("name", ["B", "L", "XL", "XXL", "XXXL", "1B", "3B", "7B"])
