@@ -146,6 +146,14 @@ def dot(draw, x, y, colour):
     draw.ellipse((x - 11, y - 11, x + 11, y + 11), colour)
 
 
+def ticks(low, high):
+    """Three to eight round numbers between two others."""
+    room = (high - low) / 3 or 1
+    unit = 10 ** math.floor(math.log10(room))
+    step = max(unit * n for n in (1, 2, 5) if unit * n <= room)
+    return [n * step for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
 def lines(draw, left, title, groups, colours):
     """A panel of curves: groups are (label, [{x: y} of each seed]), a colour for each. Zero is
     marked where it is among the values."""
@@ -160,11 +168,10 @@ def lines(draw, left, title, groups, colours):
         return left + width * right, bottom - height * (y - low) / (high - low or 1)
 
     draw.text((left - 100, 40), title, "#333", FONT, "lm")
-    for n in range(5):
-        y = low + n / 4 * (high - low)
+    for y in ticks(low, high):
         draw.line((*place(first, y), *place(last, y)), "#ddd", 2)
         draw.text((left - 16, place(first, y)[1]), f"{y:.3g}", "#777", FONT, "rm")
-        x = first + n / 4 * (last - first)
+    for x in ticks(first, last):
         draw.text((place(x, low)[0], bottom + 40), f"{x:.0f}", "#777", FONT, "mm")
     if low < 0 < high:
         draw.line((*place(first, 0), *place(last, 0)), "#777", 3)
