@@ -128,12 +128,16 @@ def costs(both):
     return found
 
 
+def at_equal_time(idea):
+    """An idea as it is called where it was trained for the baseline's time, not for its steps."""
+    return {**idea, "name": f"{idea['name']} at equal time"}
+
+
 # ---- the verdict that a run ends with ------------------------------------------------------------
 def sentence(idea, flags, both, name):
     """What the pairs of rows say on one measure: `muon: validation loss 3.572 against 3.633 (2
     seeds): ...`."""
     words, decimals = NAMES[name]
-    decimals = min(decimals, 3)
     base, mine = [a[name] for a, _ in both], [b[name] for _, b in both]
     difference, error = mean_and_error([b - a for a, b in zip(base, mine)])
     first = name == idea["measure"][0]  # what is expected is about the first measure

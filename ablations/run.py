@@ -34,6 +34,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import compare
 import table
 from ideas import changed_scripts, digest, names, needs_samples, read, read_changes, save
 
@@ -206,26 +207,51 @@ def measure_all(idea, args):
         todo.insert(0, (baseline_of(idea), ""))
     print(f"{idea['label']}: {args.seeds} x {len(todo)} runs, {args.steps} steps each", flush=True)
     for seed in range(args.seeds):
-        for what, variant in todo:
-            key = key_of(what, variant, seed, args)
-            rows = read_rows(args)
-            same = [row for row in rows if row.items() >= key.items()]
-            wanted = set(what["measure"]) - {"averaged"}
-            if same and wanted <= same[0].keys():
-                continue
-            run = args.out.resolve() / f"{what['name']}-{seed}-{digest(key)}"
-            changed_scripts(what["path"], run / "scripts", what.get("commit"))
-            row = measure(what, variant, seed, run / "scripts", args)
-            row |= {"added": what["added"], "removed": what["removed"]}
-            row |= {"run": run.name, "start": args.start}
-            # A baseline of which more is wanted is trained once: its row is replaced.
-            rows = [row for row in rows if row not in same]
-            write_rows([*rows, {**key, **row}], args.results)
-        if seed < args.seeds - 1:
+        new = [run_once(what, variant, seed, args) for what, variant in todo]
+        if any(new) and seed < args.seeds - 1:
             table.report(alike(idea, args), idea)
+    if args.equal_time:
+        measure_at_equal_time(idea, args)
     rows = alike(idea, args)
     table.picture(rows, idea, args.out)
     table.report(rows, idea)
+
+
+def run_once(idea, variant, seed, args):
+    """One run, and its row. False if the row is there already."""
+    key = key_of(idea, variant, seed, args)
+    rows = read_rows(args)
+    same = [row for row in rows if row.items() >= key.items()]
+    wanted = set(idea["measure"]) - {"averaged"}
+    if same and wanted <= same[0].keys():
+        return False
+    run = args.out.resolve() / f"{idea['name'].replace(' ', '-')}-{seed}-{digest(key)}"
+    changed_scripts(idea["path"], run / "scripts", idea.get("commit"))
+    steps = idea.get("trained", args.steps)
+    row = measure(idea, variant, seed, run / "scripts", copy_of(args, steps=steps))
+    row |= {"added": idea["added"], "removed": idea["removed"]}
+    row |= {"trained": steps, "run": run.name, "start": args.start}
+    # A baseline of which more is wanted is trained once: its row is replaced.
+    rows = [row for row in rows if row not in same]
+    write_rows([*rows, {**key, **row}], args.results)
+    return True
+
+
+def copy_of(args, **changed):
+    """The flags, some of them with other values."""
+    return argparse.Namespace(**{**vars(args), **changed})
+
+
+def measure_at_equal_time(idea, args):
+    """Every variant again, with as many steps as fit into the time of the baseline."""
+    rows = alike(idea, args)
+    for words, variant in compare.variants(rows, idea):
+        paid = compare.costs(compare.pairs(rows, variant))
+        if "seconds" in paid:
+            shorter = compare.at_equal_time(idea)
+            shorter["trained"] = max(1, round(args.steps / paid["seconds"]))
+            for seed in range(args.seeds):
+                run_once(shorter, words, seed, args)
 
 
 def baseline_of(idea):
@@ -289,6 +315,11 @@ def parse():
         type=flags.at_least_one,
         default=3,
         help="runs of baseline and ablation, seeds 0, 1, ... (default: 3)",
+    )
+    p.add_argument(
+        "--equal-time",
+        action="store_true",
+        help="train the ablation once more, for as many steps as take the baseline's time",
     )
     p.add_argument(
         "--nproc",

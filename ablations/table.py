@@ -10,6 +10,7 @@ from pathlib import Path
 from compare import (
     COSTS,
     NAMES,
+    at_equal_time,
     costs,
     error_of,
     expectation,
@@ -40,6 +41,11 @@ def report(rows, idea):
             if name in NAMES and having:
                 paid = price(both) if name == idea["measure"][0] else ""
                 print(sentence(idea, flags, having, name) + paid)
+    for flags, variant in variants(rows, at_equal_time(idea)):
+        name, both = idea["measure"][0], pairs(rows, variant)
+        if both:
+            label = f"{idea['label']} at equal time, {variant[0]['trained']} steps"
+            print(sentence({**idea, "label": label}, flags, both, name))
 
 
 def picture(rows, idea, out):
@@ -94,7 +100,7 @@ def lines_of(rows, idea, scatter):
     head = f"| [{idea['name']}]({idea['path'].name}) | {changed} |"
     found = variants(rows, idea)
     if found and idea["stage"] == "sample":  # there is no baseline to compare with
-        return [f"{head} | see the picture | | | | | | | | |"]
+        return [f"{head} | see the picture | | | | | | | | | |"]
     lines = []
     for flags, variant in found:
         for name in idea["measure"]:
@@ -117,11 +123,23 @@ def lines_of(rows, idea, scatter):
                 written(*mean_and_error(mine), decimals),
                 written(difference, error, decimals, "+"),
                 *(f"{paid[cost]:.2f} x" if cost in paid else "" for cost in COSTS),
+                equal_time(rows, idea, flags) if first else "",
                 str(len(both)),
                 verdict(expected, difference, error, freedom),
             ]
             lines.append(f"{'| | |' if lines else head} {' | '.join(cells)} |")
-    return lines or [f"{head} | not run | | | | | | | | |"]
+    return lines or [f"{head} | not run | | | | | | | | | |"]
+
+
+def equal_time(rows, idea, flags):
+    """The difference of the first measure where both were trained for the same time, or ""."""
+    name = idea["measure"][0]
+    found = dict(variants(rows, at_equal_time(idea)))
+    both = pairs(rows, found[flags]) if flags in found else []
+    differences = [row[name] - base[name] for base, row in both]
+    if not differences:
+        return ""
+    return written(*mean_and_error(differences), NAMES[name][1], "+")
 
 
 # ---- pictures, drawn at twice their size and halved at the end ---------------------------------
@@ -333,7 +351,7 @@ def cells(rows, idea):
 def tables(rows, ideas, scatter):
     """The lines of both tables: what was measured, and what each ablation is about."""
     words = ["ablation", "lines", "flags", "baseline", "with it", "difference"]
-    words += [*COSTS.values(), "seeds", "verdict"]
+    words += [*COSTS.values(), "difference at equal time", "seeds", "verdict"]
     lines = [f"| {' | '.join(words)} |", "|---" * len(words) + "|"]
     for idea in ideas:
         lines += lines_of(rows, idea, scatter)
@@ -353,9 +371,12 @@ def differences(rows, ideas, scatter, stage, name):
         if idea["stage"] != stage or name not in idea["measure"]:
             continue
         for flags, variant in variants(rows, idea):
-            values = [mine[name] - base[name] for base, mine in pairs(rows, variant)]
+            both = pairs(rows, variant)
+            values = [mine[name] - base[name] for base, mine in both]
             label = idea["name"]
             if len(idea["flags"]) > 1:
                 label += f" {flags.split()[-1]}"
+            if "seconds" in costs(both):
+                label += f", {costs(both)['seconds']:.2f} x the time"
             items.append((label, statistics.mean(values), error_of(values, deviation)))
     return items
