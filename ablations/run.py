@@ -205,7 +205,8 @@ def measure_all(idea, args):
     todo = [(idea, variant) for variant in idea["flags"] or [""]]
     if idea["stage"] != "sample":
         todo.insert(0, (baseline_of(idea), ""))
-    print(f"{idea['label']}: {args.seeds} x {len(todo)} runs, {args.steps} steps each", flush=True)
+    runs = f"{args.seeds} seeds x {len(todo)} runs of {args.steps} steps"
+    print(f"{idea['label']}: {runs}; their rows go to {args.results}", flush=True)
     for seed in range(args.seeds):
         new = [run_once(what, variant, seed, args) for what, variant in todo]
         if any(new) and seed < args.seeds - 1:
@@ -221,7 +222,8 @@ def run_once(idea, variant, seed, args):
     """One run, and its row. False if the row is there already."""
     key = key_of(idea, variant, seed, args)
     rows = read_rows(args)
-    same = [row for row in rows if row.items() >= key.items()]
+    same = [row for row in rows if row.get("changes") == key.get("changes")]
+    same = [row for row in same if row.items() >= key.items()]
     wanted = set(idea["measure"]) - {"averaged"}
     if same and wanted <= same[0].keys():
         return False
