@@ -1,7 +1,12 @@
 """Measure one idea: baseline and changed scripts with the same seeds on the same data.
 
-The diff rar.diff against train_gpt.py and gpt.py, on codes that vq.py wrote:
-$ python ablations/run.py rar --codes runs/cifar/codes --steps 600 --seeds 3
+Change a line of gpt.py, then compare the changed scripts with HEAD, on codes that vq.py wrote:
+$ python ablations/run.py --changes --codes runs/demo/codes
+What a branch changes; what is changed, kept as a diff of this folder:
+$ python ablations/run.py --changes BRANCH --codes runs/demo/codes
+$ python ablations/run.py --save NAME
+A diff of this folder:
+$ python ablations/run.py muon --codes runs/demo/codes
 An idea about the tokenizer, one whose samples are judged, and one about sampling only:
 $ python ablations/run.py fsq --data cifar10/train --test cifar10/test --steps 150
 $ python ablations/run.py maskgit --codes runs/cifar/codes --vq runs/cifar/vq/ckpt.pt \\
@@ -11,26 +16,28 @@ $ python ablations/run.py guidance --gpt runs/cifar/gpt/ckpt.pt --vq runs/cifar/
 A larger model. Flags after -- go to both the baseline and the ablation:
 $ python ablations/run.py rar --nproc 8 --codes codes --seeds 1 --steps 50000 \\
       -- --model L --batch-size 256 --lr 1e-4
-The table of ablations/README.md and its pictures, from results.json:
+The table of ablations/README.md and its pictures, from ablations/results.json:
 $ python ablations/run.py --table
 
 Every run copies the scripts to a folder of its own, applies the diff there and starts them as a
-user would. A run that is in results.json is not repeated, so a second start resumes where the first
-was stopped.
+user would. What is in --results is not run again, so a second start resumes where the first was
+stopped, and more --seeds add to what is known.
 """
 
 import argparse
-import hashlib
 import json
 import os
-import re
 import shutil
-import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import compare
+import table
+from ideas import changed_scripts, digest, names, needs_samples, read, read_changes, save
+
 import vq
 from nanollamagen import data, files, flags
 
@@ -39,20 +46,12 @@ ROOT = HERE.parent
 
 # What every run of a stage gets: the demo's model, and a schedule that fits in a few hundred steps.
 COMMON = {
-    "gpt": "--model demo --batch-size 32 --lr 1.5e-3 --schedule cosine --warmup-steps 50 "
-    "--dropout 0 --val-images 1000 --log-every 25",
+    "gpt": "--model demo --batch-size 32 --lr 1.5e-3 --schedule cosine "
+    "--dropout 0 --val-images 1000 --log-every 10",
     "vq": "--model VQ-demo --codebook-size 1024 --image-size 32 --batch-size 32 --lr 1e-3 "
-    "--schedule cosine --warmup-steps 50 --lpips-weight 0 --disc-weight 0 --log-every 25 "
+    "--schedule cosine --lpips-weight 0 --disc-weight 0 --log-every 25 "
     "--workers 0",
     "sample": "--top-k 0 --cfg-scale 2 --num-samples 1000 --batch-size 250",
-}
-# What is measured if the text of an ablation does not say. A stage is what is trained: a GPT, a
-# tokenizer, a GPT on other codes, or nothing if only samples differ.
-MEASURES = {
-    "gpt": ["val_loss"],
-    "vq": ["psnr", "usage"],
-    "codes": ["accuracy", "distance"],
-    "sample": ["accuracy", "distance"],
 }
 FLAGS = {
     "codes": "folder of codes of images with classes, written by vq.py encode",
@@ -71,60 +70,10 @@ TELLING = {
 }
 
 
-# ---- what the files of this folder say ---------------------------------------------------------
-def names():
-    """Every ablation: {name: path}."""
-    return {path.stem: path for path in sorted(HERE.glob("*")) if path.suffix in (".diff", ".txt")}
-
-
-def read(name):
-    """The text above a diff, or all of a .txt, as a dict: its title, and what follows `idea:`,
-    `source:`, `stage:` and so on. `flags` is a list, one entry per variant. `added` and `removed`
-    count the lines of the diff."""
-    path = names()[name]
-    head, _, diff = path.read_text().partition("\ndiff --git ")
-    fields = re.findall(r"^(\w+):[ ]*(.*(?:\n +.*)*)", head, re.M)
-    idea = {key: " ".join(text.split()) for key, text in fields if key != "flags"}
-    idea |= {"name": name, "title": head.splitlines()[0], "path": path}
-    idea["measure"] = idea.get("measure", "").split() or MEASURES[idea["stage"]]
-    idea["flags"] = [text.strip() for key, text in fields if key == "flags"]
-    signs = [line[:1] for line in diff.splitlines() if not line.startswith(("+++", "---"))]
-    idea |= {"added": signs.count("+"), "removed": signs.count("-")}
-    return idea
-
-
-def needs_samples(idea):
-    """Whether a network judges samples."""
-    return "accuracy" in idea["measure"] or "distance" in idea["measure"]
-
-
-def changed_scripts(path, folder):
-    """Copy the scripts of the project to `folder` and apply the diff in `path`, if it is one.
-    Raises ValueError that names the diff, the file and the line where a hunk does not fit."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    for script in ROOT.glob("*.py"):
-        shutil.copy(script, folder)
-    for needed in ("nanollamagen", "assets"):
-        shutil.copytree(ROOT / needed, folder / needed)
-    if path is None or path.suffix == ".txt":
-        return
-    # If the folder lies in a clone, git would look for the files at the clone's root. This hides
-    # the clone.
-    env = {**os.environ, "GIT_CEILING_DIRECTORIES": str(folder.resolve().parent)}
-    command = ["git", "apply", str(path.resolve())]
-    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
-    if done.returncode:
-        hunks = re.findall(r"patch failed: (\S+):(\d+)", done.stderr)
-        places = [f"the hunk at line {line} of {file}" for file, line in hunks]
-        where = ", ".join(places) or done.stderr.strip()
-        raise ValueError(f"{path.name} does not apply: {where}")
-
-
 # ---- one run -----------------------------------------------------------------------------------
 def call(scripts, words, nproc=1):
-    """Start a script in the folder `scripts`. Its output goes to the terminal, the last line is
-    returned. Raises ValueError if it fails."""
+    """Start a script in the folder `scripts`. Its output goes to the terminal. Returns its last
+    line, and the most memory that one process had, in GiB. Raises ValueError if it fails."""
     command = [sys.executable]
     if nproc > 1:
         command += ["-m", "torch.distributed.run", f"--nproc_per_node={nproc}"]
@@ -135,9 +84,11 @@ def call(scripts, words, nproc=1):
     for line in process.stdout:
         last = line
         print(" ", line, end="", flush=True)
-    if process.wait():
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
         raise ValueError(f"{words[0]} ended with exit code {process.returncode} in {scripts}")
-    return last
+    return last, used.ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def measure(idea, variant, seed, scripts, args):
@@ -156,7 +107,7 @@ def measure(idea, variant, seed, scripts, args):
 
     if stage == "vq":
         words = [HERE / "judge.py", "recon", "--vq", ckpt, "--data", args.test]
-        row |= json.loads(call(scripts, words))
+        row |= json.loads(call(scripts, words)[0])
     if "averaged" in idea["measure"]:
         row["val_loss"] = loss_of_averaged(gpt, scripts, codes, args)
     if needs_samples(idea):
@@ -175,37 +126,35 @@ def train(stage, variant, seed, scripts, codes, args):
     out = scripts.parent / "out"
     if stage == "gpt":
         words = ["train_gpt.py", "--codes", codes, "--val-every", args.steps]
-        codes_per_image = json.loads((Path(codes) / "meta.json").read_text())["h"] ** 2
     else:
         words = ["train_vq.py", "--data", args.data]
-        codes_per_image = 0
     words += ["--out", out, *COMMON[stage].split(), "--max-steps", args.steps, "--seed", seed]
-    words += ["--save-every", args.save_every, *args.more, *variant.split()]
+    warmup = min(50, args.steps // 4) if stage == "gpt" else 50
+    words += ["--warmup-steps", warmup, "--save-every", args.save_every]
+    words += [*args.more, *variant.split()]
     if (out / "ckpt.pt").exists() or list(out.glob("ckpt_[0-9]*/")):  # FSDP leaves folders
         words.append("--resume")
-    call(scripts, words, args.nproc)
-    return log(out, codes_per_image)
+    _, memory = call(scripts, words, args.nproc)
+    return {"memory": memory, **log(out)}
 
 
-def log(run, codes_per_image):
-    """What a run's log and checkpoint say: its seconds per step (the median), its number of
-    parameters and, if there is one, its last validation loss."""
+def log(run):
+    """What a run's log and checkpoint say: its seconds per step, its number of parameters and, if
+    there are any, its last validation loss and a GPU's peak memory in GiB."""
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    seconds = []
-    for line in lines[1:] or lines:  # the first is of one step, which is slow
-        if "img_per_s" in line:
-            seconds.append(1 / line["img_per_s"])
-        else:  # train_gpt.py before its rates were per image
-            seconds.append(codes_per_image / line["codes_per_s"])
+    # The best rate of a line: other work on the machine can only make steps slower.
+    rate = max(line["img_per_s"] for line in lines)
     state = files.read_checkpoint(run / "ckpt.pt", mmap=True)
     weights = [weight for weight in state["model"].values() if weight.is_floating_point()]
     row = {
-        "seconds": statistics.median(seconds) * state["args"]["batch_size"],
+        "seconds": state["args"]["batch_size"] / rate,
         "parameters": sum(weight.numel() for weight in weights),
     }
     losses = [line["val_loss"] for line in lines if "val_loss" in line]
     if losses:
         row["val_loss"] = losses[-1]
+    if "gpu_gib" in lines[-1]:
+        row["memory"] = max(line["gpu_gib"] for line in lines)
     return row
 
 
@@ -216,7 +165,7 @@ def loss_of_averaged(gpt, scripts, codes, args):
     shutil.rmtree(out, ignore_errors=True)
     words = ["train_gpt.py", "--codes", codes, "--init", gpt, "--out", out, *COMMON["gpt"].split()]
     call(scripts, [*words, *args.more, "--max-steps", 1, "--val-every", 1, "--lr", 1e-30])
-    return log(out, 1)["val_loss"]
+    return log(out)["val_loss"]
 
 
 def judge_samples(gpt, variant, seed, scripts, args):
@@ -227,16 +176,16 @@ def judge_samples(gpt, variant, seed, scripts, args):
     words += ["--seed", 100_000 * seed, "--resize", args.resize, *variant.split()]
     call(scripts, words)
     words = [HERE / "judge.py", "samples", npz, "--data", args.data, "--net", args.net]
-    return json.loads(call(scripts, words))
+    return json.loads(call(scripts, words)[0])
 
 
 def key_of(idea, variant, seed, args):
-    """What makes a run the same run: the ablation, its flags, the seed, the data, the length and
-    the common flags."""
+    """What makes a run the same run: the ablation, its flags, the seed, the data, the length, the
+    common flags and, for --changes, the diff and what it is compared with."""
     where = [getattr(args, name) for name in TELLING[idea["stage"]]]
     if args.resize != 32:
         where.append(args.resize)
-    return {
+    key = {
         "ablation": idea["name"],
         "flags": variant,
         "seed": seed,
@@ -245,38 +194,88 @@ def key_of(idea, variant, seed, args):
         "more": " ".join(args.more),
         "data": digest(where),
     }
-
-
-def digest(value):
-    """A hash of a plain value, eight letters."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
+    if "changes" in idea:
+        key["changes"] = idea["changes"]
+    return key
 
 
 def measure_all(idea, args):
     """Baseline and every variant with every seed. Each run adds a row to the results, unless it is
-    there."""
+    there. After each seed this prints what the rows say so far."""
+    todo = [(idea, variant) for variant in idea["flags"] or [""]]
+    if idea["stage"] != "sample":
+        todo.insert(0, (baseline_of(idea), ""))
+    runs = f"{args.seeds} seeds x {len(todo)} runs of {args.steps} steps"
+    print(f"{idea['label']}: {runs}; their rows go to {args.results}", flush=True)
+    for seed in range(args.seeds):
+        new = [run_once(what, variant, seed, args) for what, variant in todo]
+        if any(new) and seed < args.seeds - 1:
+            table.report(alike(idea, args), idea)
+    if args.equal_time:
+        measure_at_equal_time(idea, args)
+    rows = alike(idea, args)
+    table.picture(rows, idea, args.out)
+    table.report(rows, idea)
+
+
+def run_once(idea, variant, seed, args):
+    """One run, and its row. False if the row is there already."""
+    key = key_of(idea, variant, seed, args)
+    rows = read_rows(args)
+    same = [row for row in rows if row.get("changes") == key.get("changes")]
+    same = [row for row in same if row.items() >= key.items()]
+    wanted = set(idea["measure"]) - {"averaged"}
+    if same and wanted <= same[0].keys():
+        return False
+    run = args.out.resolve() / f"{idea['name'].replace(' ', '-')}-{seed}-{digest(key)}"
+    changed_scripts(idea["path"], run / "scripts", idea.get("commit"))
+    steps = idea.get("trained", args.steps)
+    row = measure(idea, variant, seed, run / "scripts", copy_of(args, steps=steps))
+    row |= {"added": idea["added"], "removed": idea["removed"]}
+    row |= {"trained": steps, "run": run.name, "start": args.start}
+    # A baseline of which more is wanted is trained once: its row is replaced.
+    rows = [row for row in rows if row not in same]
+    write_rows([*rows, {**key, **row}], args.results)
+    return True
+
+
+def copy_of(args, **changed):
+    """The flags, some of them with other values."""
+    return argparse.Namespace(**{**vars(args), **changed})
+
+
+def measure_at_equal_time(idea, args):
+    """Every variant again, with as many steps as fit into the time of the baseline."""
+    rows = alike(idea, args)
+    for words, variant in compare.variants(rows, idea):
+        paid = compare.costs(compare.pairs(rows, variant))
+        if "seconds" in paid:
+            shorter = compare.at_equal_time(idea)
+            shorter["trained"] = max(1, round(args.steps / paid["seconds"]))
+            for seed in range(args.seeds):
+                run_once(shorter, words, seed, args)
+
+
+def baseline_of(idea):
+    """What an idea is compared with, as a dict like it."""
     baseline = {**idea, "name": "baseline", "path": None, "added": 0, "removed": 0}
     baseline["measure"] = [name for name in idea["measure"] if name != "averaged"]
     if idea["stage"] == "codes":
         baseline["stage"] = "gpt"
-    todo = [(idea, variant) for variant in idea["flags"] or [""]]
-    if idea["stage"] != "sample":
-        todo.insert(0, (baseline, ""))
-    for seed in range(args.seeds):
-        for what, variant in todo:
-            key = key_of(what, variant, seed, args)
-            rows = json.loads(args.results.read_text()) if args.results.exists() else []
-            same = [row for row in rows if row.items() >= key.items()]
-            wanted = set(what["measure"]) - {"averaged"}
-            if same and wanted <= same[0].keys():
-                continue
-            run = args.out.resolve() / f"{what['name']}-{seed}-{digest(key)}"
-            changed_scripts(what["path"], run / "scripts")
-            row = measure(what, variant, seed, run / "scripts", args)
-            # A row that lacks a measure is measured again: the new row replaces it.
-            rows = [row for row in rows if row not in same]
-            rows.append({**key, **row, "added": what["added"], "removed": what["removed"]})
-            write_rows(rows, args.results)
+    return baseline
+
+
+def read_rows(args):
+    """The results so far."""
+    return json.loads(args.results.read_text()) if args.results.exists() else []
+
+
+def alike(idea, args):
+    """The rows of an idea and of baselines that runs of these flags may be compared with."""
+    key = key_of(idea, "", 0, args)
+    found = [row for row in read_rows(args) if row.get("changes") == idea.get("changes")]
+    found = [row for row in found if all(row[k] == key[k] for k in ("steps", "more"))]
+    return [row for row in found if row["ablation"] == "baseline" or row["data"] == key["data"]]
 
 
 def write_rows(rows, path):
@@ -293,19 +292,36 @@ def parse():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument("name", nargs="?", help=f"one of: {', '.join(names())}")
+    p.add_argument(
+        "--changes",
+        nargs="?",
+        const="",
+        metavar="BRANCH",
+        help="compare uncommitted changes, or those on a branch, with HEAD",
+    )
+    p.add_argument(
+        "--save",
+        metavar="NAME",
+        help="keep these changes as ablations/NAME.diff, run nothing",
+    )
     for flag, text in FLAGS.items():
         p.add_argument(f"--{flag}", help=text)
     p.add_argument(
         "--steps",
         type=flags.at_least_one,
-        default=250,
-        help="training steps of every run (default: 250)",
+        default=60,
+        help="training steps of every run (default: 60)",
     )
     p.add_argument(
         "--seeds",
         type=flags.at_least_one,
         default=3,
         help="runs of baseline and ablation, seeds 0, 1, ... (default: 3)",
+    )
+    p.add_argument(
+        "--equal-time",
+        action="store_true",
+        help="train the ablation once more, for as many steps as take the baseline's time",
     )
     p.add_argument(
         "--nproc",
@@ -334,8 +350,7 @@ def parse():
     p.add_argument(
         "--results",
         type=Path,
-        default=HERE / "results.json",
-        help="rows of all runs (default: results.json next to this file)",
+        help="rows of all runs (default: results.json in --out, changes.json for --changes)",
     )
     p.add_argument(
         "--table",
@@ -351,17 +366,19 @@ def parse():
 
 
 def main():
-    """The table, or baseline and ablation."""
+    """The table, or a diff from what is changed, or baseline and ablation."""
     parser, args = parse()
     try:
         if args.table:
-            import table
-
-            return table.write(args.results, {name: read(name) for name in names()})
-        idea = check(args)
+            results = args.results or HERE / "results.json"
+            return table.write(results, {name: read(name) for name in names()})
+        if args.save:
+            return save(args)
         args.out.mkdir(parents=True, exist_ok=True)
+        idea = check(args)
         # Each data set has a judge of its own.
         args.net = args.out.resolve() / f"judge-{digest([args.data, args.resize])}.pt"
+        args.start = time.strftime("%Y-%m-%d %H:%M:%S")
         measure_all(idea, args)
     except (OSError, ValueError) as error:
         parser.error(str(error))
@@ -371,18 +388,23 @@ def main():
 
 # ---- argument checks ---------------------------------------------------------------------------
 def check(args):
-    """The idea that args.name is about; paths become absolute. Raises ValueError, or OSError,
+    """The idea that the flags are about; paths become absolute. Raises ValueError, or OSError,
     before anything is trained."""
-    if args.name not in names():
+    if (args.name is None) == (args.changes is None):
+        raise ValueError(f"give --changes or one of these names: {', '.join(names())}")
+    if args.changes is None and args.name not in names():
         raise ValueError(f"no ablation is called {args.name!r}; there are: {', '.join(names())}")
-    idea = read(args.name)
+    idea = read(args.name) if args.name else read_changes(args)
+    idea["file"] = "-".join(filter(None, [idea["name"], idea.get("changes")]))
+    if args.results is None:
+        args.results = args.out / ("results.json" if args.name else "changes.json")
     needed = NEEDED[idea["stage"]]
     if needs_samples(idea):
         needed = [*needed, "vq", "data"]
     for flag in needed:
         path = getattr(args, flag)
         if path is None:
-            raise ValueError(f"{args.name} needs --{flag}: {FLAGS[flag]}")
+            raise ValueError(f"{args.name or '--changes'} needs --{flag}: {FLAGS[flag]}")
         if path.startswith("shapes"):
             continue
         if not Path(path).exists():

@@ -2,8 +2,8 @@
 
 $ python ablations/sweep.py --vq runs/vq/ckpt.pt --gpt runs/gpt/ckpt.pt --ref ref.npz --top-k 0,2000
 
-Writes sweep.md, sweep.csv and sweep.png to --out. A cell that is there already is not sampled
-again.
+Prints where FID is lowest. Writes sweep.md, sweep.csv and sweep.png to --out. A cell that is there
+already is not sampled again.
 """
 
 import argparse
@@ -19,6 +19,8 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from compare import lowest
+
 import evaluate
 import gpt
 import sample
@@ -75,6 +77,8 @@ def sweep(args):
         print(write_table(rows, args.out))
         plot(rows, f"{args.out}/sweep.png")
         print(f"{len(todo)} of {len(rows)} cells were new; {args.out} has sweep.md, .csv and .png")
+        print(fits(rows))
+        print(f"picture: {args.out}/sweep.png")
 
 
 def tag(*settings):
@@ -92,6 +96,19 @@ def write_table(rows, folder):
     markdown = "".join(f"| {' | '.join(line)} |\n" for line in ruled)
     Path(folder, "sweep.md").write_text(markdown)
     return markdown
+
+
+def fits(rows):
+    """In words, at which guidance scale FID is lowest for each top-k; or at which top-k, if there
+    is only one scale."""
+    if len({row["cfg_scale"] for row in rows}) == 1:
+        best = min(rows, key=lambda row: row["FID"])
+        return f"lowest FID {best['FID']:.4g} at top_k {best['top_k']} (0 is all)"
+    found = []
+    for k in dict.fromkeys(row["top_k"] for row in rows):
+        curve = sorted((row["cfg_scale"], row["FID"]) for row in rows if row["top_k"] == k)
+        found.append(f"top_k {k}: {lowest(curve, 'FID', 'cfg_scale')}")
+    return "\n".join(found)
 
 
 def plot(rows, path):

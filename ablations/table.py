@@ -1,5 +1,5 @@
-"""What run.py measured as the table of README.md and three pictures; started as `python
-ablations/run.py --table`."""
+"""What run.py measured, for people: the verdict and the picture at the end of a run; the table of
+README.md and its pictures (`python ablations/run.py --table`)."""
 
 import json
 import math
@@ -7,109 +7,100 @@ import os
 import statistics
 from pathlib import Path
 
+from compare import (
+    COSTS,
+    NAMES,
+    at_equal_time,
+    costs,
+    error_of,
+    expectation,
+    lowest,
+    mean_and_error,
+    pairs,
+    price,
+    sentence,
+    spread,
+    variants,
+    verdict,
+    written,
+)
 from PIL import Image, ImageDraw, ImageFont
 
 HERE = Path(__file__).resolve().parent
 ASSETS = HERE.parent / "assets"
-# Of a measure: its words, its decimals.
-NAMES = {
-    "val_loss": ("validation loss", 4),
-    "psnr": ("PSNR", 2),
-    "usage": ("codebook used", 3),
-    "accuracy": ("accuracy", 3),
-    "distance": ("distance", 2),
-}
-# By degrees of freedom, the |t| below which Student's distribution has 95% of its mass.
-# fmt: off
-STUDENT = {1: 12.7, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26,
-           10: 2.23, 11: 2.20, 12: 2.18, 13: 2.16}
-# fmt: on
 COLOURS = ["#1b6ca8", "#d1495b", "#3a7d44", "#edae49", "#6f4c9b"]
 
 
-# ---- numbers -----------------------------------------------------------------------------------
-def mean_and_error(values):
-    """Mean and standard error; of a single value the error is None."""
-    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
-    return statistics.mean(values), error
+# ---- the end of a run ----------------------------------------------------------------------------
+def report(rows, idea):
+    """Print what these rows, all of one length and data, say on an idea so far."""
+    for flags, variant in variants(rows, idea):
+        both = pairs(rows, variant)
+        for name in idea["measure"]:
+            having = [pair for pair in both if name in pair[0] and name in pair[1]]
+            if name in NAMES and having:
+                paid = price(both) if name == idea["measure"][0] else ""
+                print(sentence(idea, flags, having, name) + paid)
+    for flags, variant in variants(rows, at_equal_time(idea)):
+        name, both = idea["measure"][0], pairs(rows, variant)
+        if both:
+            label = f"{idea['label']} at equal time, {variant[0]['trained']} steps"
+            print(sentence({**idea, "label": label}, flags, both, name))
 
 
-def written(value, error, decimals, sign=""):
-    """A number with its error: 4.812 ± 0.003."""
-    text = f"{value:{sign}.{decimals}f}"
-    return text if error is None else f"{text} ± {error:.{decimals}f}"
+def picture(rows, idea, out):
+    """Draw these rows and print the fit, if there is one: the loss over the size, the samples over
+    guidance, or learning curves from the runs in the folder `out`. Prints where the picture is."""
+    path = out / f"{idea['file']}.png"
+    if idea["name"] == "model_size" and len(sizes(rows, idea)) > 2:
+        print(scaling(sizes(rows, idea), path))
+    elif idea["name"] == "guidance" and cells(rows, idea):
+        print(guidance(cells(rows, idea), path))
+    elif not learning(rows, idea, out, path):
+        return
+    print(f"picture: {path}")
 
 
-def pairs(rows, variant):
-    """(baseline's row, variant's row) of every seed that both have, with the same length, data and
-    common flags."""
-    stage, same = variant[0]["stage"], ["seed", "steps", "more", "data"]
-    if stage == "codes":  # the baseline is a GPT on the codes as they are
-        stage, same = "gpt", same[:3]
-    baselines = [row for row in rows if row["ablation"] == "baseline" and row["stage"] == stage]
-    return [
-        (base, row) for row in variant for base in baselines if all(base[k] == row[k] for k in same)
-    ]
+def learning(rows, idea, out, path):
+    """Draw the loss of baseline and variants over the steps, and next to it the difference of runs
+    of the same seed. False if there is no log to draw."""
+    losses, gaps = [], []
+    for flags, variant in variants(rows, idea):
+        both = [(curve(a, out), curve(b, out)) for a, b in pairs(rows, variant)]
+        both = [(a, b) for a, b in both if a and b]
+        if both:
+            losses = losses or [("baseline", [a for a, _ in both])]
+            losses.append((f"{idea['label']} {flags}".strip(), [b for _, b in both]))
+            shared = [sorted(a.keys() & b.keys()) for a, b in both]
+            gap = [{x: b[x] - a[x] for x in steps} for (a, b), steps in zip(both, shared)]
+            gaps.append((losses[-1][0], gap))
+    if not losses:
+        return False
+    image, draw = blank(1160, 450)
+    lines(draw, 150, "training loss by step; thin: each seed, thick: their mean", losses, COLOURS)
+    lines(draw, 1320, "difference to the baseline, seed by seed", gaps, COLOURS[1:])
+    save(image, path)
+    return True
 
 
-def variants(rows, idea):
-    """The measured rows of an ablation: [(flags, rows of all seeds)], in the order of its text."""
-    mine = [row for row in rows if row["ablation"] == idea["name"]]
-    longest = max((row["steps"] for row in mine), default=0)
-    order = idea["flags"] or [""]
-    return [
-        (flags, found)
-        for flags in order
-        if (found := [r for r in mine if r["flags"] == flags and r["steps"] == longest])
-    ]
+def curve(row, out):
+    """The loss in a run's log by step, without the first fifth, which would flatten the rest."""
+    log = out / row.get("run", "") / "out" / "log.jsonl"
+    if not log.is_file():
+        return {}
+    found = [json.loads(line) for line in log.read_text().splitlines()]
+    losses = {line["step"]: line["loss" if "loss" in line else "rec"] for line in found}
+    return {step: loss for step, loss in losses.items() if step >= row["steps"] / 5}
 
 
-def spread(rows, ideas):
-    """How far differences between ablation and baseline scatter from seed to seed: {(stage,
-    measure): (standard deviation, degrees of freedom)}. It is pooled over all ablations, because
-    two or three seeds of one say little."""
-    found = {}
-    for idea in ideas:
-        for _, variant in variants(rows, idea):
-            both = pairs(rows, variant)
-            for name in NAMES:
-                values = [b[name] - a[name] for a, b in both if name in a and name in b]
-                if len(values) > 1:
-                    squares, freedom = found.get((idea["stage"], name), (0, 0))
-                    new = statistics.variance(values) * (len(values) - 1)
-                    found[idea["stage"], name] = squares + new, freedom + len(values) - 1
-    return {key: ((squares / freedom) ** 0.5, freedom) for key, (squares, freedom) in found.items()}
-
-
-def verdict(expected, difference, error, freedom):
-    """A few honest words on a difference. `expected` is higher, lower, same, or nothing in
-    particular. The difference counts if zero is outside of its 95% interval."""
-    if error is None:
-        return "one seed: no error known"
-    if abs(difference) <= STUDENT.get(freedom, 2.3) * error:
-        if expected == "same":
-            return "agrees: no difference to be seen"
-        return "cannot be seen at this size"
-    direction = "higher" if difference > 0 else "lower"
-    if not expected:
-        return direction
-    return f"{direction}: {'agrees' if direction == expected else 'does not agree'}"
-
-
-def error_of(differences, deviation):
-    """The error of a mean difference over seeds: their own, or that of all ablations if it is
-    larger. Some scatter more than others."""
-    own = mean_and_error(differences)[1] or 0
-    return max(own, deviation / len(differences) ** 0.5)
-
-
+# ---- the table ---------------------------------------------------------------------------------
 def lines_of(rows, idea, scatter):
     """The table's lines for one ablation: a line for each variant and measure."""
     changed = f"+{idea['added']} -{idea['removed']}" if idea["added"] else "flags"
     head = f"| [{idea['name']}]({idea['path'].name}) | {changed} |"
     found = variants(rows, idea)
     if found and idea["stage"] == "sample":  # there is no baseline to compare with
-        return [f"{head} | see the picture | | | | | |"]
+        return [f"{head} | see the picture | | | | | | | | | |"]
     lines = []
     for flags, variant in found:
         for name in idea["measure"]:
@@ -124,18 +115,31 @@ def lines_of(rows, idea, scatter):
             if deviation is not None:
                 error = error_of([b - a for a, b in zip(base, mine)], deviation)
             first = name == idea["measure"][0]  # what is expected is about the first measure
-            expected = idea["expect"].split()[0].strip(":,;") if first else ""
-            expected = expected if expected in ("higher", "lower", "same") else ""
+            expected = expectation(idea) if first else ""
+            paid = costs(both) if first else {}
             cells = [
                 f"`{flags}`" if flags and first else "",
                 f"{words} {written(*mean_and_error(base), decimals)}",
                 written(*mean_and_error(mine), decimals),
                 written(difference, error, decimals, "+"),
+                *(f"{paid[cost]:.2f} x" if cost in paid else "" for cost in COSTS),
+                equal_time(rows, idea, flags) if first else "",
                 str(len(both)),
                 verdict(expected, difference, error, freedom),
             ]
             lines.append(f"{'| | |' if lines else head} {' | '.join(cells)} |")
-    return lines or [f"{head} | not run | | | | | |"]
+    return lines or [f"{head} | not run | | | | | | | | | |"]
+
+
+def equal_time(rows, idea, flags):
+    """The difference of the first measure where both were trained for the same time, or ""."""
+    name = idea["measure"][0]
+    found = dict(variants(rows, at_equal_time(idea)))
+    both = pairs(rows, found[flags]) if flags in found else []
+    differences = [row[name] - base[name] for base, row in both]
+    if not differences:
+        return ""
+    return written(*mean_and_error(differences), NAMES[name][1], "+")
 
 
 # ---- pictures, drawn at twice their size and halved at the end ---------------------------------
@@ -158,6 +162,45 @@ def save(image, path):
 def dot(draw, x, y, colour):
     """A filled circle."""
     draw.ellipse((x - 11, y - 11, x + 11, y + 11), colour)
+
+
+def ticks(low, high):
+    """Three to eight round numbers between two others."""
+    room = (high - low) / 3 or 1
+    unit = 10 ** math.floor(math.log10(room))
+    step = max(unit * n for n in (1, 2, 5) if unit * n <= room)
+    return [n * step for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def lines(draw, left, title, groups, colours):
+    """A panel of curves: groups are (label, [{x: y} of each seed]), a colour for each. Zero is
+    marked where it is among the values."""
+    bottom, width, height = 800, 940, 560
+    values = [y for _, seeds in groups for seed in seeds for y in seed.values()]
+    steps = [x for _, seeds in groups for seed in seeds for x in seed]
+    low, high = min(values), max(values)
+    first, last = min(steps), max(steps)
+
+    def place(x, y):
+        right = (x - first) / (last - first or 1)
+        return left + width * right, bottom - height * (y - low) / (high - low or 1)
+
+    draw.text((left - 100, 40), title, "#333", FONT, "lm")
+    for y in ticks(low, high):
+        draw.line((*place(first, y), *place(last, y)), "#ddd", 2)
+        draw.text((left - 16, place(first, y)[1]), f"{y:.3g}", "#777", FONT, "rm")
+    for x in ticks(first, last):
+        draw.text((place(x, low)[0], bottom + 40), f"{x:.0f}", "#777", FONT, "mm")
+    if low < 0 < high:
+        draw.line((*place(first, 0), *place(last, 0)), "#777", 3)
+    for n, (label, seeds) in enumerate(groups):
+        colour = colours[n % len(colours)]
+        shared = sorted(set.intersection(*(set(seed) for seed in seeds)))
+        mean = [place(x, statistics.mean(seed[x] for seed in seeds)) for x in shared]
+        for seed in seeds:
+            draw.line([place(*point) for point in sorted(seed.items())], colour, 2)
+        draw.line(mean, colour, 8)
+        draw.text((left + width, 90 + 36 * n), label, colour, FONT, "rm")
 
 
 def bars(panels, path):
@@ -188,7 +231,7 @@ def power_law(sizes, losses):
 
 def scaling(points, path):
     """Loss over size, both logarithmic, with the fitted line: points are (weights, loss). Returns
-    power_law's."""
+    the fit in words."""
     a, b, r = power_law(*zip(*points))
     image, draw = blank(640, 400)
     x = [math.log(size) for size, _ in points]
@@ -209,12 +252,12 @@ def scaling(points, path):
         below = 28 if loss < a * size**b else -28  # on the side away from the line
         draw.text((px + 24, py + below), f"{loss:.3f}", "#333", FONT, "lm")
     save(image, path)
-    return a, b, r
+    return f"loss = {a:.4g} x weights^({b:.4f}), correlation of the logarithms {r:.4f}"
 
 
 def guidance(cells, path):
     """Distance and accuracy over guidance, a line for each top-k: cells are (scale, k, distance,
-    accuracy)."""
+    accuracy). Returns in words where the distance is lowest."""
     image, draw = blank(1120, 420)
     scales, ks = sorted({cell[0] for cell in cells}), sorted({cell[1] for cell in cells})
     for left, what, title in ((160, 2, "distance of samples"), (1280, 3, "accuracy of samples")):
@@ -239,6 +282,11 @@ def guidance(cells, path):
                 dot(draw, x, y, COLOURS[n])
             draw.text((left + 560 + 110 * n, 50), f"{k:g}" if k else "all", COLOURS[n], FONT, "lm")
     save(image, path)
+    found = []
+    for k in ks:
+        curve = sorted((cell[0], cell[2]) for cell in cells if cell[1] == k)
+        found.append(f"{lowest(curve, 'distance', 'guidance')}, top-k {f'{k:g}' if k else 'all'}")
+    return "\n".join(found)
 
 
 # ---- all of it ---------------------------------------------------------------------------------
@@ -270,30 +318,40 @@ def write(results, ideas):
     if panels:
         bars(panels, ASSETS / "ablations.png")
 
-    sizes = [variant for _, variant in variants(rows, ideas["model_size"])]
-    if sizes:
-        sizes.append([base for base, _ in pairs(rows, sizes[0])])
-        points = []
-        for variant in sizes:
-            loss = statistics.mean(row["val_loss"] for row in variant)
-            points.append((variant[0]["parameters"], loss))
-        a, b, r = scaling(sorted(points), ASSETS / "scaling.png")
-        print(f"loss = {a:.4g} * weights^{b:.4f}, correlation {r:.4f}")
+    if points := sizes(rows, ideas["model_size"]):
+        print(scaling(points, ASSETS / "scaling.png"))
+    if found := cells(rows, ideas["guidance"]):
+        print(guidance(found, ASSETS / "guidance.png"))
+    print(f"{readme}: a table from {len(rows)} runs; the pictures are in {ASSETS}")
 
-    cells = []
-    for flags, variant in variants(rows, ideas["guidance"]):
+
+def sizes(rows, idea):
+    """What scaling() draws: (weights, validation loss) of every size, the baseline's too."""
+    found = [variant for _, variant in variants(rows, idea)]
+    if found:
+        found.append([base for base, _ in pairs(rows, found[0])])
+    points = []
+    for variant in filter(None, found):
+        loss = statistics.mean(row["val_loss"] for row in variant)
+        points.append((variant[0]["parameters"], loss))
+    return sorted(points)
+
+
+def cells(rows, idea):
+    """What guidance() draws: (scale, k, distance, accuracy) of every cell."""
+    found = []
+    for flags, variant in variants(rows, idea):
         _, scale, _, k = flags.split()  # --cfg-scale 2 --top-k 64
         distance = statistics.mean(row["distance"] for row in variant)
         accuracy = statistics.mean(row["accuracy"] for row in variant)
-        cells.append((float(scale), float(k), distance, accuracy))
-    if cells:
-        guidance(cells, ASSETS / "guidance.png")
-    print(f"{readme}: a table from {len(rows)} runs; the pictures are in {ASSETS}")
+        found.append((float(scale), float(k), distance, accuracy))
+    return found
 
 
 def tables(rows, ideas, scatter):
     """The lines of both tables: what was measured, and what each ablation is about."""
-    words = ["ablation", "lines", "flags", "baseline", "with it", "difference", "seeds", "verdict"]
+    words = ["ablation", "lines", "flags", "baseline", "with it", "difference"]
+    words += [*COSTS.values(), "difference at equal time", "seeds", "verdict"]
     lines = [f"| {' | '.join(words)} |", "|---" * len(words) + "|"]
     for idea in ideas:
         lines += lines_of(rows, idea, scatter)
@@ -313,9 +371,12 @@ def differences(rows, ideas, scatter, stage, name):
         if idea["stage"] != stage or name not in idea["measure"]:
             continue
         for flags, variant in variants(rows, idea):
-            values = [mine[name] - base[name] for base, mine in pairs(rows, variant)]
+            both = pairs(rows, variant)
+            values = [mine[name] - base[name] for base, mine in both]
             label = idea["name"]
             if len(idea["flags"]) > 1:
                 label += f" {flags.split()[-1]}"
+            if "seconds" in costs(both):
+                label += f", {costs(both)['seconds']:.2f} x the time"
             items.append((label, statistics.mean(values), error_of(values, deviation)))
     return items

@@ -110,7 +110,8 @@ def status(norms, asked_to_stop, world):
 # fmt: off
 PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
               "L4": 121e12, "A10": 125e12, "4090": 165e12, "3090": 71e12, "V100": 125e12}
-FORMATS = {"lr": ".1e", "norm": ".2f", "usage": ".1%", "mfu": ".1%", "img_per_s": ",.1f"}
+FORMATS = {"lr": ".1e", "norm": ".2f", "usage": ".1%", "mfu": ".1%", "img_per_s": ",.1f",
+           "gpu_gib": ".1f"}
 # fmt: on
 
 
@@ -126,7 +127,8 @@ class Log:
         self.rank, self.world = rank, world
         self.sums, self.counts = {}, {}
         self.clock, self.step = time.time(), step
-        gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        self.on_gpu = device.type == "cuda"
+        gpu = torch.cuda.get_device_name(device) if self.on_gpu else ""
         peak = next((flops for name, flops in PEAK_FLOPS.items() if name in gpu), 0)
         self.mfu_per_rate = flops_per_image / peak / world if peak else 0
         if rank == 0 and self.path.exists():
@@ -159,6 +161,8 @@ class Log:
         self.clock, self.step = time.time(), step
         if self.rank > 0:
             return
+        if self.on_gpu:
+            line["gpu_gib"] = torch.cuda.max_memory_allocated() / 2**30  # the peak, of process 0
         with open(self.path, "a") as file:
             file.write(json.dumps({"step": step, **line}) + "\n")
         parts = [f"{name} {value:{FORMATS.get(name, '.4f')}}" for name, value in line.items()]

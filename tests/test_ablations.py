@@ -20,6 +20,8 @@ import gpt
 import vq
 
 sys.path.insert(0, str(ROOT / "ablations"))
+import compare
+import ideas
 import run
 import sweep
 import table
@@ -94,7 +96,7 @@ def test_a_sweep_refuses_models_that_do_not_belong_together(swept, tokenizer, tm
 DIFFS = sorted(path.stem for path in (ROOT / "ablations").glob("*.diff"))
 TOKENIZERS = ("fsq", "no_sphere")
 
-# run in the folder with the changed scripts, after five steps; `model` is what they trained
+# run in the folder with the changed scripts, after two steps; `model` is what they trained
 PROMISES = {
     "adaln": """
         fresh = gpt.GPT(model.config).eval()
@@ -212,7 +214,7 @@ def test_every_diff_applies_to_the_scripts_and_says_what_it_is_about():
 
 
 @pytest.mark.parametrize("name", DIFFS)
-def test_with_the_diff_five_steps_are_trained_two_pictures_drawn_and_its_promise_holds(
+def test_with_the_diff_two_steps_are_trained_two_pictures_drawn_and_its_promise_holds(
     name, small, tmp_path
 ):
     scripts = tmp_path / "scripts"
@@ -221,7 +223,7 @@ def test_with_the_diff_five_steps_are_trained_two_pictures_drawn_and_its_promise
         size = "--codebook-size 1000 --code-dim 4" if name == "fsq" else "--codebook-size 64"
         calls = [
             "train_vq.py --data shapes --model VQ-demo --image-size 16 --batch-size 2 "
-            f"--lpips-weight 0 --disc-weight 0 --max-steps 5 --out out {size}",
+            f"--lpips-weight 0 --disc-weight 0 --max-steps 2 --out out {size}",
             "vq.py encode --vq out/ckpt.pt --data shapes:2 --out codes --workers 0",
         ]
         load, written = "vq.load_vq('out/ckpt.pt')", "codes/meta.json"
@@ -229,7 +231,7 @@ def test_with_the_diff_five_steps_are_trained_two_pictures_drawn_and_its_promise
         size = "toy-0.1M" if name == "model_size" else "demo"
         calls = [
             f"train_gpt.py --codes {small}/codes --model {size} --batch-size 8 --lr 3e-4 "
-            "--max-steps 5 --val-images 8 --val-every 5 --out out",
+            "--max-steps 2 --val-images 8 --val-every 2 --out out",
             f"sample.py --vq {small}/vq.pt --gpt out/ckpt.pt --classes 0,1 --cfg-scale 2 "
             "--out two.png",
         ]
@@ -252,17 +254,191 @@ def ablate(words):
 def test_a_finished_run_is_not_repeated(small, tmp_path):
     words = (
         f"averaged_weights --codes {small}/codes --steps 2 --seeds 1 --out {tmp_path}/out "
-        f"--results {tmp_path}/results.json"
+        f"--results {tmp_path}/results.json -- --val-images 8"
     )
     code, text = ablate(words)
     # The third run measures the averaged weights.
     assert code == 0 and text.count("> train_gpt.py") == 3, text
+    said = r"averaged_weights --ema-decay 0.9999: validation loss \S+ against \S+ \(1 seed\): .*"
+    said += r"x the seconds per step, \S+ x the peak memory, 1.00 x the weights"
+    assert re.fullmatch(said, text.splitlines()[-1]), text
+    assert Image.open(tmp_path / "out" / "averaged_weights.png").size == (1160, 450)
     rows = json.loads((tmp_path / "results.json").read_text())
     assert [row["ablation"] for row in rows] == ["baseline", "averaged_weights"]
     assert all(row["val_loss"] > 0 and row["seconds"] > 0 for row in rows)
     code, text = ablate(words)
     assert code == 0 and "> train_gpt.py" not in text
     assert rows == json.loads((tmp_path / "results.json").read_text())
+    assert re.fullmatch(said, text.splitlines()[-1]), text  # the verdict is there again
+
+
+def pair(seed, base, mine, **more):
+    """A row of the baseline and one of qk_norm, which differ in the loss and in `more`, pairs of
+    values."""
+    same = {"stage": "gpt", "steps": 5, "more": "", "data": "x", "flags": "", "seed": seed}
+    values = {"val_loss": (base, mine), **more}
+    return tuple(
+        {**same, "ablation": name, **{k: v[i] for k, v in values.items()}}
+        for i, name in enumerate(("baseline", "qk_norm"))
+    )
+
+
+def test_the_verdict_has_the_means_the_paired_difference_and_what_is_expected():
+    idea = {**run.read("muon"), "label": "muon"}
+    both = [pair(0, 3.60, 3.50), pair(1, 3.70, 3.61), pair(2, 3.80, 3.69)]
+    three = compare.sentence(idea, "", both, "val_loss")
+    assert three.startswith("muon: validation loss 3.6000 against 3.7000 (3 seeds): ")
+    assert three.endswith(" -0.1000 ± 0.0058, lower, as expected")
+    one = compare.sentence(idea, "--lr 1", both[:1], "val_loss")
+    assert one.startswith(
+        "muon --lr 1: validation loss 3.5000 against 3.6000 (1 seed): -0.1000, one"
+    )
+    far = [pair(0, 3.60, 3.50), pair(1, 3.70, 3.71), pair(2, 3.80, 3.69)]
+    assert "too small to be seen with 3 seeds (less than 0.17)" in compare.sentence(
+        idea, "", far, "val_loss"
+    )
+    equal = [pair(0, 3.60, 3.60), pair(1, 3.70, 3.70)]
+    assert compare.sentence(idea, "", equal, "val_loss").endswith("nothing changed in training")
+    assert compare.judge("val_loss", "higher", -1, 0.01, 3) == "lower, not as expected"
+    assert compare.judge("val_loss", "same", -1, 1, 3) == "no difference to be seen, as expected"
+    assert compare.judge("val_loss", "", -1, 0.01, 3) == "lower, which is better"
+    assert compare.judge("psnr", "", -1, 0.01, 3) == "lower, which is worse"
+
+
+def test_seconds_are_compared_only_between_runs_of_one_start():
+    """A machine is not equally busy at all times; memory and weights do not depend on that."""
+    cost = {"seconds": (1.0, 1.5), "memory": (2.0, 3.0), "parameters": (10, 10)}
+    together = pair(0, 1, 1, start=("a", "a"), **cost)
+    apart = pair(1, 1, 1, start=("a", "b"), **{**cost, "seconds": (1.0, 9.0)})
+    old = pair(2, 1, 1, seconds=(1.0, 9.0))  # from before there was a start
+    assert compare.costs([together, apart, old]) == {
+        "seconds": 1.5,
+        "memory": 1.5,
+        "parameters": 1.0,
+    }
+    assert compare.costs([old]) == {}
+
+
+def test_at_equal_time_a_slower_ablation_gets_fewer_steps(tmp_path, monkeypatch):
+    trained = []
+
+    def note(idea, variant, seed, scripts, args):
+        trained.append((idea["name"], seed, args.steps))
+        return {"val_loss": 1.0, "seconds": 2.0 if idea["name"] == "muon" else 1.0}
+
+    monkeypatch.setattr(run, "measure", note)
+    monkeypatch.setattr(run, "changed_scripts", lambda *_: None)
+    args = SimpleNamespace(codes="codes", resize=32, steps=10, seeds=2, more=[], out=tmp_path)
+    args.equal_time, args.start, args.results = True, "now", tmp_path / "results.json"
+    idea = {**run.read("muon"), "file": "muon"}
+    run.measure_all(idea, args)
+    both = [(name, seed, 10) for seed in range(2) for name in ("baseline", "muon")]
+    assert trained == both + [("muon at equal time", seed, 5) for seed in range(2)]
+    run.measure_all(idea, args)  # nothing is repeated
+    assert len(trained) == 6
+    rows = json.loads(args.results.read_text())
+    assert table.equal_time(rows, idea, "") == "+0.0000 ± 0.0000"
+
+
+def test_a_parabola_finds_the_minimum_between_the_scales_that_were_tried():
+    curve = [(x, (x - 1.8) ** 2 + 3) for x in (1, 1.5, 2.5)]
+    said = "lowest FID 3.09 at scale 1.5 (a parabola has its minimum at 1.8)"
+    assert compare.lowest(curve, "FID", "scale") == said
+    assert compare.lowest(curve[:2], "FID", "scale").endswith("the end of the range")
+
+
+# ---- what is changed in a clone ------------------------------------------------------------------
+@pytest.fixture
+def clone(tmp_path, monkeypatch):
+    """A repository with this working tree's scripts, committed; ideas.py is about it."""
+    folder = tmp_path / "clone"
+    run.changed_scripts(None, folder)
+    shutil.copytree(ROOT / "ablations", folder / "ablations")
+    (folder / ".gitignore").write_text("__pycache__\n")
+    who = "-c user.name=a -c user.email=a@b"
+    for words in ("init -q", "add .", f"{who} commit -qm start"):
+        subprocess.run(["git", *words.split()], cwd=folder, check=True)
+    monkeypatch.setattr(ideas, "ROOT", folder)
+    monkeypatch.setattr(ideas, "HERE", folder / "ablations")
+    return folder
+
+
+def edit(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def test_the_baseline_of_changes_is_head_and_every_edit_is_another_run(clone, tmp_path):
+    args = SimpleNamespace(changes="", codes="codes", data=None, out=tmp_path)
+    args.resize, args.steps, args.more = 32, 5, []
+    found = []
+    for old, new in (("F.silu", "F.relu"), ("F.relu", "F.elu"), ("F.elu", "F.relu")):
+        edit(clone / "gpt.py", old, new)
+        idea = ideas.read_changes(args)
+        ideas.changed_scripts(None, tmp_path / "head", idea["commit"])
+        ideas.changed_scripts(idea["path"], tmp_path / "mine", idea["commit"])
+        assert "F.silu" in (tmp_path / "head" / "gpt.py").read_text()
+        assert new in (tmp_path / "mine" / "gpt.py").read_text()
+        assert (idea["label"], idea["added"], idea["removed"]) == ("changes to gpt.py", 1, 1)
+        found.append([run.key_of(what, "", 0, args) for what in (idea, run.baseline_of(idea))])
+    assert found[0] == found[2] and found[0][0] != found[1][0] and found[0][1] != found[1][1]
+    subprocess.run(
+        "git checkout -q -b idea && git -c user.name=a -c user.email=a@b commit -qam x "
+        "&& git checkout -q -",
+        shell=True,
+        cwd=clone,
+        check=True,
+    )
+    args.changes = "idea"
+    branch = ideas.read_changes(args)
+    assert branch["path"].read_text() == idea["path"].read_text()
+    assert "F.silu" in (clone / "gpt.py").read_text()
+
+
+def test_changes_that_training_does_not_use_are_refused(clone, tmp_path):
+    with pytest.raises(ValueError, match="no script has uncommitted changes"):
+        ideas.diff("")
+    edit(clone / "sample.py", "import", "import  ")
+    with pytest.raises(ValueError, match="only sample.py differs, and training does not use it"):
+        ideas.stage_of(ideas.diff(""))
+    edit(clone / "vq.py", "import", "import  ")
+    assert ideas.stage_of(ideas.diff("")) == "vq"
+    edit(clone / "nanollamagen" / "loss.py", "import", "import  ")
+    assert ideas.stage_of(ideas.diff("")) == "vq"
+    edit(clone / "train_gpt.py", "import", "import  ")
+    assert ideas.stage_of(ideas.diff("")) == "gpt"
+    assert ideas.stage_of(ideas.diff(""), tokenizer=True) == "vq"
+
+
+def test_saved_changes_are_a_diff_of_the_folder_that_applies_to_the_scripts(clone, tmp_path):
+    edit(clone / "gpt.py", "F.silu", "F.relu")
+    args = SimpleNamespace(changes=None, codes=None, data=None, save="relu")
+    ideas.save(args)
+    path = clone / "ablations" / "relu.diff"
+    idea = ideas.read("relu")
+    assert {"title", "idea", "source", "reported", "expect", "stage"} <= idea.keys()
+    assert (idea["stage"], idea["added"], compare.expectation(idea)) == ("gpt", 1, "")
+    subprocess.run(["git", "apply", "-R", path], cwd=clone, check=True)
+    ideas.changed_scripts(path, tmp_path / "scripts")
+    assert "F.relu" in (tmp_path / "scripts" / "gpt.py").read_text()
+    with pytest.raises(ValueError, match="--save relu: a new name"):
+        ideas.save(args)
+
+
+def test_the_changes_of_a_clone_are_measured_from_one_command(clone, small, tmp_path):
+    edit(clone / "gpt.py", "F.silu", "F.relu")
+    command = [sys.executable, "ablations/run.py", "--changes", "--codes", small / "codes"]
+    command += ["--steps", "2", "--seeds", "1", "--", "--val-images", "8"]
+    done = subprocess.run(command, cwd=clone, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith("changes to gpt.py: validation loss ") and "1.00 x the weights" in last
+    rows = json.loads((clone / "runs" / "ablations" / "changes.json").read_text())
+    assert [row["ablation"] for row in rows] == ["baseline", "changes"]
+    assert (clone / "ablations" / "results.json").read_text() == (
+        ROOT / "ablations" / "results.json"
+    ).read_text()
 
 
 @pytest.mark.parametrize(
@@ -282,7 +458,12 @@ def test_a_run_resumes_what_a_stopped_one_left(small, tmp_path, monkeypatch, lef
         path = tmp_path / "run" / "out" / name
         path.mkdir() if name.endswith("/") else path.touch()
     started = []
-    monkeypatch.setattr(run, "call", lambda scripts, words, nproc=1: started.append(words))
+
+    def note(scripts, words, nproc=1):
+        started.append(words)
+        return "", 1.0
+
+    monkeypatch.setattr(run, "call", note)
     monkeypatch.setattr(run, "log", lambda *_: {"val_loss": 1.0})
     args = SimpleNamespace(
         codes=small / "codes", data=None, gpt=None, steps=5, save_every=5, more=[], nproc=2
@@ -318,6 +499,8 @@ def test_samples_are_judged_by_a_network_of_their_own_data_and_size(small, tmp_p
 @pytest.mark.parametrize(
     "words, sentence",
     [
+        ("", "give --changes or one of these names: adaln"),
+        ("rar --changes", "give --changes or one of these names: adaln"),
         ("rarr", "no ablation is called 'rarr'; there are: adaln, averaged_weights"),
         ("rar", "rar needs --codes"),
         ("rar --codes nowhere", "--codes nowhere: no such file or folder"),
@@ -367,14 +550,14 @@ def test_differences_are_paired_by_seed_and_called_by_their_error():
         for seed in range(2):
             row = {"ablation": name, "seed": seed, "val_loss": loss + seed + off * seed % 2}
             rows.append({**same, **row})
-    deviation, freedom = table.spread(rows, [run.read("rar")])["gpt", "val_loss"]
+    deviation, freedom = compare.spread(rows, [run.read("rar")])["gpt", "val_loss"]
     assert freedom == 1
     assert abs(deviation - 0.1 / 2**0.5) < 1e-9  # the seeds' own distance of 1 is not in it
     (line,) = table.lines_of(rows, run.read("rar"), {("gpt", "val_loss"): (0.01, 9)})
-    assert "+0.5500 ± 0.0500 | 2 | higher: agrees" in line
-    assert table.verdict("lower", 0.5, 0.01, 9) == "higher: does not agree"
-    assert table.verdict("lower", 0.5, 0.3, 9) == "cannot be seen at this size"
-    two_seeds = table.verdict("same", 0.5, 0.1, 1)
+    assert "+0.5500 ± 0.0500 |  |  |  |  | 2 | higher: agrees" in line  # rows that say no costs
+    assert compare.verdict("lower", 0.5, 0.01, 9) == "higher: does not agree"
+    assert compare.verdict("lower", 0.5, 0.3, 9) == "cannot be seen at this size"
+    two_seeds = compare.verdict("same", 0.5, 0.1, 1)
     assert two_seeds == "agrees: no difference to be seen"
     a, b, r = table.power_law([1e5, 1e6, 1e7], [8.0, 4.0, 2.0])
     assert abs(b - np.log10(0.5)) < 1e-9 and abs(r + 1) < 1e-9
