@@ -1,5 +1,5 @@
-"""What course/ promises: stubs that fail, solutions that pass, mistakes that are caught by name, and
-a notebook that runs from top to bottom."""
+"""What course/ promises: stubs that fail, solutions that pass, mistakes caught by name, and a tour
+that runs from top to bottom."""
 
 import os
 import re

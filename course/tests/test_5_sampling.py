@@ -63,7 +63,7 @@ def test_no_filter(exercise):
 def test_top_p(exercise):
     """Top-p leaves the likeliest codes up to and including the one that crosses p."""
     result = kept(exercise.filter_logits(PROBS.log(), top_p=0.6))
-    assert 3 in result[0], "the code that crosses p is missing"
+    assert len(result[0]) > 1, "the code that crosses p is missing"
     assert result[0] == [1, 3], "other codes are left than the likeliest ones that sum to p"
     assert result[1] == [2, 3], "rows of a batch are not filtered each by its own probabilities"
     all_but_one = kept(exercise.filter_logits(PROBS.log(), top_p=0.9))
