@@ -5,14 +5,21 @@ import json
 import os
 import random
 import re
+import sys
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from conftest import ROOT
 from PIL import Image
 
-from nanollamagen import data
+import train_vq
+from nanollamagen import captions, classes, data, encoding, flags, image_sets
+
+sys.path.insert(0, str(ROOT / "extras"))
+import edit
 
 GREY = np.arange(256, dtype=np.uint8).reshape(16, 16)
 
@@ -270,3 +277,106 @@ def test_natural_order(tmp_path):
         save(tmp_path / f"a{i}.png")
     names = [os.path.basename(path) for path in data.all_images(tmp_path).places]
     assert [int(re.sub("[^0-9]", "", name)) for name in names] == [1, 2, 9, 10, 100]
+
+
+def test_a_byte_order_mark_in_a_file_of_prompts_is_no_part_of_the_first(tmp_path):
+    (tmp_path / "prompts.txt").write_text("\ufeffa cat\n\n \na dog\n", encoding="utf8")
+    assert captions.read_prompts(tmp_path / "prompts.txt") == ["a cat", "a dog"]
+
+
+# ---- names of classes --------------------------------------------------------------------------
+def test_a_name_wins_over_an_id_and_what_was_taken_is_said(capsys):
+    names = sorted(map(str, range(1, 13)))  # 1 10 11 12 2 ...
+    assert names[classes.find_class("5", names)] == "5"
+    assert names[classes.find_class("12", names)] == "12"
+    assert "class 5: taken as a name, that of id 7" in capsys.readouterr().err
+    assert classes.find_class("0", names) == 0  # no name: an id
+    with pytest.raises(ValueError, match="class 13 is out of range"):
+        classes.find_class("13", names)
+    classes.find_class("3", ["0", "1", "2", "3"])
+    assert not capsys.readouterr().err  # the two agree
+
+
+def test_names_are_compared_in_one_normalisation():
+    assert classes.find_class("caf\u00e9", ["tea", "cafe\u0301"]) == 1
+    assert classes.find_class("Cafe\u0301", ["tea", "caf\u00e9"]) == 1
+
+
+# ---- the machine -------------------------------------------------------------------------------
+def test_bfloat16_is_the_default_only_where_the_gpu_has_it(monkeypatch):
+    for has_it, name in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported", lambda including_emulation, y=has_it: y
+        )
+        assert flags.best_dtype("cuda:0") == name
+        assert flags.best_dtype(torch.device("cpu")) == "float32"
+
+
+def test_batches_leave_the_workers_as_bytes_and_not_through_shared_memory():
+    item = train_vq.TrainCrops(data.open_images("shapes:4"), 24, 0)[0, 1]
+    assert isinstance(item, np.ndarray) and item.dtype == np.uint8 and item.shape == (3, 24, 24)
+
+
+# ---- masks -------------------------------------------------------------------------------------
+def test_a_mask_is_read_by_its_transparency_or_else_by_its_white(tmp_path):
+    """So one hole.png serves extras/edit.py and the API."""
+    hole = np.zeros((16, 16), bool)
+    hole[4:8] = True
+    white = np.where(hole, 255, 0).astype(np.uint8)
+    clear = np.full((16, 16, 4), 255, np.uint8)  # all white, but only the hole is transparent
+    clear[..., 3] = 255 - white
+    Image.fromarray(white).save(tmp_path / "white.png")
+    Image.fromarray(clear).save(tmp_path / "clear.png")
+    for name in ("white.png", "clear.png"):
+        kept = edit.masked_pixels(tmp_path / name, Image.new("RGB", (16, 16)), 16)
+        assert np.array_equal(kept, ~hole), name
+
+
+# ---- all at once -------------------------------------------------------------------------------
+def test_one_ugly_folder_is_read_alike_by_encode_train_evaluate_and_edit(tmp_path, capsys):
+    root = tmp_path / "data"
+    grey = {}  # what is read: name -> the grey of its middle
+    for value, name in enumerate(
+        ("ant/10.png", "ant/9.JPEG", "ant/deep/er/1.bmp", "bee/1.TIF", "bee/cafe\u0301.webp"), 1
+    ):
+        save(root / name, 40 * value)
+        grey[name] = 40 * value
+    latin = os.path.join(os.fsencode(root), b"caf\xe9", b"caf\xe9.jpg")
+    save(latin, 30)
+    grey[os.path.relpath(os.fsdecode(latin), root)] = 30
+    Image.fromarray(np.full((20, 20), 70 * 257, np.uint16)).save(root / "bee" / "deep.png")
+    Image.new("RGBA", (20, 20)).save(root / "bee" / "clear.png")
+    Image.new("RGB", (60_000, 1), (90,) * 3).save(root / "bee" / "strip.png")
+    grey |= {"bee/deep.png": 70, "bee/clear.png": 255, "bee/strip.png": 90}
+    save(root / "ant" / "._9.png")
+    save(root / ".ipynb_checkpoints" / "9.png")
+    save(root / "bee" / "moving.gif")
+    (root / "bee" / "empty.png").write_bytes(b"")
+    (root / "LICENSE.txt").write_text("mine")
+    os.symlink("..", root / "ant" / "up")
+    left_out = {"hidden": 2, ".gif": 1, "empty file": 1, ".txt": 1, "circular link": 1}
+    (root / "bee" / "broken.png").write_bytes(b"\x89PNG no")  # is found, but cannot be read
+
+    found = data.open_images(str(root))
+    line = "10 images in 3 classes; left out: 2 hidden, "
+    assert line in capsys.readouterr().out and +found.left_out == left_out
+    assert found.classes == ["ant", "bee", "caf\ufffd"]
+    names = [os.path.relpath(path, root) for path in found.places]
+    broken = names.index("bee/broken.png")
+    assert {name for name in names if name != "bee/broken.png"} == grey.keys()
+    crops = encoding.Crops(found, 16, [])
+    train = train_vq.TrainCrops(found, 16, 0)
+    for i, name in enumerate(names):
+        state, pixels = crops[i]
+        assert state == (encoding.UNREADABLE if i == broken else encoding.DONE), name
+        if i != broken:
+            photo = data.center_crop(data.open_image(found.places[i]), 16)  # as edit.py reads it
+            for read in (pixels, train[0, i], np.array(photo)):
+                assert abs(int(read.mean()) - grey[name]) <= 1, name
+
+    (root / "bee" / "broken.png").unlink()
+    images = image_sets.open_set(root, size=16)
+    line = "9 images; left out: 2 hidden, "
+    assert images.count == 9 and line in capsys.readouterr().out
+    means = sorted(int(x.mean().round()) for x in images.read(range(9)))
+    assert np.abs(np.array(means) - sorted(grey.values())).max() <= 1
