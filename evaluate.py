@@ -288,7 +288,7 @@ def quality_of(x, y):
 def recon(args):
     """rFID, PSNR, SSIM, codebook usage and perplexity of a tokenizer, and a picture of good and bad
     cases. The reference of rFID is the same images, centre-cropped."""
-    model, images = vq.load_vq(args.vq, args.device), data.open_images(args.data)
+    model, images = vq.load_vq(args.vq, args.device), data.open_images(args.data, unlabelled=True)
     size = args.image_size or model.image_size
     final = args.eval_size or size
     if size % model.config.downsample:

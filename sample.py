@@ -291,8 +291,8 @@ def add_flags(p):
     flag("--seed", type=flags.seed, default=0, help="image i follows from seed + i")
     flag("--device", type=flags.device, default="cuda" if on_gpu else "cpu",
          help="cuda, cpu or mps (default: cuda if any)")
-    flag("--dtype", choices=["float32", "bfloat16"], default="bfloat16" if on_gpu else "float32",
-         help="of the GPT (default: bfloat16 on a GPU)")
+    flag("--dtype", choices=["float32", "bfloat16"],
+         help="of the GPT (default: bfloat16 on a GPU that has it)")
     # fmt: on
     for name, (default, for_captions, smallest, largest, what) in SETTINGS.items():
         kind = flags.bounded(type(default), smallest, largest)
@@ -339,7 +339,8 @@ def main():
     captioned = model.config.caption_dim > 0
     settings = choose_settings(args, captioned, paper=args.paper)
     words = ", ".join(f"{name} {value}" for name, value in settings.items())
-    print(f"{args.gpt}: {words}, seed {args.seed}")
+    args.dtype = args.dtype or flags.best_dtype(device)
+    print(f"{args.gpt}: {words}, seed {args.seed}, {args.dtype}")
 
     if args.dtype == "bfloat16":
         model = model.bfloat16()

@@ -220,7 +220,7 @@ def engine_arguments(folder, tensor_parallel_size=1, **more):
         "max_model_len": info["max_position_embeddings"],
         "enable_prefix_caching": False,
         "enforce_eager": not cuda,
-        "dtype": "bfloat16" if cuda else "float32",
+        "dtype": flags.best_dtype("cuda" if cuda else "cpu"),
         "tensor_parallel_size": tensor_parallel_size,
     }
     if cuda:

@@ -128,7 +128,7 @@ def main():
     micro = args.micro_batch or share  # images that it takes at once
 
     # ---- model: on this process's device, whole or a shard of it ---------------------------------
-    bf16 = args.dtype == "bfloat16" if args.dtype else device.type == "cuda"
+    bf16 = (args.dtype or flags.best_dtype(device)) == "bfloat16"
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
     compiled = runs.can_compile(args.compile, device)
     with torch.device("meta"):
@@ -352,11 +352,11 @@ def validate(model, codes, micro, rank, world, device, autocast):
 
 def picture(config, weights, vq_model, codes, device, path):
     """Sample two images for each of ten classes or captions. The training state is in memory too:
-    on a GPU the model for sampling is bfloat16 and makes a few images at once."""
+    the model for sampling is bfloat16 where a GPU has it, and makes a few images at once."""
     titles, cond = codes.examples()
     with torch.device("meta"):
         model = gpt.GPT(config).eval()
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = getattr(torch, flags.best_dtype(device))
     weights = {name: value.to(device, dtype) for name, value in weights.items()}
     model.load_state_dict(weights, assign=True)
     model.to(device)  # makes the rotary table

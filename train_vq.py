@@ -148,7 +148,7 @@ def main(tokenizer=vq.VQModel, configs=vq.VQ_CONFIGS):
 
     # ---- data: images on disk, or shapes ---------------------------------------------------------
     try:
-        images = data.open_images(args.data)
+        images = data.open_images(args.data, unlabelled=True)
         config = configs[args.model]
         if args.codebook_size:
             config = replace(config, codebook_size=args.codebook_size)
@@ -168,7 +168,7 @@ def main(tokenizer=vq.VQModel, configs=vq.VQ_CONFIGS):
     micro = args.micro_batch or share  # images that it takes at once
 
     # ---- models: on this process's device --------------------------------------------------------
-    bf16 = args.dtype == "bfloat16" if args.dtype else device.type == "cuda"
+    bf16 = (args.dtype or flags.best_dtype(device)) == "bfloat16"
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
     compiled = runs.can_compile(args.compile, device)
     if world > 1:
@@ -233,8 +233,7 @@ def main(tokenizer=vq.VQModel, configs=vq.VQ_CONFIGS):
             group["lr"] = lr
 
         # 2. This process's share of the batch, which its workers read while the step before ran.
-        batch = next(batches).to(device, non_blocking=device.type == "cuda")
-        batch = batch.split(micro)  # each (B, 3, H, W)
+        batch = next(batches).split(micro)  # each (B, 3, H, W)
 
         # 3. Forward and backward, in micro-batches if the share does not fit in memory. First the
         #    tokenizer, then the discriminator on the same images. The discriminator comes late,
@@ -301,9 +300,9 @@ def main(tokenizer=vq.VQModel, configs=vq.VQ_CONFIGS):
 
 # ---- data ----------------------------------------------------------------------------------------
 class TrainCrops(torch.utils.data.Dataset):
-    """(epoch, index) -> float32 (3, size, size) in [-1, 1]: ADM's random crop, mirrored half the
-    time. The crop follows from (seed, epoch, index), so a resumed run needs no stored random
-    state. An unreadable image is replaced by another one."""
+    """(epoch, index) -> uint8 array (3, size, size): ADM's random crop, mirrored half the time. The
+    crop follows from (seed, epoch, index), so a resumed run needs no stored random state. An
+    unreadable image is replaced by another one."""
 
     def __init__(self, images, size, seed):
         self.images, self.size, self.seed = images, size, seed
@@ -324,18 +323,16 @@ class TrainCrops(torch.utils.data.Dataset):
             image = data.random_crop(image, self.size, rng)
             if rng.random() < 0.5:
                 image = image.transpose(Image.FLIP_LEFT_RIGHT)
-            return vq.to_tensor(image)
+            return np.array(image).transpose(2, 0, 1)
         raise ValueError("100 unreadable images in a row")
 
 
 def load_batches(images, args, images_seen, rank, world, device):
-    """This process's share of each batch, endlessly: tensors (share, 3, H, W). Workers read ahead.
+    """Yield this process's share of each batch: tensors (share, 3, H, W). Workers read ahead.
 
     images_seen   how many images the steps before have used"""
     share = args.batch_size // world
-    workers = args.workers
-    if workers is None:
-        workers = 8 if device.type == "cuda" else 0
+    workers = 8 if device.type == "cuda" else 0
 
     def keys():
         pairs = data.shuffled(len(images), args.seed, images_seen)
@@ -346,11 +343,14 @@ def load_batches(images, args, images_seen, rank, world, device):
     loader = torch.utils.data.DataLoader(
         TrainCrops(images, args.image_size, args.seed),
         batch_sampler=keys(),
-        num_workers=workers,
+        num_workers=workers if args.workers is None else args.workers,
         worker_init_fn=leave_group,
-        pin_memory=device.type == "cuda",
+        collate_fn=np.stack,  # arrays come through pipes; tensors would fill Docker's /dev/shm
     )
-    return iter(loader)
+    for pixels in loader:
+        pixels = torch.from_numpy(pixels)  # (share, 3, H, W) uint8
+        pixels = pixels.pin_memory() if device.type == "cuda" else pixels
+        yield pixels.to(device, non_blocking=True).float() / 127.5 - 1
 
 
 def leave_group(_):

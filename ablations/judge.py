@@ -43,7 +43,7 @@ def to_input(images):
 @torch.no_grad()
 def recon(args):
     """PSNR in dB, and the share of the codebook that occurs in the codes of all images."""
-    model, images = vq.load_vq(args.vq), data.open_images(args.data)
+    model, images = vq.load_vq(args.vq), data.open_images(args.data, unlabelled=True)
     originals = pixels(images, model.image_size)
     quality, codes = [], []
     for batch in np.array_split(originals, math.ceil(len(originals) / 100)):

@@ -37,7 +37,7 @@ def sweep(args):
     side = args.image_size or tokenizer.image_size
     model = gpt.load_gpt(args.gpt, args.device, grid=side // tokenizer.config.downsample)
     sample.check_pair(model, tokenizer, args.gpt, args.vq, args.image_size)
-    model = model.bfloat16() if "cuda" in args.device else model
+    model = model.to(getattr(torch, flags.best_dtype(args.device)))
     net = inception.load(args.inception, args.device)
 
     # A cell's samples have all that they depend on in their file's name, its scores likewise.

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts at the top
 import gpt
@@ -167,10 +167,13 @@ def kept_pixels(name, side):
 
 
 def masked_pixels(path, photo, side):
-    """What a mask file keeps, bool (H, W): all that is not white, cropped as the photo is. Raises
-    OSError."""
-    mask = data.open_image(path).resize(photo.size, Image.NEAREST)
-    return np.array(data.center_crop(mask, side).convert("L")) < 128
+    """What a mask file keeps, bool (H, W), cropped as the photo is: what is opaque, or if all of it
+    is, what is not white. Raises OSError."""
+    mask = data.open_image(path, mode="RGBA").resize(photo.size, Image.NEAREST)
+    opaque = np.array(data.center_crop(mask.getchannel("A"), side)) > 127
+    if mask.getextrema()[3] != (255, 255):
+        return opaque
+    return np.array(data.center_crop(mask.convert("RGB"), side).convert("L")) < 128
 
 
 def enlarge(cells, side):
@@ -231,7 +234,7 @@ def main():
         vq_model, model = load_models(args, device)
         titles, cond = conditions(args, model, device)
         grid, side = model.config.grid, model.config.grid * vq_model.config.downsample
-        photo = ImageOps.exif_transpose(data.open_image(args.photo))  # upright, as the mask
+        photo = data.open_image(args.photo)
         kept = kept_pixels(args.keep, side) if args.keep else masked_pixels(args.mask, photo, side)
     except (OSError, ValueError) as error:
         parser.error(str(error))
@@ -283,7 +286,7 @@ def load_models(args, device):
     vq_model = vq.load_vq(args.vq, device)
     model = gpt.load_gpt(args.gpt, device, grid=size // vq_model.config.downsample)
     sample.check_pair(model, vq_model, args.gpt, args.vq, args.image_size)
-    return vq_model, model.bfloat16() if device.type == "cuda" else model
+    return vq_model, model.to(getattr(torch, flags.best_dtype(device)))
 
 
 def conditions(args, model, device):

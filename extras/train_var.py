@@ -136,7 +136,7 @@ def main():
     micro = args.micro_batch or share  # images that it takes at once
 
     # ---- model -----------------------------------------------------------------------------------
-    bf16 = args.dtype == "bfloat16" if args.dtype else device.type == "cuda"
+    bf16 = (args.dtype or flags.best_dtype(device)) == "bfloat16"
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
     model = var_model.VAR(config)
     var_model.init_weights(model, recipe["gate"])

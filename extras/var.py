@@ -278,8 +278,7 @@ def settings_of(args):
     settings = dict(
         var_cfg=args.var_cfg, top_k=args.top_k, top_p=args.top_p, more_smooth=args.more_smooth
     )
-    on_gpu = args.device.startswith("cuda")
-    settings["bf16"] = args.dtype == "bfloat16" if args.dtype else on_gpu
+    settings["bf16"] = (args.dtype or flags.best_dtype(args.device)) == "bfloat16"
     return settings
 
 

@@ -108,7 +108,7 @@ def main():
     settings = sample.choose_settings(args, captioned=model.config.caption_dim > 0)
     words = ", ".join(f"{name} {value}" for name, value in settings.items())
     print(f"{args.gpt}: {words}, seed {args.seed}, window {args.window}")
-    if args.dtype == "bfloat16":
+    if (args.dtype or flags.best_dtype(args.device)) == "bfloat16":
         model = model.bfloat16()
     if device.type == "cpu":
         fast.pack(model)

@@ -15,7 +15,7 @@ import numpy as np
 import pydantic
 import torch
 from fastapi import HTTPException, Request
-from PIL import Image, ImageOps
+from PIL import Image
 from pydantic import Field
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
@@ -153,18 +153,14 @@ async def read_form(request: Request):
 
 def open_upload(name, file):
     """The picture in an uploaded file, RGBA. Raises Refused for a broken or too costly file."""
+    allowed, check = ["PNG", "JPEG", "WEBP"], partial(check_cost, name, file)
     try:
-        with Image.open(io.BytesIO(file), formats=["PNG", "JPEG", "WEBP"]) as image:
-            check_cost(name, file, image)
-            upright = ImageOps.exif_transpose(image)  # as cameras want it shown
-            if upright.mode.startswith("I"):  # 16 bits
-                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
-            return upright.convert("RGBA")
-    except Image.DecompressionBombError:
-        raise Refused(name, f"more than {MAX_PIXELS:,} pixels") from None
-    except Refused:
-        raise
-    except Exception:  # Pillow raises half a dozen kinds for damaged files
+        return data.open_image(name, io.BytesIO(file), "RGBA", allowed, check)
+    except OSError as error:
+        if isinstance(error.__cause__, Refused):
+            raise error.__cause__ from None
+        if isinstance(error.__cause__, Image.DecompressionBombError):
+            raise Refused(name, f"more than {MAX_PIXELS:,} pixels") from None
         raise Refused(name, "not a PNG, JPEG or WebP file, or a damaged one") from None
 
 
@@ -201,22 +197,15 @@ def edit_of(images, image, mask):
     if shape.size != picture.size:
         (w, h), (width, height) = shape.size, picture.size
         raise Refused("mask", f"{w} x {h} pixels, but the image has {width} x {height}")
-    opaque = middle(shape.getchannel("A"), size) > 127  # (H, W)
+    opaque = np.array(data.center_crop(shape.getchannel("A"), size)) > 127  # (H, W)
     kept = data.kept_cells(opaque, grid)  # (grid, grid)
     if kept.all():
         raise Refused(which, "nothing is transparent; transparent pixels are regenerated")
-    pixels = middle(picture.convert("RGB"), size)
+    pixels = np.array(data.center_crop(picture.convert("RGB"), size))
     tensor = vq.to_tensor(pixels)[None].to(images.vq.quantize.embedding.weight.device)
     codes = images.vq.encode(tensor)[0].cpu().numpy()  # (grid, grid)
     cell = np.ones((size // grid, size // grid), bool)
     return Edit(np.where(kept, codes, -1).flatten().tolist(), pixels, np.kron(kept, cell))
-
-
-def middle(image, size):
-    """The middle square, size x size pixels; cut out first, as a scaled strip would be huge."""
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return np.array(data.center_crop(image.crop((left, top, left + side, top + side)), size))
 
 
 # ---- jobs --------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ CAPTION_TOKENS = 120  # c: longer captions are cut, shorter ones padded on the l
 def read_prompts(path):
     """The lines of a file that are not empty. Raises OSError or ValueError."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
         raise ValueError(f"--prompts {path} is not a text file") from None
     prompts = [line.strip() for line in lines if line.strip()]
@@ -92,8 +92,7 @@ class CaptionEncoder:
         if name != "words":
             kinds = "AutoTokenizer", "T5EncoderModel"
             self.tokenizer, self.model = load_pretrained("--t5", name, *kinds)
-            dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-            self.model.to(self.device, dtype).eval()
+            self.model.to(self.device, getattr(torch, flags.best_dtype(device))).eval()
             self.about["dim"] = self.model.config.d_model
             self.about["hash"] = short_hash(self.model)
 

@@ -6,6 +6,8 @@ classes.find_class("red fox", names)          # 277
 
 import difflib
 import re
+import sys
+import unicodedata
 from pathlib import Path
 
 
@@ -25,16 +27,18 @@ def class_names(model):
 
 
 def find_class(text, names):
-    """Class id of what a user typed: an id, or a name or part of one. Raises ValueError."""
+    """Class id of what a user typed: a name, else an id, else part of a name. Raises ValueError."""
     text = text.strip()
+    wanted, *plain = (unicodedata.normalize("NFC", name).lower() for name in (text, *names))
+    synonyms = [[word.strip() for word in name.split(",")] for name in plain]
+    found = [i for i, words in enumerate(synonyms) if wanted in words]
     if re.fullmatch("-?[0-9]+", text):
-        if not 0 <= int(text) < len(names):
+        if not found and not 0 <= int(text) < len(names):
             raise ValueError(f"class {text} is out of range: ids go from 0 to {len(names) - 1}")
-        return int(text)
-    synonyms = [[word.strip().lower() for word in name.split(",")] for name in names]
-    exact = [i for i, words in enumerate(synonyms) if text.lower() in words]
-    partly = [i for i, name in enumerate(names) if text.lower() in name.lower()]
-    found = exact or partly
+        if found and found != [int(text)]:
+            print(f"class {text}: taken as a name, that of id {found[0]}", file=sys.stderr)
+        found = found or [int(text)]
+    found = found or [i for i, name in enumerate(plain) if wanted in name]
     if len(found) == 1:
         return found[0]
 
@@ -42,7 +46,7 @@ def find_class(text, names):
         close, what = found[:12], "fits several classes"
     else:
         class_of = {word: i for i in reversed(range(len(names))) for word in synonyms[i]}
-        words = difflib.get_close_matches(text.lower(), class_of, 6, 0.5)
+        words = difflib.get_close_matches(wanted, class_of, 6, 0.5)
         close, what = [class_of[word] for word in words], "is no class's name"
     message = f"class {text!r} {what}"
     if close:

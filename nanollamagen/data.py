@@ -1,60 +1,90 @@
-"""Images, their classes or captions, crops of them, and folders of codes.
+"""Images as people have them, their classes or captions, crops of them, and folders of codes.
 
 images = data.open_images("imagenet/train")        # also "shapes", captions.jsonl, tar files
 crop = data.center_crop(images.load(0), 256)       # also random_crop and ten_crop
 images.classes[images.labels[0]]                   # or images.captions[0]
+
+No other file opens an image or walks a folder of them.
 """
 
 # Shapes:  N images   A crops per image   T codes per image   H, W pixels
+import contextlib
 import io
 import json
 import math
 import os
+import re
 import sys
 import tarfile
+import unicodedata
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from nanollamagen import files
+from nanollamagen import files, parts
 
 # Users find these four names here, too.
 from nanollamagen.files import download, pretrained, read_checkpoint, save_checkpoint  # noqa: F401
 from nanollamagen.shapes import SHAPES, caption_of, draw_shape
 
-# ---- data sets ----------------------------------------------------------------------------------
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+SPLITS = ("train", "val", "valid", "validation", "test")  # never the names of classes
 
 
 @dataclass
 class Images:
-    """A data set: image i is open(places[i]), and it has a class or a caption."""
+    """A data set: image i is open(places[i]), and it may have a class or a caption."""
 
     open: callable  # place -> RGB image; OSError when unreadable
     places: list  # a path, a place in a tar file, or the number of a drawing
     classes: list = ()  # names in label order
     labels: list = ()  # a class id for each image
     captions: list = ()  # {"caption": text, "short_caption": text, if there is one} for each image
+    left_out: dict = ()  # how many files for each reason
 
     def __len__(self):
         return len(self.places)
+
+    def __str__(self):
+        """12,345 images in 10 classes; left out: 3 hidden, 2 .gif, 1 empty file"""
+        kind = f" in {len(self.classes):,} classes" if self.classes else ""
+        kind = " with captions" if self.captions else kind
+        counts = (+Counter(self.left_out)).most_common()
+        why = [f"{n:,} {why}{'s' if n > 1 and ' ' in why else ''}" for why, n in counts]
+        return f"{len(self):,} images{kind}" + ("; left out: " + ", ".join(why) if why else "")
 
     def load(self, i):
         """Image i as RGB. Raises OSError."""
         return self.open(self.places[i])
 
 
-def open_image(path, file=None):
-    """The image at a path, or in an open binary file, as RGB. Raises OSError if it is broken."""
+# ---- images and folders ------------------------------------------------------------------------
+def open_image(path, file=None, mode="RGB", formats=None, check=None):
+    """The image at a path, or in an open file: upright by its EXIF data, 8 bits per channel, as RGB
+    with transparent pixels on white, or as RGBA. Raises OSError for one that cannot be read, or
+    that is not of Pillow's `formats`, or that check(image) refuses before it is decoded."""
     try:
-        with Image.open(file or path) as image:
-            return image.convert("RGB")
+        with Image.open(file or path, formats=formats) as image:
+            if check:
+                check(image)
+            image.load()
+            with contextlib.suppress(Exception):  # broken EXIF data says nothing
+                ImageOps.exif_transpose(image, in_place=True)
+            if image.mode in ("I", "F"):
+                raise ValueError("32-bit pixels, whose white is unknown; save it with 8 or 16 bits")
+            if image.mode.startswith("I;16"):
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            if mode == "RGB" and image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert(mode)
     except Exception as error:  # Pillow raises many kinds, and repeats the path
         reason = str(error).split(" '")[0]
-        raise OSError(f"{path}: {reason}") from None
+        raise OSError(f"{path}: {reason}") from error
 
 
 def open_member(place):
@@ -65,84 +95,155 @@ def open_member(place):
         return open_image(f"{path}, byte {start}", io.BytesIO(f.read(length)))
 
 
-def is_image(name):
-    """Whether a file name ends as images do."""
-    return name.lower().endswith(IMAGE_ENDINGS)
+def walk(folder, above=()):
+    """Yield (path, path, why it is left out or "") for what is below a folder, at any depth. Links
+    are followed, unless to a folder that they are in. Raises OSError."""
+    above = [*(above or map(os.stat, Path(folder).resolve().parents)), os.stat(folder)]
+    for entry in os.scandir(folder):
+        try:
+            why = "hidden" if entry.name.startswith(".") else ""
+            if not why and entry.is_dir():
+                if not any(os.path.samestat(entry.stat(), other) for other in above):
+                    yield from walk(entry.path, above)
+                    continue
+                why = "circular link"
+            elif not why and not entry.stat().st_size:
+                why = "empty file"
+        except OSError:
+            why = "unreadable"
+        yield entry.path, entry.path, why
 
 
-def list_images(folder):
-    """Paths (str) of all images below a folder at any depth, sorted."""
-    paths = []
-    for subfolder, _, names in os.walk(folder, followlinks=True):
-        paths += [os.path.join(subfolder, name) for name in names if is_image(name)]
-    return sorted(paths)
+def members(path):
+    """The same of a tar file: (path/name, as open_member takes it or a text's bytes, why). Raises
+    ValueError."""
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in filter(tarfile.TarInfo.isfile, tar):
+                place = path, member.offset_data, member.size
+                if member.name.lower().endswith(".txt"):
+                    place = tar.extractfile(member).read()
+                hidden = re.search(r"(^|/)\.+[^./]", member.name)
+                why = "hidden" if hidden else "" if member.size else "empty file"
+                yield f"{path}/{member.name}", place, why
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(512) != bytes(512):
+                raise tarfile.ReadError("its end is missing")
+    except tarfile.TarError as error:
+        what = f"not an uncompressed tar file, or a damaged one ({error})"
+        raise ValueError(f"--data {path}: {what}") from None
 
 
-def open_images(data):
-    """The data set that --data names. Raises ValueError if there is none. It may be
+def sort_out(found):
+    """What walk or members yield -> its images (path, place, place of the .txt file of this name or
+    None), and how many others there are, by reason or ending."""
+    images, texts, left_out = [], {}, Counter()
+    for path, place, why in found:
+        stem, ending = os.path.splitext(unicodedata.normalize("NFC", path))
+        if not why and ending.lower() in IMAGE_ENDINGS:
+            images.append((path, place, stem))
+            continue
+        left_out[why or ending.lower() or "other file"] += 1
+        if not why and ending.lower() == ".txt":
+            texts[stem] = place
+    return [(path, place, texts.get(stem)) for path, place, stem in images], left_out
+
+
+def all_images(folder):
+    """All images below a folder, whatever is with them, as people count: 10.png after 9.png."""
+    images, left_out = sort_out(walk(folder))
+    natural = {path: re.sub("[0-9]+", lambda n: n[0].zfill(255), path) for path, *_ in images}
+    found = Images(open_image, sorted(sorted(natural), key=natural.get), left_out=left_out)
+    if parts.processes()[0] == 0:
+        print(f"{folder}: {found}", flush=True)
+    return found
+
+
+# ---- data sets ---------------------------------------------------------------------------------
+def open_images(data, unlabelled=False):
+    """The data set that --data names. What a folder is, most of its images decide, at any depth:
 
     shapes, shapes:N                N drawings in ten classes
     shapes-captions                 the same drawings with captions
-    ROOT/class name/image           class folders as of ImageNet, numbered by sorted name
     FILE.jsonl                      {"image", "caption", perhaps "short_caption"} on each line
     ROOT/name.jpg + ROOT/name.txt   a caption for each image
-    FILE.tar, ROOT/*.tar            such pairs in uncompressed tar files, as of WebDataset"""
+    FILE.tar, ROOT/*.tar            such pairs in uncompressed tar files, as of WebDataset
+    ROOT/class name/image           class folders as of ImageNet, numbered by sorted name
+    ROOT/image                      images without classes, a ValueError unless `unlabelled`
+
+    Raises OSError or ValueError if there is none."""
     name, _, count = data.partition(":")
     if name in ("shapes", "shapes-captions") and (not count or count.isdigit() and int(count)):
         return shapes(int(count or 24000), captioned=name == "shapes-captions")
-    if os.path.isfile(data) and data.endswith(".jsonl"):
-        return captioned_lines(data)
-    if os.path.isfile(data) and data.endswith(".tar"):
-        return captioned_tars([data])
-    if not os.path.isdir(data):
+    if not os.path.exists(data):
         raise ValueError(f"--data {data}: no such file or folder")
-
-    paths = sorted(Path(data).iterdir())
-    tars = [str(path) for path in paths if path.suffix == ".tar"]
-    texts = {path.stem: path for path in paths if path.suffix == ".txt"}
-    pictures = [path for path in paths if is_image(path.name)]
-    if tars:
-        return captioned_tars(tars)
-    if texts and pictures:
-        return captioned_files(pictures, texts)
-    return class_folders(data)
+    jsonl = os.path.isfile(data) and data.lower().endswith(".jsonl")
+    found = captioned_lines(data) if jsonl else open_files(data)
+    if not (found.classes or found.captions or unlabelled):
+        fix = f"put them in class folders, as {data}/cat/1.jpg, or a caption next to each, as 1.txt"
+        raise ValueError(f"--data {data} has no classes and no captions ({found}); {fix}")
+    if parts.processes()[0] == 0:
+        print(f"{data}: {found}", flush=True)
+    return found
 
 
-def class_folders(root):
-    """Images in class folders; classes are numbered in the order of their names."""
-    folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
-    classes, labels, places = [], [], []
-    for folder in folders:
-        names = sorted(filter(is_image, os.listdir(os.path.join(root, folder))))
-        if names:  # a folder without images is no class
-            places += [os.path.join(root, folder, name) for name in names]
-            labels += [len(classes)] * len(names)
-            classes.append(folder)
-    if not classes:
-        hint = f"expected class folders with {', '.join(IMAGE_ENDINGS)} files, as {root}/cat/1.jpg"
-        deeper = [name for name in folders if list_images(os.path.join(root, name))]
-        if deeper:
-            hint = f"its sub-folders hold more folders; did you mean {root}/{deeper[0]}?"
-        raise ValueError(f"--data {root}: no images in its sub-folders; {hint}")
-    if len(classes) <= 2:
-        few = f"only {len(classes)} class folder(s): {', '.join(classes)}"
+def open_files(root):
+    """The data set in a folder or tar file. Raises ValueError."""
+    below = [(root, root, "")]
+    if os.path.isdir(root):
+        below = sorted(walk(root), key=lambda item: os.path.split(item[0]))
+    images, left_out = sort_out(below)
+    tars = [path for path, _, why in below if path.lower().endswith(".tar") and not why]
+    if tars and len(tars) >= len(images):  # images among them are a preview, for example
+        left_out[".tar"], left_out["stray image"] = 0, len(images)
+        images, inside = sort_out(item for path in tars for item in members(path))
+        left_out += inside
+    if not images:
+        hint = f"images in its sub-folders; expected class folders, as {root}/cat/1.jpg"
+        hint = f"members that end in {', '.join(IMAGE_ENDINGS)}" if tars else hint
+        raise ValueError(f"--data {root}: no {hint}")
+    texts = [text for _, _, text in images]
+    found = Images(open_image, [place for _, place, _ in images], left_out=left_out)
+    folders = [os.path.dirname(path[len(root) :]).strip("/") for path, *_ in images]
+    half, loose = len(images) / 2, folders.count("")
+    if isinstance(found.places[0], tuple):
+        found.open, loose = open_member, len(images)
+    if texts.count(None) <= half or texts.count(None) < loose == len(images):
+        left_out[".txt"] -= len(images) - texts.count(None)
+        texts = [
+            Path(text).read_bytes() if isinstance(text, str) else text or b"" for text in texts
+        ]
+        found.captions = [{"caption": text.decode("utf-8-sig", "replace")} for text in texts]
+    elif loose <= half:
+        class_folders(root, found, folders)
+    return found
+
+
+def class_folders(root, found, folders):
+    """Give images their classes: of the folders that each is in, the first one below the root."""
+    for name in SPLITS:
+        if len({folder for folder in folders if folder.startswith(f"{name}/")}) > 1:
+            hint = f"its sub-folders hold more folders; did you mean {root}/{name}?"
+            raise ValueError(f"--data {root}: no images in its sub-folders; {hint}")
+    tops = [folder.partition("/")[0] for folder in folders]
+    order = sorted((i for i, name in enumerate(tops) if name), key=tops.__getitem__)
+    ids = {name: i for i, name in enumerate(sorted(set(tops) - {""}))}
+    found.places = [found.places[i] for i in order]
+    found.labels = [ids[tops[i]] for i in order]
+    found.classes = [os.fsencode(name).decode(errors="replace") for name in ids]
+    found.left_out["stray image"] = tops.count("")
+    if len(ids) <= 2:
+        few = f"only {len(ids)} class folder(s): {', '.join(found.classes)}"
         print(f"warning: {root} has {few}. Did you mean the one above or below?", file=sys.stderr)
-    return Images(open_image, places, classes, labels)
-
-
-# ---- captions ----------------------------------------------------------------------------------
-def captioned_files(pictures, texts):
-    """Images from paths, with the captions in text files: texts is {name without ending: path}."""
-    words = {stem: path.read_text("utf8", "replace") for stem, path in texts.items()}
-    captions = [{"caption": words.get(path.stem, "")} for path in pictures]
-    return Images(open_image, [str(path) for path in pictures], captions=captions)
 
 
 def read_lines(path, *names):
     """Yield for each line of a JSONL file its texts of these names, and the short caption or "".
     Raises ValueError for a line that lacks one."""
-    with open(path, encoding="utf8", errors="replace") as lines:
+    with open(path, encoding="utf-8-sig", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
             try:
                 row = json.loads(line)
                 texts = [*(row[name] for name in names), row.get("short_caption") or ""]
@@ -166,31 +267,15 @@ def captioned_lines(path):
     return images
 
 
-def captioned_tars(paths):
-    """Images and captions from tar files: members NAME.jpg and NAME.txt belong together."""
-    images = Images(open_member, [], captions=[])
-    for path in paths:
-        places, texts = {}, {}
-        try:
-            with tarfile.open(path, "r:") as tar:
-                for member in tar:
-                    stem, ending = os.path.splitext(member.name)
-                    if is_image(member.name):
-                        places[stem] = (path, member.offset_data, member.size)
-                    elif ending == ".txt":
-                        texts[stem] = tar.extractfile(member).read().decode("utf8", "replace")
-        except tarfile.TarError as error:
-            raise ValueError(f"--data {path}: not an uncompressed tar file ({error})") from None
-        images.places += places.values()
-        images.captions += [{"caption": texts.get(stem, "")} for stem in places]
-    if not images.places:
-        raise ValueError(f"--data {paths[0]}: no members that end in {', '.join(IMAGE_ENDINGS)}")
-    return images
-
-
 # ---- crops and grids ---------------------------------------------------------------------------
-def shrink(image, side):
-    """Resize the short side to `side`, as ADM does: halve with a box filter, then bicubic."""
+def shrink(image, side, rng=None):
+    """Resize the short side to `side`, as ADM does: halve with a box filter, then bicubic. A strip
+    is first cut to its middle, or with rng anywhere, 16 times as long as wide: more is not seen."""
+    if max(image.size) > 16 * min(image.size):
+        w, h = (min(length, 16 * min(image.size)) for length in image.size)
+        place = rng.random() if rng else 0.5
+        left, top = int(place * (image.width - w)), int(place * (image.height - h))
+        image = image.crop((left, top, left + w, top + h))
     while min(image.size) >= 2 * side:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     scale = side / min(image.size)
@@ -206,7 +291,7 @@ def center_crop(image, size):
 
 def random_crop(image, size, rng):
     """ADM's training crop: size x size pixels, 0.8 to 1.0 of the short side; rng: random.Random."""
-    image = shrink(image, rng.randrange(size, math.ceil(size / 0.8) + 1))
+    image = shrink(image, rng.randrange(size, math.ceil(size / 0.8) + 1), rng)
     left, top = rng.randrange(image.width - size + 1), rng.randrange(image.height - size + 1)
     return image.crop((left, top, left + size, top + size))
 

@@ -37,6 +37,13 @@ weight = bounded(float, 0, 1e6)  # of a loss, of decay
 fraction = bounded(float, 0, 1)
 
 
+def best_dtype(device):
+    """The name of the arithmetic for a device: bfloat16 on GPUs that have it (not T4, V100)."""
+    on_gpu = torch.device(device).type == "cuda"
+    has_it = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bfloat16" if has_it else "float32"
+
+
 def device(name, kinds=("cuda", "mps", "cpu")):
     """A type for --device: "cpu", "mps" (an Apple GPU), or "cuda" with the number of a GPU, of this
     process's where the flag has none."""

@@ -4,8 +4,6 @@ images = image_sets.open_set("samples.npz")        # no image is in memory befor
 batch = images.read(range(8))                      # eight arrays uint8 (H, W, 3)
 """
 
-import hashlib
-import os
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -35,7 +33,7 @@ class ImageSet(NamedTuple):
     count: int
     shape: tuple  # (H, W, 3)
     read: callable  # indices -> as many uint8 (H, W, 3), fastest in rising order
-    sha256: str  # of the file, or of a folder's file names and sizes
+    sha256: str = ""  # of an NPZ
     stored: dict = {}  # the statistics that a reference brings, see STATISTICS
     labels: list = None  # (count,) class ids, if it has any
     of: str = ""  # what images `stored` was computed from
@@ -66,25 +64,20 @@ def open_codes(folder, tokenizer, size=None, device="cpu"):
         first = torch.from_numpy(codes[indices, 0].astype(np.int64))  # (B, T)
         return sample.to_pixels(model, first.to(device), size)
 
-    sha256 = files.file_hash(folder / "codes.npy")
-    shape = decode([0]).shape[1:]
-    return ImageSet(folder, len(codes), shape, decode, sha256, labels=labels)
+    return ImageSet(folder, len(codes), decode([0]).shape[1:], decode, labels=labels)
 
 
 def open_folder(folder, size=None):
     """All images below a folder, at any depth."""
-    paths = data.list_images(folder)
-    if not paths:
+    found = data.all_images(folder)
+    if not len(found):
         raise ValueError(f"{folder} holds no images")
 
     def load(i):
-        image = data.open_image(paths[i])
+        image = found.load(i)
         return np.array(data.center_crop(image, size) if size else image)
 
-    names = "\n".join(f"{os.path.relpath(p, folder)} {os.path.getsize(p)}" for p in paths)
-    sha256 = hashlib.sha256(names.encode()).hexdigest()
-    read = partial(in_parallel, load)
-    return ImageSet(folder, len(paths), load(0).shape, read, sha256)
+    return ImageSet(folder, len(found), load(0).shape, partial(in_parallel, load))
 
 
 def in_parallel(function, items):
