@@ -2,7 +2,7 @@
 # make demo-text   the same from captions: "a small red star on white", with the tokenizer of `make demo`
 # make demo-var   the same by VAR (extras/README.md): whole grids of codes, coarse to fine; and pictures drawn on from parts
 # make side-by-side   LlamaGen and VAR, the same minutes each on the photographs of $(CIFAR); the table of extras/README.md
-# make test   the tests, at most eight minutes on two cores
+# make test   the tests without the slow ones
 # make test-all   also the slow ones: kills, loads, several processes, a browser
 # make lint   the formatter and the linter, as CI runs them first
 # All set up .venv first. The demos need requirements.txt only. On Linux, PyPI's torch is the large CUDA build; the small

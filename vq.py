@@ -454,7 +454,7 @@ def parse():
         help="processes that decode images",
     )
     rec.add_argument("--out", default="recon.png", help="PNG to write (default: recon.png)")
-    rec.add_argument("images", nargs="+", metavar="IMAGE")
+    rec.add_argument("images", nargs="+", metavar="IMAGE", help="files")
     return p, p.parse_args()
 
 

@@ -219,7 +219,7 @@ def parse():
     flag("--outside", action="store_true", help="keep what is in the box, regenerate the rest")
     for c, name in ((editing, "edit.png"), (showing, "scales.png")):
         c.add_argument("--out", default=name, help=f"PNG to write (default: {name})")
-        c.add_argument("images", nargs="+", metavar="IMAGE")
+        c.add_argument("images", nargs="+", metavar="IMAGE", help="files")
 
     flag = encoding.add_argument
     flag("--data", required=True, help="class folders, .jsonl or .tar with captions, or shapes:N")

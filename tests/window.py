@@ -48,7 +48,7 @@ def main():
     p.add_argument("--gpt", required=True, help="GPT checkpoint")
     p.add_argument("--window", type=flags.at_least_one, default=8, help="codes computed at once")
     p.add_argument("--count", type=flags.at_least_one, default=8, help="classes")
-    p.add_argument("--out", default="assets/window.png")
+    p.add_argument("--out", default="assets/window.png", help="the picture")
     args = p.parse_args()
     model, vq_model = gpt.load_gpt(args.gpt), vq.load_vq(args.vq)
     grid, T = model.config.grid, model.config.grid**2
