@@ -379,9 +379,8 @@ def check(args, codes, config, world, path, saved, init, vq_model):
             f"try --batch-size {max(share, 1) * world}"
         )
     if args.micro_batch and share % args.micro_batch:
-        raise ValueError(
-            f"--micro-batch {args.micro_batch} does not divide the {share} images of each process"
-        )
+        what = f"does not divide the {share} images of each process"
+        raise ValueError(f"--micro-batch {args.micro_batch} {what}")
     if args.dropout == 1:
         raise ValueError("--dropout 1.0: nothing would be left of the activations")
     if args.parallel in ("fsdp", "hsdp") and "RANK" not in os.environ:
