@@ -115,16 +115,25 @@ def test_removed_codes(exercise):
     assert again, "the same random numbers gave another code"
 
 
-def test_project(exercise):
-    """Guidance, filters and codes are those of sample.py."""
+def test_project_guide(exercise):
+    """Guided logits are those of sample.py."""
     cond, uncond = random_logits(8).chunk(2)
-    logits = exercise.guide(cond, uncond, 2.5)
     expected = sample.guide(torch.cat([cond, uncond]), 2.5)
-    assert torch.allclose(logits, expected, atol=1e-5), "sample.guide gives other logits"
+    same = torch.allclose(exercise.guide(cond, uncond, 2.5), expected, atol=1e-5)
+    assert same, "sample.guide gives other logits"
+
+
+def test_project_filter(exercise):
+    """The codes that are left are those of sample.py."""
+    logits = random_logits(8)
     filtered = exercise.filter_logits(logits, top_k=8, top_p=0.9)
     theirs = sample.filter_logits(logits, top_k=8, top_p=0.9)
     assert torch.equal(filtered, theirs), "sample.filter_logits leaves other codes"
-    numbers = uniform(4, 12)
+
+
+def test_project_draw(exercise):
+    """The codes that are sampled are those of sample.py."""
+    logits, numbers = random_logits(8), uniform(8, 12)
     codes = exercise.draw(logits, numbers, 0.8)
     expected = sample.draw(logits, -(-numbers.log()).log(), 0.8)
     assert torch.equal(codes, expected), "sample.draw takes other codes"
