@@ -348,10 +348,9 @@ def test_measured_features_are_the_recorded_ones(e2e):
     for side, measured in zip(("ref", "sample"), e2e):
         assert difference(measured["pool"][:4], golden[f"{side}_pool_head"]) < INCEPTION
         assert difference(measured["mu"], golden[f"{side}_pool_mean"]) < INCEPTION
-        radii = evaluate.radii(
-            torch.from_numpy(measured["pool"])
-        )  # 0.5, from squared norms of 200 in float32
-        assert np.allclose(radii, golden[f"radii_{side}"], rtol=5e-4, atol=0)
+        radii = evaluate.radii(torch.from_numpy(measured["pool"]))
+        # 0.5, the small difference of squared norms of 200 in float32
+        assert np.allclose(radii, golden[f"radii_{side}"], rtol=0, atol=200 * SHALLOW)
     assert difference(e2e[0]["mu_s"], golden["ref_spatial_mean"]) < INCEPTION
 
 
