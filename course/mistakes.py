@@ -4,6 +4,7 @@ $ python course/mistakes.py           # all of them, with what the tests say
 $ python course/mistakes.py 5         # those of exercise 5
 """
 
+import argparse
 import runpy
 import sys
 from pathlib import Path
@@ -61,8 +62,11 @@ def sentences(mistake):
 
 def main():
     """Every mistake, and what is said about it."""
+    p = argparse.ArgumentParser(description=main.__doc__)
+    p.add_argument("exercises", nargs="*", metavar="N", help="1 to 7 (default: all)")
+    exercises = p.parse_args().exercises
     for mistake in read():
-        if mistake.exercise.startswith(tuple(sys.argv[1:]) or ""):
+        if mistake.exercise.startswith(tuple(exercises) or ""):
             said = sentences(mistake)
             mark = "caught" if mistake.sentence in said else "MISSED"
             print(f"{mark}  {mistake.exercise}: {mistake.what}")
