@@ -738,7 +738,6 @@ def test_from_captions_to_pictures_in_two_stages_through_t5(t5, tokenizer, tmp_p
         (2, 8, ["--max-steps", 1, "--init", tmp_path / "1" / "ckpt.pt"]),
     ):
         go(
-            "-m",
             "nanollamagen.captions",
             "encode",
             "--codes",

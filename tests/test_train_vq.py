@@ -413,7 +413,7 @@ MISTAKES = [
     ("--device", "gpu", "argument --device: gpu is none of cuda, mps, cpu"),
     ("--device", "cuda:99", "argument --device: cuda:99: torch sees"),
     ("--data", "nowhere", "--data nowhere: no such file or folder"),
-    ("--data", "FILE", "file: no such file or folder"),
+    ("--data", "FILE", "file: no images"),
     ("--data", "EMPTY", "empty: no images in its sub-folders"),
     ("--data", "shapes:0", "--data shapes:0: no such file or folder"),
     ("--data", "shapes:-1", "--data shapes:-1: no such file or folder"),
@@ -491,7 +491,7 @@ def test_missing_lpips_files_are_named(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "module, name, value",
     [
-        (vq, "to_tensor", lambda image: torch.full((3, 24, 24), torch.nan)),
+        (vq.VQModel, "latents", lambda model, x: model.quant_conv(model.encoder(x)) * torch.nan),
         (
             train_vq,
             "hinge",

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_script
 from test_gpt import TINY, random_model
-from test_sample import captions_for, pair, run  # noqa: F401
+from test_sample import captions_for, pair  # noqa: F401
 
 import sample
 
@@ -76,9 +76,9 @@ def test_the_picture_is_that_of_sample_py(pair, tmp_path):  # noqa: F811
     """To the last byte, with an image for each class; and it says how many steps each took."""
     models = ["--vq", pair / "vq.pt", "--gpt", pair / "gpt.pt", "--classes", "1,catfish"]
     models += ["--seed", 5, "--cfg-scale", 3]
-    plain = run("sample.py", *models, "--out", tmp_path / "plain.png")
+    plain = run_script("sample.py", *models, "--out", tmp_path / "plain.png")
     assert plain.returncode == 0, plain.stderr
-    fast = run("extras/window.py", *models, "--window", 6, "--out", tmp_path / "fast.png")
+    fast = run_script("extras/window.py", *models, "--window", 6, "--out", tmp_path / "fast.png")
     assert fast.returncode == 0, fast.stderr
     assert (tmp_path / "plain.png").read_bytes() == (tmp_path / "fast.png").read_bytes()
     for name in ("dog", "catfish"):
