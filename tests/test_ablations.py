@@ -64,6 +64,7 @@ def swept(tokenizer, weights, tmp_path, capsys, monkeypatch):
     return SimpleNamespace(run=start, calls=calls, out=tmp_path / "sweep")
 
 
+@pytest.mark.slow
 def test_a_sweep_writes_a_table_and_a_picture_and_never_repeats_a_cell(swept):
     code, text = swept.run()
     assert code == 0 and "4 of 4 cells were new" in text, text
@@ -251,6 +252,7 @@ def ablate(words):
     return done.returncode, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_repeated(small, tmp_path):
     words = (
         f"averaged_weights --codes {small}/codes --steps 2 --seeds 1 --out {tmp_path}/out "

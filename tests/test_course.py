@@ -50,6 +50,7 @@ def test_every_exercise_has_three_mistakes_and_eighty_lines_at_most():
         assert len(stub.read_text().splitlines()) <= 80, f"{stub.name} is too long"
 
 
+@pytest.mark.slow
 def test_the_tour_runs_from_top_to_bottom(monkeypatch):
     """With trainings of 20 steps. Its outputs are not stored in the file."""
     nbformat = pytest.importorskip("nbformat", reason="nbclient is not installed")

@@ -649,6 +649,7 @@ def test_processes_wait_for_the_slowest_for_days(monkeypatch, tmp_path, run):
     assert code == 2 and "gloo waits 7 days" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["compare", "recon"])
 def test_two_processes_give_one_processs_numbers(command, tokenizer, weights, tmp_path):
     ref, gen = (save_npz(tmp_path / f"{n}.npz", arr_0=pictures(n, seed=n)) for n in (6, 7))

@@ -21,12 +21,11 @@ import sample
 import vq
 from nanollamagen import captions, fast, noise, runs
 
-GREEDY = [("gpt_b_c2i", 4), ("gpt_3b_head", 4)]
+SLOW = [("gpt_3b_head", 4), ("gpt_b_c2i", 16)]
+SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW]
 
 
-@pytest.mark.parametrize(
-    "name, grid", [*GREEDY, pytest.param("gpt_b_c2i", 16, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("name, grid", [("gpt_b_c2i", 4), *SLOW])
 def test_greedy_tokens_are_the_reference_ones(name, grid):
     """Cached decoding at guidance 1 and 4, and with an interval, gives the released code's
     tokens."""
@@ -412,6 +411,7 @@ def test_another_tokenizer_is_refused(pair, tmp_path):
     assert result.returncode == 2 and "another tokenizer" in result.stderr
 
 
+@pytest.mark.slow
 def test_npz_is_balanced_and_the_same_for_any_number_of_processes_and_after_a_stop(
     pair, tmp_path, monkeypatch
 ):

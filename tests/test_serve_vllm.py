@@ -699,6 +699,7 @@ def generate(folder, out, *flags):
     return done
 
 
+@pytest.mark.slow
 def test_generate_writes_the_pictures(tiny, tmp_path):
     folder, model = tiny
     done = generate(
