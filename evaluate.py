@@ -5,8 +5,8 @@ rFID, PSNR, SSIM and codebook usage are those of LlamaGen's code (arXiv:2406.065
 
 A tokenizer, on your own images:
 $ python evaluate.py recon --vq runs/vq/ckpt.pt --data DIR --out recon.png
-A reference batch of your own images, then samples against it. SAMPLES is an NPZ, a folder of
-images, or a folder of codes (then add --vq):
+A reference batch of your own images, then samples against it. SAMPLES is an NPZ or a folder of
+images:
 $ python evaluate.py stats DIR --size 256 --out ref.npz
 $ python evaluate.py ref.npz SAMPLES
 The paper's Table 6, on several GPUs:
@@ -222,6 +222,32 @@ def score(ref, gen, net, half=False):
     }
 
 
+def cautions(ref, gen, net):
+    """Why the scores of gen against ref may not be what they seem: a list of sentences."""
+    changes = np.diff(gen.labels) if gen.labels is not None and gen.count > 5000 else np.zeros(1)
+    # fmt: off
+    rules = (
+        (net["sha256"] != inception.SHA256,
+         "unpublished Inception weights: compare only scores of this same file"),
+        (gen.count < 50_000,
+         f"only {gen.count:,} samples: papers use 50,000; fewer give a higher FID and a lower IS"),
+        (ref.count < 10_000,
+         f"only {ref.count:,} reference images: 10,000 are usual for precision and recall"),
+        (gen.stored,
+         f"{gen.path} stores statistics, as references do: are the two files swapped?"),
+        (ref.count == 50_000 and not ref.stored,
+         "50,000 reference images without statistics, as many as ImageNet's validation set has: "
+         f"papers score samples against training-set statistics ({image_sets.ADM_URL})"),
+        (gen.shape != ref.shape,
+         f"{gen.shape[1]}-pixel samples against {ref.shape[1]}: papers resize samples first"),
+        ((changes >= 0).all() and changes.any(),
+         "samples are sorted by class: shuffle them, "
+         "because IS takes 5,000 at a time in file order"),
+    )
+    # fmt: on
+    return [sentence for applies, sentence in rules if applies]
+
+
 def report(path, metrics, warnings):
     """Print the numbers and the warnings. If `path` is given, write both as JSON, with the command
     and the versions."""
@@ -239,8 +265,8 @@ def report(path, metrics, warnings):
 # ---- commands ----------------------------------------------------------------------------------
 def compare(args):
     """IS, FID, sFID, precision and recall of samples against a reference."""
-    ref = image_sets.open_set(args.REF, args.vq, args.size, args.device)
-    gen = image_sets.open_set(args.SAMPLES, args.vq, args.size, args.device)
+    ref = image_sets.open_set(args.REF, args.size)
+    gen = image_sets.open_set(args.SAMPLES, args.size)
     net = inception.load(args.inception, args.device)
     if RANK == 0:
         print(f"comparing {image_sets.describe(gen)}\n     with {image_sets.describe(ref)}")
@@ -248,14 +274,14 @@ def compare(args):
     gen_side = measure(gen, net, args.batch_size)
     if RANK == 0:
         metrics = score(ref_side, gen_side, net, args.pr_half)
-        report(args.json, metrics, image_sets.cautions(ref, gen, net))
+        report(args.json, metrics, cautions(ref, gen, net))
 
 
 def stats(args):
     """Write a reference batch: the statistics of all images, and up to --keep of them for precision
     and recall."""
     net = inception.load(args.inception, args.device)
-    images = image_sets.open_set(args.IMAGES, args.vq, args.size, args.device)
+    images = image_sets.open_set(args.IMAGES, args.size)
     measured = measure(images, net, args.batch_size)
     if RANK > 0:
         return
@@ -347,7 +373,7 @@ def clip_score(args):
     A sample's label is the line of its caption. Images without labels are in the order of the
     lines. The defaults are the official evaluation's: ViT-B/32, and "A photo depicts " before each
     caption."""
-    images = image_sets.open_set(args.samples, size=args.size)
+    images = image_sets.open_set(args.samples, args.size)
     prompts = captions.read_prompts(args.prompts)
     lines = range(images.count) if images.labels is None else images.labels.tolist()
     if max(lines) >= len(prompts):
@@ -373,86 +399,56 @@ def parse():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = p.add_subparsers(required=True)
-    images = "NPZ, folder of images, or codes folder (with --vq)"
-    decoder = "tokenizer checkpoint, to decode a codes folder"
-    size = "pixels per side: files are cropped to it, decoded codes resized"
-    inception_help = "Inception weights (default: the published ones)"
-    json_help = "file for the numbers, the command and the versions"
-
+    images = "NPZ, or folder of images"
+    # fmt: off
     c = commands.add_parser("compare", help="IS, FID, sFID, precision and recall")
     c.set_defaults(run=compare)
-    c.add_argument("REF", help=images)
-    c.add_argument("SAMPLES", help=images)
-    c.add_argument("--vq", metavar="CKPT", help=decoder)
-    c.add_argument("--size", type=flags.pixels, help=size)
-    c.add_argument("--pr-half", action="store_true", help="float16 distances, as published tables")
-    c.add_argument("--inception", metavar="FILE", help=inception_help)
-    c.add_argument("--json", metavar="FILE", help=json_help)
+    flag = c.add_argument
+    flag("REF", help=images)
+    flag("SAMPLES", help=images)
+    flag("--pr-half", action="store_true", help="float16 distances, as published tables")
 
     c = commands.add_parser("stats", help="write a reference batch of your own images")
     c.set_defaults(run=stats)
-    c.add_argument("IMAGES", help=images)
-    c.add_argument("--vq", metavar="CKPT", help=decoder)
-    c.add_argument("--size", type=flags.pixels, help=size)
-    c.add_argument(
-        "--keep",
-        type=flags.bounded(int, 4, 10**9),
-        default=10_000,
-        help="images to store for precision and recall (default: 10000)",
-    )
-    c.add_argument("--out", default="ref.npz", help="NPZ to write (default: ref.npz)")
-    c.add_argument("--inception", metavar="FILE", help=inception_help)
+    flag = c.add_argument
+    flag("IMAGES", help=images)
+    flag("--keep", type=flags.bounded(int, 4, 10**9), default=10_000,
+         help="images to store for precision and recall (default: 10000)")
+    flag("--out", default="ref.npz", help="NPZ to write (default: ref.npz)")
 
     c = commands.add_parser("recon", help="rFID, PSNR, SSIM and codebook usage of a tokenizer")
     c.set_defaults(run=recon)
-    c.add_argument("--vq", metavar="CKPT", required=True, help="tokenizer checkpoint")
-    c.add_argument("--data", required=True, help="class folders, .jsonl, .tar, or shapes:N")
-    c.add_argument(
-        "--image-size",
-        type=flags.pixels,
-        help="pixels per side that the model works at (default: as it was trained)",
-    )
-    c.add_argument(
-        "--eval-size",
-        type=flags.bounded(int, 11, 8192),
-        help="pixels per side to measure at (default: --image-size)",
-    )
-    c.add_argument("--out", default="recon.png", help="picture to write (default: recon.png)")
-    c.add_argument("--inception", metavar="FILE", help=inception_help)
-    c.add_argument("--json", metavar="FILE", help=json_help)
+    flag = c.add_argument
+    flag("--vq", metavar="CKPT", required=True, help="tokenizer checkpoint")
+    flag("--data", required=True, help="class folders, .jsonl, .tar, or shapes:N")
+    flag("--image-size", type=flags.pixels,
+         help="pixels per side that the model works at (default: as it was trained)")
+    flag("--eval-size", type=flags.bounded(int, 11, 8192),
+         help="pixels per side to measure at (default: --image-size)")
+    flag("--out", default="recon.png", help="picture to write (default: recon.png)")
 
     c = commands.add_parser("clip", help="CLIP score of images and their captions")
     c.set_defaults(run=clip_score)
-    c.add_argument("--prompts", metavar="FILE", required=True, help="captions, one per line")
-    c.add_argument(
-        "--samples",
-        required=True,
-        help="NPZ of sample.py --prompts, or a folder sorted as the captions",
-    )
-    c.add_argument("--size", type=flags.pixels, help=size)
-    c.add_argument(
-        "--clip",
-        default="openai/clip-vit-base-patch32",
-        help="CLIP's folder or name (default: %(default)s)",
-    )
-    c.add_argument(
-        "--prefix",
-        default="A photo depicts ",
-        help="text before each caption (default: '%(default)s')",
-    )
-    c.add_argument("--json", metavar="FILE", help=json_help)
+    flag = c.add_argument
+    flag("--prompts", metavar="FILE", required=True, help="captions, one per line")
+    flag("--samples", required=True,
+         help="NPZ of sample.py --prompts, or a folder sorted as the captions")
+    flag("--clip", default="openai/clip-vit-base-patch32",
+         help="CLIP's folder or name (default: %(default)s)")
+    flag("--prefix", default="A photo depicts ",
+         help="text before each caption (default: '%(default)s')")
+    # fmt: on
 
-    for c in commands.choices.values():
-        c.add_argument(
-            "--batch-size", type=flags.batch, default=64, help="images per batch (default: 64)"
-        )
-        c.add_argument(
-            "--device",
-            type=flags.float64_device,
-            default="cuda" if torch.cuda.is_available() else "cpu",
-            help="cuda or cpu (default: cuda where there is one)",
-        )
-
+    for name, c in commands.choices.items():
+        flag = c.add_argument
+        if name != "recon":
+            flag("--size", type=flags.pixels, help="pixels per side: files are cropped to it")
+        if name != "clip":
+            flag("--inception", metavar="FILE", help="Inception weights (default: published ones)")
+        if name != "stats":
+            flag("--json", metavar="FILE", help="file for the numbers, command and versions")
+        flag("--batch-size", type=flags.batch, default=64, help="images per batch (default: 64)")
+        flags.add_device(c, float64=True)
     words = sys.argv[1:]
     if not words or words[0] not in (*commands.choices, "-h", "--help"):
         words = ["compare", *words]

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 
 import gpt
 import vq
-from nanollamagen import captions, data, fast, files, flags, noise, parts
+from nanollamagen import captions, classes, data, fast, files, flags, noise, parts
 
 # The settings of sampling. Flags, the HTTP API and vLLM's requests are made from this table. All
 # but the guidance (cfg_scale, cfg_interval) are arguments of draw().
@@ -276,7 +276,7 @@ def join(path, part_files, labels):
 # ---- the command line --------------------------------------------------------------------------
 def add_flags(p):
     """Flags for the models, the conditions and the settings; extras/window.py has the same."""
-    flag, released, on_gpu = p.add_argument, [*PAPER_CFG, *TEXT_FILES], torch.cuda.is_available()
+    flag, released = p.add_argument, [*PAPER_CFG, *TEXT_FILES]
     # fmt: off
     flag("--pretrained", choices=released, help="released weights, by size and pixels")
     flag("--vq", help="tokenizer checkpoint")
@@ -289,8 +289,7 @@ def add_flags(p):
          "that the GPT was trained with, google/flan-t5-xl for released ones)")
     flag("--resize", type=flags.pixels, help="side, in pixels, to resize the images to")
     flag("--seed", type=flags.seed, default=0, help="image i follows from seed + i")
-    flag("--device", type=flags.device, default="cuda" if on_gpu else "cpu",
-         help="cuda, cpu or mps (default: cuda if any)")
+    flags.add_device(p)
     flag("--dtype", choices=["float32", "bfloat16"],
          help="of the GPT (default: bfloat16 on a GPU that has it)")
     # fmt: on
@@ -416,9 +415,9 @@ def conditions(args, model, device):
         return prompts, captions.encode_captions(prompts, args.t5, device, model)
     if prompts:
         raise ValueError(f"{args.gpt} is for classes: give --classes, not --prompt")
-    names = captions.class_names(model)
+    names = classes.class_names(model)
     if args.classes:
-        labels = [captions.find_class(word, names) for word in args.classes.split(",")]
+        labels = [classes.find_class(word, names) for word in args.classes.split(",")]
     elif len(names) == 1000:
         labels = [207, 360, 387, 974, 88, 979, 417, 279]
     else:

@@ -46,7 +46,7 @@ import torch
 import gpt
 import sample
 import vq
-from nanollamagen import captions, data, files, flags
+from nanollamagen import captions, classes, data, files, flags
 
 # vLLM takes seconds to import. So it is imported only where it is used, and --help and mistakes are
 # answered at once.
@@ -108,7 +108,7 @@ def export(args):
         "gpt": asdict(model.config),
         "image_size": model.config.grid * vq_model.config.downsample,
         "tokenizer": vq.weights_hash(vq_model),
-        "classes": captions.class_names(model),
+        "classes": classes.class_names(model),
         "text": model.text,
     }
     files.make_folder(out)
@@ -231,7 +231,7 @@ def engine_arguments(folder, tensor_parallel_size=1, **more):
 # ---- generate ----------------------------------------------------------------------------------
 def generate(args):
     """Sample images in one batch and save them as a picture; image i has the seed --seed + i."""
-    info, device = read_export(args.folder), "cuda" if torch.cuda.is_available() else "cpu"
+    info, device = read_export(args.folder), flags.best_device()
     arguments = engine_arguments(
         args.folder,
         args.tensor_parallel_size,

@@ -79,7 +79,7 @@ def parse():
     flag("--vq", help="tokenizer that made the codes; with it, samples_*.png are written")
     # the machine
     flag("--seed", type=flags.seed, default=0, help="of weights, order, crops and dropout")
-    flag("--device", type=flags.device, help="cuda, cpu or mps (default: cuda if any)")
+    flags.add_device(p)
     flag("--dtype", choices=["float32", "bfloat16"], help="arithmetic (default: bfloat16 on GPU)")
     flag("--compile", action=switch, help="torch.compile the blocks (default: on GPU)")
     flag("--parallel", choices=["auto", "ddp", "fsdp", "hsdp"], default="auto",

@@ -74,7 +74,7 @@ def parse(configs):
     # the machine
     flag("--seed", type=flags.seed, default=0, help="of weights, order and crops")
     flag("--workers", type=flags.count, help="processes that read images (default: GPU 8, CPU 0)")
-    flag("--device", type=flags.device, help="cuda, cpu or mps (default: cuda if any)")
+    flags.add_device(p)
     flag("--dtype", choices=["float32", "bfloat16"], help="arithmetic (default: bfloat16 on GPU)")
     flag("--compile", action=switch, default=False, help="torch.compile the model")
     # fmt: on

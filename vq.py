@@ -412,7 +412,6 @@ def reconstruct(args):
 
 def parse():
     """The command line: its parser, and the flags."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -427,9 +426,7 @@ def parse():
             "--pretrained", choices=PRETRAINED, help="a released tokenizer, fetched once"
         )
         c.add_argument("--image-size", type=flags.pixels, help="in pixels (default: as trained)")
-        c.add_argument(
-            "--device", type=flags.device, default=device, help="cuda, cpu or mps (cuda if any)"
-        )
+        flags.add_device(c)
     enc.add_argument("--data", required=True, help="class folders, .jsonl, .tar, or shapes:N")
     enc.add_argument("--out", default="codes", help="folder to write (default: codes)")
     enc.add_argument("--ten-crop", action="store_true", help="ten crops per image, as in the paper")
@@ -444,7 +441,7 @@ def parse():
     enc.add_argument(
         "--batch-size",
         type=flags.batch,
-        default=64 if device == "cpu" else 100,
+        default=64 if flags.best_device() == "cpu" else 100,
         help="crops that go through the encoder together (default: 64 on CPU, 100 on GPU)",
     )
     enc.add_argument(

@@ -33,7 +33,7 @@ COLOURS = ["#1b6ca8", "#d1495b", "#3a7d44", "#edae49", "#6f4c9b", "#5c5c5c"]
 def sweep(args):
     """Sample and score every cell that is not there yet, then write the table and the picture."""
     tokenizer = vq.load_vq(args.vq, args.device)
-    ref = image_sets.open_set(args.ref, args.vq, args.size, args.device)
+    ref = image_sets.open_set(args.ref, args.size)
     side = args.image_size or tokenizer.image_size
     model = gpt.load_gpt(args.gpt, args.device, grid=side // tokenizer.config.downsample)
     sample.check_pair(model, tokenizer, args.gpt, args.vq, args.image_size)
@@ -69,7 +69,7 @@ def sweep(args):
         if evaluate.RANK == 0:
             row = {"cfg_scale": scale, "top_k": top_k}
             row |= evaluate.score(reference, measured, net, args.pr_half)
-            warnings = image_sets.cautions(ref, gen, net)
+            warnings = evaluate.cautions(ref, gen, net)
             evaluate.report(scores_of[scale, top_k], row, warnings)
 
     if evaluate.RANK == 0:
@@ -165,7 +165,7 @@ def parse():
     )
     p.add_argument("--vq", required=True, metavar="CKPT", help="tokenizer checkpoint")
     p.add_argument("--gpt", required=True, metavar="CKPT", help="GPT checkpoint")
-    p.add_argument("--ref", required=True, help="NPZ, folder of images, or codes folder")
+    p.add_argument("--ref", required=True, help="NPZ, or folder of images")
     p.add_argument(
         "--cfg-scale", type=scales, default="1,1.5,1.75,2,3", help="guidance (default: %(default)s)"
     )
@@ -197,12 +197,7 @@ def parse():
     p.add_argument(
         "--batch-size", type=flags.batch, default=64, help="images per batch (default: 64)"
     )
-    p.add_argument(
-        "--device",
-        type=flags.float64_device,
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="cuda or cpu (default: cuda where there is one)",
-    )
+    flags.add_device(p, float64=True)
     args = p.parse_args()
     p.usage = "python ablations/sweep.py --vq CKPT --gpt CKPT --ref REF (--help lists the flags)"
     return p, args

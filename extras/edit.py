@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts a
 import gpt
 import sample
 import vq
-from nanollamagen import captions, data, files, flags, noise
+from nanollamagen import captions, classes, data, files, flags, noise
 
 
 # ---- sampling what is not kept -----------------------------------------------------------------
@@ -209,14 +209,14 @@ def parse():
          help="per image (default: 1, where what comes after a hole does not guide it)")
     flag("--paste", action=switch, default=True, help="put the photo's pixels back where kept")
     flag("--seed", type=flags.seed, default=0, help="that of image 0; image i adds i")
-    for name, (classes, texts, least, most, what) in sample.SETTINGS.items():
-        default = f"{classes:g}" if classes == texts else f"{classes:g}; captions: {texts:g}"
-        flag("--" + name.replace("_", "-"), type=flags.bounded(type(classes), least, most),
+    for name, (for_classes, for_captions, least, most, what) in sample.SETTINGS.items():
+        default = f"{for_classes:g}"
+        if for_captions != for_classes:
+            default += f"; captions: {for_captions:g}"
+        flag("--" + name.replace("_", "-"), type=flags.bounded(type(for_classes), least, most),
              help=f"{what} (default: {default})")
     flag("--out", default="edit.png", help="PNG: the photo, what is kept of it, the results")
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    flag("--device", type=flags.float64_device, default=default,
-         help="cuda or cpu (default: cuda where there is one)")
+    flags.add_device(p, float64=True)
     # fmt: on
     p.usage = (
         "python extras/edit.py PHOTO --vq CKPT --gpt CKPT --keep top ... (--help lists the flags)"
@@ -300,8 +300,8 @@ def conditions(args, model, device):
         raise ValueError(f"{args.gpt} is for classes: give --classes, or --classes none")
     if args.classes == "none":
         return ["no class"], [torch.tensor([model.config.num_classes])]
-    names = captions.class_names(model)
-    labels = [captions.find_class(word, names) for word in args.classes.split(",")]
+    names = classes.class_names(model)
+    labels = [classes.find_class(word, names) for word in args.classes.split(",")]
     return [names[label].split(",")[0] for label in labels], [torch.tensor(labels)]
 
 

@@ -78,7 +78,7 @@ def parse():
          help="steps between checkpoints and pictures")
     # the machine
     flag("--seed", type=flags.seed, default=0, help="of weights, order, crops and dropped classes")
-    flag("--device", type=flags.device, help="cuda, cpu or mps (default: cuda if any)")
+    flags.add_device(p)
     flag("--dtype", choices=["float32", "bfloat16"], help="arithmetic (default: bfloat16 on GPU)")
     # fmt: on
     p.usage = "python extras/train_var.py --vq CKPT --codes DIR ... (--help lists the flags)"

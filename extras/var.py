@@ -36,7 +36,7 @@ from var_vq import ScaleVQ, ScaleVQ512, load_tokenizer
 
 import sample
 import vq
-from nanollamagen import captions, data, files, flags
+from nanollamagen import classes, data, files, flags
 
 PAPER = dict(var_cfg=1.5, top_k=900, top_p=0.96, more_smooth=False)  # settings of the best FID
 RELEASED_TOKENIZER = ("vae_ch160v4096z32.pth", "FoundationVision/var")
@@ -237,12 +237,7 @@ def parse():
         c.add_argument(
             "--vq", help="tokenizer checkpoint (reconstruct, encode: default is the released one)"
         )
-        c.add_argument(
-            "--device",
-            type=flags.device,
-            default="cuda" if torch.cuda.is_available() else "cpu",
-            help="cuda, cpu or mps (default: cuda if any)",
-        )
+        flags.add_device(c)
     args = p.parse_args()
     return commands.choices[args.command], args
 
@@ -295,7 +290,7 @@ def sample_classes(args):
         settings |= PAPER
     listed = ", ".join(f"{name} {value}" for name, value in settings.items())
     print(f"{args.var}: {listed}, seed {args.seed}")
-    names = captions.class_names(model)
+    names = classes.class_names(model)
     if args.num_samples:
         sample.write_npz(
             args.out,
@@ -313,7 +308,7 @@ def sample_classes(args):
 
     labels = range(min(10, len(names)))
     if args.classes:
-        labels = [captions.find_class(word, names) for word in args.classes.split(",")]
+        labels = [classes.find_class(word, names) for word in args.classes.split(",")]
     labels = torch.tensor(labels).repeat_interleave(args.count)
     pixels = []
     for first in range(0, len(labels), args.batch_size):
@@ -333,8 +328,8 @@ def edit(args):
     grid, side = scales[-1], scales[-1] * downsample
     labels = [model.config.num_classes]  # no class
     if args.classes:
-        names = captions.class_names(model)
-        labels = [captions.find_class(word, names) for word in args.classes.split(",")]
+        names = classes.class_names(model)
+        labels = [classes.find_class(word, names) for word in args.classes.split(",")]
     if len(labels) not in (1, len(args.images)):
         raise ValueError(
             f"--classes: {len(labels)} classes for {len(args.images)} pictures; "

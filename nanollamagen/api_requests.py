@@ -5,7 +5,6 @@ there is a Job: a request that api_sampling.py can sample.
 """
 
 import asyncio
-import io
 import secrets
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,7 +23,7 @@ from vllm.exceptions import VLLMValidationError
 import sample
 import serve_vllm
 import vq
-from nanollamagen import captions, data
+from nanollamagen import captions, classes, data
 
 MAX_JSON = 2**18  # bytes of a request; most of them are a prompt of up to 32,000 characters
 MAX_FORM = 2**24  # bytes of a request with an image and a mask
@@ -155,7 +154,7 @@ def open_upload(name, file):
     """The picture in an uploaded file, RGBA. Raises Refused for a broken or too costly file."""
     allowed, check = ["PNG", "JPEG", "WEBP"], partial(check_cost, name, file)
     try:
-        return data.open_image(name, io.BytesIO(file), "RGBA", allowed, check)
+        return data.open_image(name, file, "RGBA", allowed, check)
     except OSError as error:
         if isinstance(error.__cause__, Refused):
             raise error.__cause__ from None
@@ -226,13 +225,13 @@ async def job_of(images, body):
     """The Job of a request. Raises Refused for a prompt that this model does not know."""
     seed = secrets.randbelow(2**31) if body.seed is None else body.seed
     if not images.info["captions"]:
-        classes = images.info["classes"]
+        names = images.info["classes"]
         try:
-            class_id = captions.find_class(body.prompt, classes)
+            class_id = classes.find_class(body.prompt, names)
         except ValueError as error:
             raise Refused("prompt", str(error)) from None
         prompt = serve_vllm.class_prompt(class_id, images.info)
-        return Job(body, prompt, classes[class_id], seed)
+        return Job(body, prompt, names[class_id], seed)
     prompt, cut = await in_worker(images, images.encode, body.prompt)
     if prompt is None:
         raise Refused("prompt", f"the caption {body.prompt[:200]!r} has no words")

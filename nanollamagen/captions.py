@@ -26,10 +26,7 @@ import torch
 from torch import nn
 
 from nanollamagen import data, files, flags, parts
-from nanollamagen.classes import class_names as class_names
-from nanollamagen.classes import find_class as find_class
-from nanollamagen.classes import imagenet_classes as imagenet_classes
-from nanollamagen.cleaning import clean_caption as clean_caption
+from nanollamagen.cleaning import clean_caption
 
 CAPTION_TOKENS = 120  # c: longer captions are cut, shorter ones padded on the left
 
@@ -239,11 +236,11 @@ def encode_blocks(encoder, captions, batch_size, blocks, bar):
 def join(folder, about, part_files):
     """Write the parts as text.npy, text_spans.npy and text.json, with one of them in memory."""
     start, starts = 0, []  # of each part in text.npy
-    words = np.zeros(2, int)  # how many captions and how many short captions there are
+    empty = 0
     for spans in parts.each(part_files, "spans"):
         starts.append(start)
         start += int(spans.max())
-        words += (spans[..., 1] > spans[..., 0]).sum(0)
+        empty += int((spans[:, 0, 0] == spans[:, 0, 1]).sum())
     tokens, cut = start, sum(int(cut) for cut in parts.each(part_files, "cut"))
     if not tokens:
         raise ValueError(f"{folder}/captions.jsonl has no words in any caption")
@@ -257,10 +254,8 @@ def join(folder, about, part_files):
     os.replace(folder / "spans.tmp", folder / "text_spans.npy")
     os.replace(folder / "json.tmp", folder / "text.json")
     shutil.rmtree(folder / "text.parts", ignore_errors=True)
-    print(f"{folder}/text.npy: {tokens:,} tokens x {about['dim']} features", end=" ")
-    print(f"of {words[0]:,} captions and {words[1]:,} short ones;", end=" ")
-    lost = f"{about['images'] - words[0]:,} captions are empty"
-    print(f"{lost}, {cut:,} were cut to {CAPTION_TOKENS} tokens")
+    lost = f"{empty:,} captions are empty, {cut:,} were cut to {CAPTION_TOKENS} tokens"
+    print(f"{folder}/text.npy: {tokens:,} tokens x {about['dim']} features; {lost}")
 
 
 def load_text(folder):
@@ -310,7 +305,6 @@ def main():
     kind = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(description=__doc__, formatter_class=kind)
     commands = p.add_subparsers(required=True)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     # fmt: off
     enc = commands.add_parser("encode", help="write the features of captions next to their codes")
     flag = enc.add_argument
@@ -318,7 +312,7 @@ def main():
     flag("--t5", default="google/flan-t5-xl", help="folder or Hugging Face name of a T5, or words, "
          "a stub without weights (default: google/flan-t5-xl)")
     flag("--batch-size", type=flags.batch, default=64, help="captions T5 takes together")
-    flag("--device", type=flags.device, default=device, help="cuda, cpu or mps (cuda if any)")
+    flags.add_device(enc)
     # fmt: on
     args = p.parse_args()
     try:

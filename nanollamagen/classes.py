@@ -41,7 +41,6 @@ def find_class(text, names):
     found = found or [i for i, name in enumerate(plain) if wanted in name]
     if len(found) == 1:
         return found[0]
-
     if found:
         close, what = found[:12], "fits several classes"
     else:

@@ -30,8 +30,6 @@ SYMBOLS = (
     (r"\.{2,}|[#®•©™&@·º½¾¿¡§~()\[\]{}|\\/*]+", " "),
     (r"\s+\.\s+", " "),
 )
-
-
 ENCODING = (  # what the package ftfy does to text that is not garbled
     ("[\x00-\x08\x0b\x0e-\x1f\x7f\u206a-\u206f\ufeff\ufff9-\ufffc]", ""),
     ("[ĲĳŉǄ-ǌǱ-ǳﬀ-ﬆ\u3000\uff01-\uffef]", lambda found: unicodedata.normalize("NFKC", found[0])),

@@ -33,9 +33,6 @@ class Codes:
         self.folder = Path(folder)
         self.codes, self.labels, meta = data.load_codes(folder)
         self.codes.base.madvise(mmap.MADV_RANDOM)  # else the kernel reads megabytes around each row
-        if meta["h"] != meta["w"]:
-            grid = f"{meta['h']} x {meta['w']}"
-            raise ValueError(f"--codes {folder}: {grid} codes per image; the grid must be square")
         if meta["codes"] != meta["h"] ** 2:
             raise ValueError(f"--codes {folder}: codes of several grids are for train_var.py")
 

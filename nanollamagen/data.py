@@ -63,12 +63,21 @@ class Images:
 
 
 # ---- images and folders ------------------------------------------------------------------------
-def open_image(path, file=None, mode="RGB", formats=None, check=None):
-    """The image at a path, or in an open file: upright by its EXIF data, 8 bits per channel, as RGB
-    with transparent pixels on white, or as RGBA. Raises OSError for one that cannot be read, or
-    that is not of Pillow's `formats`, or that check(image) refuses before it is decoded."""
+def read(place):
+    """The bytes of a file. place: its path, or (path of a tar file, first byte, how many)."""
+    path, start, length = place if isinstance(place, tuple) else (place, 0, -1)
+    with open(path, "rb") as f:
+        f.seek(start)
+        return f.read(length)
+
+
+def open_image(place, file=None, mode="RGB", formats=None, check=None):
+    """The image at a place (see read), or in a file's bytes: upright by its EXIF data, 8 bits per
+    channel, as RGB with transparent pixels on white, or as RGBA. Raises OSError for one that cannot
+    be read, or that is not of Pillow's `formats`, or that check(image) refuses undecoded."""
     try:
-        with Image.open(file or path, formats=formats) as image:
+        file = read(place) if file is None else file
+        with Image.open(io.BytesIO(file), formats=formats) as image:
             if check:
                 check(image)
             image.load()
@@ -83,16 +92,9 @@ def open_image(path, file=None, mode="RGB", formats=None, check=None):
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert(mode)
     except Exception as error:  # Pillow raises many kinds, and repeats the path
-        reason = str(error).split(" '")[0]
-        raise OSError(f"{path}: {reason}") from error
-
-
-def open_member(place):
-    """The image within a tar file: place = (path, first byte, number of bytes)."""
-    path, start, length = place
-    with open(path, "rb") as f:
-        f.seek(start)
-        return open_image(f"{path}, byte {start}", io.BytesIO(f.read(length)))
+        name = f"{place[0]}, byte {place[1]}" if isinstance(place, tuple) else place
+        reason = re.split(":? ['<]", str(error))[0]
+        raise OSError(f"{name}: {reason}") from error
 
 
 def walk(folder, above=()):
@@ -115,17 +117,13 @@ def walk(folder, above=()):
 
 
 def members(path):
-    """The same of a tar file: (path/name, as open_member takes it or a text's bytes, why). Raises
-    ValueError."""
+    """The same of a tar file: (path/name, place for `read`, why). Raises ValueError."""
     try:
         with tarfile.open(path, "r:") as tar:
             for member in filter(tarfile.TarInfo.isfile, tar):
-                place = path, member.offset_data, member.size
-                if member.name.lower().endswith(".txt"):
-                    place = tar.extractfile(member).read()
                 hidden = re.search(r"(^|/)\.+[^./]", member.name)
                 why = "hidden" if hidden else "" if member.size else "empty file"
-                yield f"{path}/{member.name}", place, why
+                yield f"{path}/{member.name}", (path, member.offset_data, member.size), why
             tar.fileobj.seek(tar.offset)
             if tar.fileobj.read(512) != bytes(512):
                 raise tarfile.ReadError("its end is missing")
@@ -194,7 +192,8 @@ def open_files(root):
         below = sorted(walk(root), key=lambda item: os.path.split(item[0]))
     images, left_out = sort_out(below)
     tars = [path for path, _, why in below if path.lower().endswith(".tar") and not why]
-    if tars and len(tars) >= len(images):  # images among them are a preview, for example
+    packed = len(tars) >= max(1, len(images))  # images among them are a preview, for example
+    if packed:
         left_out[".tar"], left_out["stray image"] = 0, len(images)
         images, inside = sort_out(item for path in tars for item in members(path))
         left_out += inside
@@ -205,14 +204,10 @@ def open_files(root):
     texts = [text for _, _, text in images]
     found = Images(open_image, [place for _, place, _ in images], left_out=left_out)
     folders = [os.path.dirname(path[len(root) :]).strip("/") for path, *_ in images]
-    half, loose = len(images) / 2, folders.count("")
-    if isinstance(found.places[0], tuple):
-        found.open, loose = open_member, len(images)
+    half, loose = len(images) / 2, len(images) if packed else folders.count("")
     if texts.count(None) <= half or texts.count(None) < loose == len(images):
         left_out[".txt"] -= len(images) - texts.count(None)
-        texts = [
-            Path(text).read_bytes() if isinstance(text, str) else text or b"" for text in texts
-        ]
+        texts = [read(text) if text else b"" for text in texts]
         found.captions = [{"caption": text.decode("utf-8-sig", "replace")} for text in texts]
     elif loose <= half:
         class_folders(root, found, folders)
@@ -367,13 +362,12 @@ def load_codes(folder):
     labels = None
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        meta.setdefault("codes", meta["h"] * meta["w"])  # T; older folders do not say
         codes = np.load(folder / "codes.npy", mmap_mode="r", allow_pickle=False)
         if not meta.get("captions"):
             labels = np.load(folder / "labels.npy", allow_pickle=False)
+        fits = codes.dtype == np.uint16 and codes.shape[2:] == (meta["codes"],)
     except (OSError, ValueError, EOFError, KeyError) as error:
         raise ValueError(f"the codes folder {folder} is damaged ({error}); encode again") from None
-    fits = codes.dtype == np.uint16 and codes.shape[2:] == (meta["codes"],)
     if not fits or labels is not None and len(labels) != len(codes):
         found = f"{codes.dtype} {codes.shape}, {0 if labels is None else len(labels)} labels"
         raise ValueError(f"{folder}: codes, labels and meta do not belong together: {found}")

@@ -89,7 +89,6 @@ def is_complete(out, meta):
     if not (out / "meta.json").exists():
         return False
     finished = json.loads((out / "meta.json").read_text())
-    finished.setdefault("codes", finished["h"] * finished["w"])  # older folders do not say
     if {name: finished.get(name) for name in meta} != json.loads(json.dumps(meta)):
         raise ValueError(f"--out {out} was made with other settings; choose another or delete it")
     shutil.rmtree(out / "parts", ignore_errors=True)  # left by a run killed in its last moment

@@ -141,8 +141,7 @@ def download(url, path, sha256=""):
                 raise OSError("its SHA-256 is not the expected one")
             os.replace(tmp, path)
     except OSError as error:
-        if tmp.is_file():
-            tmp.unlink()
+        tmp.unlink(missing_ok=True)
         reason = getattr(error, "reason", error)
         fix = f"fetch it elsewhere and put it at {path}"
         raise OSError(f"could not download {url} ({reason}); {fix}") from None

@@ -37,6 +37,11 @@ weight = bounded(float, 0, 1e6)  # of a loss, of decay
 fraction = bounded(float, 0, 1)
 
 
+def best_device():
+    """What --device is where it is not given: a GPU if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def best_dtype(device):
     """The name of the arithmetic for a device: bfloat16 on GPUs that have it (not T4, V100)."""
     on_gpu = torch.device(device).type == "cuda"
@@ -44,7 +49,7 @@ def best_dtype(device):
     return "bfloat16" if has_it else "float32"
 
 
-def device(name, kinds=("cuda", "mps", "cpu")):
+def device(name, kinds):
     """A type for --device: "cpu", "mps" (an Apple GPU), or "cuda" with the number of a GPU, of this
     process's where the flag has none."""
     kind, _, number = name.partition(":")
@@ -58,4 +63,9 @@ def device(name, kinds=("cuda", "mps", "cpu")):
     return f"cuda:{number}" if kind == "cuda" else kind
 
 
-float64_device = partial(device, kinds=("cuda", "cpu"))  # an Apple GPU has no float64
+def add_device(parser, float64=False):
+    """Give a parser the flag --device. An Apple GPU, "mps", has no float64."""
+    kinds = ("cuda", "cpu") if float64 else ("cuda", "mps", "cpu")
+    what = f"{', '.join(kinds)} (default: cuda if any)"
+    kind = partial(device, kinds=kinds)
+    parser.add_argument("--device", type=kind, default=best_device(), help=what)

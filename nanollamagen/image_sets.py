@@ -11,12 +11,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 import torch.distributed as dist
 
-import sample
-import vq
-from nanollamagen import data, files, inception, parts
+from nanollamagen import data, files, parts
 
 # What an NPZ may hold of a data set: means and covariances of Inception's two kinds of features.
 STATISTICS = {"mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023)}
@@ -39,45 +36,24 @@ class ImageSet(NamedTuple):
     of: str = ""  # what images `stored` was computed from
 
 
-def open_set(path, tokenizer=None, size=None, device="cpu"):
-    """The ImageSet at a path: an NPZ, a folder of codes (tokenizer: its checkpoint), or all images
-    below a folder. Codes are resized to `size`, files cropped. Raises OSError or ValueError."""
+def open_set(path, size=None):
+    """The ImageSet at a path: an NPZ, or all images below a folder, cropped to `size` pixels per
+    side. Raises OSError or ValueError."""
     path = Path(path)
     if not path.exists():
         where = f"; it is at {ADM_URL}" if ADM_URL.endswith(path.name) else ""
         raise OSError(f"{path} does not exist{where}")
     if path.is_file():
         return open_npz(path)
-    if (path / "codes.npy").exists():
-        return open_codes(path, tokenizer, size, device)
-    return open_folder(path, size)
-
-
-def open_codes(folder, tokenizer, size=None, device="cpu"):
-    """The first crop of each image in a folder of codes, decoded when it is read."""
-    codes, labels, meta = data.load_codes(folder)  # (N, A, T), (N,)
-    model = vq.load_vq(tokenizer, device) if tokenizer else None
-    if model is None or vq.weights_hash(model) != meta["tokenizer"]:
-        raise ValueError(f"{folder} holds codes; --vq CKPT must name the tokenizer that made them")
-
-    def decode(indices):
-        first = torch.from_numpy(codes[indices, 0].astype(np.int64))  # (B, T)
-        return sample.to_pixels(model, first.to(device), size)
-
-    return ImageSet(folder, len(codes), decode([0]).shape[1:], decode, labels=labels)
-
-
-def open_folder(folder, size=None):
-    """All images below a folder, at any depth."""
-    found = data.all_images(folder)
+    found = data.all_images(path)
     if not len(found):
-        raise ValueError(f"{folder} holds no images")
+        raise ValueError(f"{path} holds no images")
 
     def load(i):
         image = found.load(i)
         return np.array(data.center_crop(image, size) if size else image)
 
-    return ImageSet(folder, len(found), load(0).shape, partial(in_parallel, load))
+    return ImageSet(path, len(found), load(0).shape, partial(in_parallel, load))
 
 
 def in_parallel(function, items):
@@ -166,31 +142,3 @@ def describe(images):
     H, W, _ = images.shape
     words = f"{images.count:,} images of {W}x{H} pixels in {images.path}"
     return f"stored statistics of {images.of}, and {words}" if images.stored else words
-
-
-def cautions(ref, gen, net):
-    """Why the scores of gen against ref may not be what they seem: a list of sentences."""
-    changes = np.diff(gen.labels) if gen.labels is not None and gen.count > 5000 else np.zeros(1)
-    # fmt: off
-    rules = (
-        (net["sha256"] != inception.SHA256,
-         "unpublished Inception weights: compare only scores of this same file"),
-        (gen.count < 50_000,
-         f"only {gen.count:,} samples: papers use 50,000; fewer give a higher FID and a lower IS"),
-        (ref.count < 10_000,
-         f"only {ref.count:,} reference images: 10,000 are usual for precision and recall"),
-        (gen.stored,
-         f"{gen.path} stores statistics, as references do: are the two files swapped?"),
-        (ADM_URL.endswith(ref.path.name) and ref.sha256 != ADM_SHA256,
-         f"{ref.path} has the name of ADM's reference but other content"),
-        (ref.count == 50_000 and not ref.stored,
-         "50,000 reference images without statistics, as many as ImageNet's validation set has: "
-         f"papers score samples against training-set statistics ({ADM_URL})"),
-        (gen.shape != ref.shape,
-         f"{gen.shape[1]}-pixel samples against {ref.shape[1]}: papers resize samples first"),
-        ((changes >= 0).all() and changes.any(),
-         "samples are sorted by class: shuffle them, "
-         "because IS takes 5,000 at a time in file order"),
-    )
-    # fmt: on
-    return [sentence for applies, sentence in rules if applies]

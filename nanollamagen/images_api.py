@@ -17,7 +17,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any
 
-import torch
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.datastructures import Headers
@@ -28,7 +27,7 @@ from vllm.exceptions import VLLMError
 
 import serve_vllm
 import vq
-from nanollamagen import api_requests, api_sampling
+from nanollamagen import api_requests, api_sampling, flags
 
 router = APIRouter()
 
@@ -46,7 +45,7 @@ class Plugin:
     async def init_state(self, engine, state, args):
         """Load the tokenizer, and for captions their encoder. Raises OSError or ValueError."""
         info = serve_vllm.read_export(args.model)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = flags.best_device()
         vq_model, encode = vq.load_vq(Path(args.model) / "vq.pt", device), None
         if info["captions"]:
             t5 = getattr(args, "t5", None)

@@ -6,8 +6,6 @@ at a time. The loss and the gradients are the same:
 
     loss = cross_entropy(logits.flatten(0, 1), tokens.flatten())
     loss.backward()                          # from here on `logits` holds its gradient
-
-For label smoothing, say, write F.cross_entropy(..., label_smoothing=0.1) instead.
 """
 
 # Shapes:  N rows   V classes
@@ -35,25 +33,21 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, targets, scale):
-        largest = logits.new_empty(len(logits), 1, dtype=torch.float32)
-        log_sums = torch.empty_like(largest)  # log of sum exp(logit - largest)
+        log_sums = logits.new_empty(len(logits), 1, dtype=torch.float32)  # log of sum exp(logit)
         total = torch.zeros((), device=logits.device)
-        chunks = CrossEntropy.chunks(logits, targets[:, None], largest, log_sums)
-        for rows, target, top, log_sum in chunks:
-            log_p = rows.float().log_softmax(1)
-            top.copy_(rows.amax(1, keepdim=True))
-            log_sum.copy_(-log_p.amax(1, keepdim=True))  # the largest has log_p = -log_sum
-            total -= log_p.gather(1, target).sum()
-        ctx.save_for_backward(logits, targets, largest, log_sums)
+        for rows, target, log_sum in CrossEntropy.chunks(logits, targets[:, None], log_sums):
+            log_p = rows.float().log_softmax(1).gather(1, target)
+            log_sum.copy_(rows.gather(1, target) - log_p)
+            total -= log_p.sum()
+        ctx.save_for_backward(logits, targets, log_sums)
         ctx.scale = scale
         return total * scale
 
     @staticmethod
     def backward(ctx, grad):
-        logits, targets, largest, log_sums = ctx.saved_tensors
-        chunks = CrossEntropy.chunks(logits, targets[:, None], largest, log_sums)
-        for rows, target, top, log_sum in chunks:
-            gradient = (rows.float() - top).sub_(log_sum).exp_()  # softmax, minus 1 at the target
+        logits, targets, log_sums = ctx.saved_tensors
+        for rows, target, log_sum in CrossEntropy.chunks(logits, targets[:, None], log_sums):
+            gradient = (rows.float() - log_sum).exp_()  # softmax, minus 1 at the target
             gradient.scatter_add_(1, target, gradient.new_full(target.shape, -1))
             rows.copy_(gradient.mul_(grad * ctx.scale))
         return logits, None, None

@@ -24,24 +24,20 @@ from nanollamagen import files, parts
 
 
 # ---- processes and signals -----------------------------------------------------------------------
-def this_process(device=None):
+def this_process(device):
     """(rank, world, device) of this process, one of those that torchrun started, or the only one.
-    device: what --device says; None is a GPU where there is one."""
+    device: what flags.device made of --device."""
     rank, world = parts.processes()
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(device)
     if device.type == "cuda":
-        if device.index is None:
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     return rank, world, device
 
 
-TIMEOUT = timedelta(minutes=10)  # after which a process that waits for a dead one ends too
-
-
 def connect(device):
-    """Connect the processes that torchrun started."""
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    """Connect the processes that torchrun started. One that waits ten minutes for another ends."""
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(minutes=10))
 
 
 def disconnect(device):
@@ -91,8 +87,9 @@ def catch_signals():
     return caught
 
 
-HELP = "a lower --lr or --dtype float32 may help; the last checkpoint is from before"
-NOT_FINITE = f"the gradient is not finite ({HELP})"
+NOT_FINITE = (
+    "the gradient is not finite (try a lower --lr, or --dtype float32, from the last checkpoint)"
+)
 
 
 def status(norms, asked_to_stop, world):

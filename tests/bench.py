@@ -29,7 +29,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-# before tests/, which has a window.py too
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "extras"))
 from window import window_codes
 
@@ -177,6 +176,7 @@ def imagenet_codes(folder):
     meta = {
         "classes": [str(c) for c in range(1000)],
         "h": 16,
+        "codes": 256,
         "w": 16,
         "codebook_size": 16384,
         "image_size": 256,

@@ -266,6 +266,13 @@ def codes(tmp_path_factory):
     eight = rng.randint(0, 8, (60, 2, 16))
     tokens = (labels[:, None, None] * 5 + eight) % 20
     np.save(folder / "codes.npy", tokens.astype(np.uint16))
-    meta = {"classes": ["a", "b", "c"], "h": 4, "w": 4, "codebook_size": 20, "image_size": 16}
+    meta = {
+        "classes": ["a", "b", "c"],
+        "h": 4,
+        "w": 4,
+        "codes": 16,
+        "codebook_size": 20,
+        "image_size": 16,
+    }
     (folder / "meta.json").write_text(json.dumps({**meta, "tokenizer": "0", "skipped": []}))
     return folder

@@ -46,7 +46,7 @@ grid, V = size // model.config.downsample, model.config.codebook_size
 (out / "codes").mkdir()
 np.save(out / "codes" / "codes.npy", np.random.default_rng(0).integers(0, V, (20_000, 1, grid ** 2), dtype=np.uint16))
 np.save(out / "codes" / "labels.npy", np.arange(20_000, dtype=np.int32) % 1000)
-meta = {"classes": [str(i) for i in range(1000)], "h": grid, "w": grid, "codebook_size": V, "image_size": size,
+meta = {"classes": [str(i) for i in range(1000)], "h": grid, "w": grid, "codes": grid * grid, "codebook_size": V, "image_size": size,
         "tokenizer": vq.weights_hash(model), "skipped": []}
 (out / "codes" / "meta.json").write_text(json.dumps(meta))
 PYTHON

@@ -267,16 +267,6 @@ def test_another_tokenizer_says_how_many_codes_an_image_has(tokenizer, tmp_path)
     assert np.array_equal(codes[..., :4], codes[..., 4:]) and len(np.unique(codes)) > 1
 
 
-def test_folders_of_codes_from_before_meta_said_their_number_still_open(tokenizer, tmp_path):
-    out = tmp_path / "codes"
-    assert encode("--vq", tokenizer, "--data", "shapes:3", "--out", out).returncode == 0
-    meta = json.loads((out / "meta.json").read_text())
-    del meta["codes"]
-    (out / "meta.json").write_text(json.dumps(meta))
-    assert data.load_codes(out)[2]["codes"] == 4
-    assert "Nothing to do" in encode("--vq", tokenizer, "--data", "shapes:3", "--out", out).stdout
-
-
 def test_unreadable_images_are_left_out_and_counted(tokenizer, tmp_path):
     root = folder(tmp_path / "data")
     (root / "bee" / "1.png").write_bytes((root / "bee" / "1.png").read_bytes()[:200])

@@ -22,7 +22,7 @@ from PIL import Image
 
 import evaluate
 import vq
-from nanollamagen import data, files, image_sets, inception
+from nanollamagen import data, image_sets, inception
 
 METRICS = GOLDEN / "metrics"
 
@@ -432,25 +432,6 @@ def test_a_folder_and_an_npz_of_the_same_images_are_the_same_set(tmp_path):
     assert np.array_equal(small.read([4])[0], data.center_crop(Image.fromarray(images[3]), 8))
 
 
-def test_codes_are_decoded_on_the_fly(tokenizer, tmp_path):
-    model, path = tokenizer
-    codes = np.random.default_rng(0).integers(0, 64, (5, 2, 16)).astype(np.uint16)
-    np.save(tmp_path / "codes.npy", codes)
-    np.save(tmp_path / "labels.npy", np.arange(5, dtype=np.int32))
-    (tmp_path / "meta.json").write_text(
-        json.dumps({"h": 4, "w": 4, "tokenizer": vq.weights_hash(model)})
-    )
-    opened = image_sets.open_set(tmp_path, path)
-    want = vq.to_uint8(model.decode(torch.from_numpy(codes[:, 0].astype(np.int64)).view(5, 4, 4)))
-    assert opened.shape == (16, 16, 3) and np.array_equal(np.stack(opened.read(range(5))), want)
-    assert image_sets.open_set(tmp_path, path, size=8).shape == (8, 8, 3)
-    another = vq.VQModel(model.config).state_dict()
-    files.save_checkpoint({"model": another, "config": vars(model.config)}, tmp_path / "b.pt")
-    for other in (None, tmp_path / "b.pt"):
-        with pytest.raises(ValueError, match="--vq CKPT must name the tokenizer that made them"):
-            image_sets.open_set(tmp_path, other)
-
-
 def test_batches_do_not_change_features(net, tmp_path):
     images = image_sets.open_npz(save_npz(tmp_path / "a.npz", arr_0=pictures(5)))
     one, all_ = (evaluate.measure(images, net, size) for size in (2, 5))
@@ -539,10 +520,8 @@ PUBLISHED = {"sha256": inception.SHA256}
 
 
 def test_the_papers_comparisons_need_no_warning():
-    assert image_sets.cautions(ADM, SAMPLES, PUBLISHED) == []
-    assert (
-        image_sets.cautions(image_set("eval_ref.npz", 10_000, {"mu": 0}), SAMPLES, PUBLISHED) == []
-    )
+    assert evaluate.cautions(ADM, SAMPLES, PUBLISHED) == []
+    assert evaluate.cautions(image_set("eval_ref.npz", 10_000, {"mu": 0}), SAMPLES, PUBLISHED) == []
 
 
 @pytest.mark.parametrize(
@@ -550,7 +529,6 @@ def test_the_papers_comparisons_need_no_warning():
     [
         (image_set("fifty_thousand.npz"), SAMPLES, "training-set statistics"),
         (SAMPLES._replace(count=10_000), ADM._replace(count=50_000), "swapped"),
-        (ADM._replace(sha256="0"), SAMPLES, "other content"),
         (ADM, SAMPLES._replace(shape=(384, 384, 3)), "384-pixel samples against 256"),
         (ADM, SAMPLES._replace(labels=np.sort(SAMPLES.labels)), "sorted by class"),
         (ADM, SAMPLES._replace(count=9_999), "only 9,999 samples"),
@@ -558,12 +536,12 @@ def test_the_papers_comparisons_need_no_warning():
     ],
 )
 def test_mixed_up_sets_are_warned_about(ref, gen, words):
-    found = image_sets.cautions(ref, gen, PUBLISHED)
+    found = evaluate.cautions(ref, gen, PUBLISHED)
     assert len(found) == 1 and words in found[0]
 
 
 def test_unpublished_inception_weights_are_warned_about():
-    assert "unpublished Inception weights" in image_sets.cautions(ADM, SAMPLES, {"sha256": "0"})[0]
+    assert "unpublished Inception weights" in evaluate.cautions(ADM, SAMPLES, {"sha256": "0"})[0]
 
 
 # ---- commands ----------------------------------------------------------------------------------

@@ -112,7 +112,15 @@ def folder(tmp_path_factory):
     (folder / "prompts.txt").write_text("one\ntwo\nthree\nfour\n")
     (folder / "codes").mkdir()
     np.save(folder / "codes" / "codes.npy", np.zeros((4, 1, 16), np.uint16))
-    meta = {"classes": [], "captions": True, "h": 4, "w": 4, "codebook_size": 64, "image_size": 16}
+    meta = {
+        "classes": [],
+        "captions": True,
+        "h": 4,
+        "w": 4,
+        "codes": 16,
+        "codebook_size": 64,
+        "image_size": 16,
+    }
     (folder / "codes" / "meta.json").write_text(json.dumps({**meta, "tokenizer": "0"}))
     (folder / "codes" / "captions.jsonl").write_text('{"caption": "a"}\n' * 4)
     (folder / "nothing").mkdir()

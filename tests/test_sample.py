@@ -19,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import gpt
 import sample
 import vq
-from nanollamagen import captions, fast, noise, runs
+from nanollamagen import captions, classes, fast, noise, runs
 
 SLOW = [("gpt_3b_head", 4), ("gpt_b_c2i", 16)]
 SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW]
@@ -281,24 +281,22 @@ def test_pictures_are_decoded_a_few_at_a_time_in_order():
 
 
 def test_class_names_are_found_or_explained():
-    names = captions.imagenet_classes()
+    names = classes.imagenet_classes()
     assert len(names) == 1000
-    assert (
-        captions.find_class("207", names) == 207 == captions.find_class("Golden Retriever", names)
-    )
-    assert captions.find_class("red fox", names) == 277
+    assert classes.find_class("207", names) == 207 == classes.find_class("Golden Retriever", names)
+    assert classes.find_class("red fox", names) == 277
     with pytest.raises(ValueError, match="134 crane; 517 crane"):
-        captions.find_class("crane", names)
+        classes.find_class("crane", names)
     with pytest.raises(ValueError, match="golden retriever"):
-        captions.find_class("goldn retriver", names)
+        classes.find_class("goldn retriver", names)
     for number in ("1000", "-5"):
         with pytest.raises(
             ValueError, match=f"class {number} is out of range: ids go from 0 to 999"
         ):
-            captions.find_class(number, names)
+            classes.find_class(number, names)
     for text in ("²", "٣", "--5", "5-"):  # digits to some of Python's functions
         with pytest.raises(ValueError, match=f"^class '{text}' is no class's name"):
-            captions.find_class(text, names)
+            classes.find_class(text, names)
 
 
 # ---- the command line, on tiny models ----------------------------------------------------------

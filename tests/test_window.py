@@ -60,7 +60,7 @@ def test_a_model_that_is_sure_takes_one_step_for_each_window():
 
 
 def test_the_trace_tells_every_guess():
-    """What tests/window.py makes its figure from: each step's first code is final in it."""
+    """What tests/window_figure.py makes its figure from: each step's first code is final in it."""
     model, trace = random_model(TINY), []
     codes, steps = window.window_codes(model, torch.tensor([2]), window=4, seed=1, trace=trace)
     assert len(trace) == steps - 1

@@ -1,7 +1,7 @@
 """How many guesses did each code take? A figure of extras/window.py, with one image of each of a
 few classes.
 
-$ python tests/window.py --vq runs/demo/vq/ckpt.pt --gpt runs/demo/gpt/ckpt.pt
+$ python tests/window_figure.py --vq runs/demo/vq/ckpt.pt --gpt runs/demo/gpt/ckpt.pt
 """
 
 import argparse
@@ -13,7 +13,6 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-# before tests/, which has a window.py too
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "extras"))
 from window import window_codes
 
