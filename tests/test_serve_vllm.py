@@ -751,7 +751,7 @@ def test_generate_draws_captions(captioned, tmp_path):
 @pytest.mark.parametrize(
     "versions, sentence",
     [
-        ([], "vLLM 0.32 is needed, found []: pip install -e .[serve]"),
+        ([], "vLLM 0.32 is needed, found []: pip install -e '.[serve]'"),
         (["0.33.1"], "vLLM 0.32 is needed, found ['0.33.1']: pip"),
     ],
 )
