@@ -70,9 +70,11 @@ def pytest_terminal_summary(terminalreporter):
         title = f"exercise {number}, {' '.join(words)}: {passed} of {len(reports)}"
         terminalreporter.write_line("")
         terminalreporter.write_line(title, bold=True)
+        said = ""
         for report in sorted(reports, key=lambda report: report.location[1]):
             mark = "ok  " if report.passed else "todo" if report.reason == TODO else "NO  "
             terminalreporter.write_line(f"  {mark}  {report.promise}")
-            if mark == "NO  ":
+            if mark == "NO  " and report.reason != said:  # one error can break all tests
                 terminalreporter.write_line(f"        -> {report.reason}", red=True)
+                said = report.reason
     terminalreporter.write_line("")

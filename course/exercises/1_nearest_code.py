@@ -23,7 +23,7 @@ def quantize(z, codebook):
     get the gradient that arrives at `quantized`, as if nothing had been replaced. The codebook gets
     no gradient here. It learns from a loss of its own, which is part of exercise 2.
     """
-    raise NotImplementedError  # about 5 lines; F.normalize and Tensor.detach help
+    raise NotImplementedError  # about 5 lines; torch.nn.functional.normalize, Tensor.detach
 
 
 if __name__ == "__main__":

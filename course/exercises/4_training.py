@@ -42,7 +42,7 @@ def train_step(model, optimizer, tokens, labels, micro, step):
     The result is that of one backward pass over the whole batch (without dropout, which hides other
     channels), and `optimizer` takes one step. Gradients left over from before do not count.
     """
-    raise NotImplementedError  # about 12 lines; torch.manual_seed and F.cross_entropy help
+    raise NotImplementedError  # ~12 lines; torch.manual_seed, torch.nn.functional.cross_entropy
 
 
 if __name__ == "__main__":

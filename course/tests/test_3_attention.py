@@ -26,12 +26,26 @@ def test_angles(exercise):
     """The first place is not turned, the next ones by one radian and by less."""
     angles = exercise.place_angles(GRID, D)
     assert angles.shape == (GRID * GRID, D // 2), "angles are not (T, d/2)"
+    assert angles.dtype == torch.float32, "angles are not float32"
     assert not angles[0].any(), "the first place is turned"
     assert math.isclose(angles.max(), GRID - 1, rel_tol=1e-5), (
         "the fastest pair does not turn by one radian per row or column"
     )
-    column = angles[1, D // 4 :]
-    assert (column.diff() < 0).all(), "later pairs do not turn more slowly"
+    rows, columns = angles.amax(0).chunk(2)  # by how much each pair turns at most
+    assert (rows.diff() < 0).all() and (columns.diff() < 0).all(), (
+        "later pairs do not turn more slowly"
+    )
+
+
+def test_slower_pairs(exercise):
+    """Every pair turns more slowly than the one before it, by the factor base^(2 / (d/2))."""
+    for base in (10_000.0, 81.0):
+        columns = exercise.place_angles(GRID, D, base).amax(0)[D // 4 :]
+        factors = columns[:-1] / columns[1:]
+        expected = torch.full_like(factors, base ** (2 / (D // 2)))
+        assert torch.allclose(factors, expected, rtol=1e-3), (
+            "a pair is not base^(2 / (d/2)) times slower than the one before it"
+        )
 
 
 def test_rows_then_columns(exercise):

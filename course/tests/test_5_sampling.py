@@ -25,6 +25,7 @@ def kept(logits):
 def shares(exercise, logits, temperature=1.0, n=100_000):
     """How often each code comes, (V,), for logits (V,)."""
     codes = exercise.draw(logits.expand(n, -1), uniform(n, len(logits)), temperature)
+    assert codes.shape == (n,) and codes.dtype == torch.int64, "codes are not int64 (B,)"
     return codes.bincount(minlength=len(logits)) / n
 
 
@@ -46,7 +47,7 @@ def test_top_k(exercise):
     logits = random_logits()
     result = exercise.filter_logits(logits, top_k=3)
     left = result.isfinite()
-    assert (left.sum(-1) == 3).all(), "top-k 3 does not leave 3 codes"
+    assert (left.sum(-1) == 3).all(), "top-k 3 does not set all but 3 logits to -inf"
     assert torch.equal(result[left], logits[left]), "a logit that is kept changed"
     removed_below = logits.masked_fill(left, -torch.inf).amax(-1) < result.topk(3).values[:, -1]
     assert removed_below.all(), "a code was removed that is likelier than one that was kept"
@@ -55,6 +56,7 @@ def test_top_k(exercise):
 def test_no_filter(exercise):
     """Top-k 0, top-k above V and top-p 1 leave everything."""
     logits = random_logits()
+    logits[:, 0] = -40  # so unlikely that the sum of all others rounds to 1
     for words in ({}, {"top_k": 0}, {"top_k": 100}, {"top_k": 12}, {"top_p": 1.0}):
         result = exercise.filter_logits(logits, **words)
         assert torch.equal(result, logits), "a setting that keeps all codes removed some"
@@ -62,10 +64,13 @@ def test_no_filter(exercise):
 
 def test_top_p(exercise):
     """Top-p leaves the likeliest codes up to and including the one that crosses p."""
-    result = kept(exercise.filter_logits(PROBS.log(), top_p=0.6))
+    filtered = exercise.filter_logits(PROBS.log(), top_p=0.6)
+    result = kept(filtered)
     assert len(result[0]) > 1, "the code that crosses p is missing"
     assert result[0] == [1, 3], "other codes are left than the likeliest ones that sum to p"
     assert result[1] == [2, 3], "rows of a batch are not filtered each by its own probabilities"
+    same = torch.equal(filtered[filtered.isfinite()], PROBS.log()[filtered.isfinite()])
+    assert same, "a logit that is kept changed"
     all_but_one = kept(exercise.filter_logits(PROBS.log(), top_p=0.9))
     assert all_but_one[0] == [1, 2, 3], "top-p 0.9 of 0.5, 0.3, 0.15, 0.05 does not leave three"
 
@@ -93,6 +98,14 @@ def test_gumbel(exercise):
     error = 5 * (p * (1 - p) / 100_000).sqrt()  # five standard errors
     right = (shares(exercise, logits) - p).abs() <= error
     assert right.all(), "codes do not come as often as the softmax of the logits says"
+
+
+def test_largest_number(exercise):
+    """Of codes that are equally likely, the one with the largest random number comes."""
+    numbers = uniform(100, 6)
+    codes = exercise.draw(torch.zeros(100, 6), numbers)
+    right = (codes == numbers.argmax(-1)).all()
+    assert right, "of equally likely codes, one with a smaller random number came"
 
 
 def test_temperature(exercise):
@@ -124,11 +137,11 @@ def test_project_guide(exercise):
 
 
 def test_project_filter(exercise):
-    """The codes that are left are those of sample.py."""
+    """Filtered logits are those of sample.py."""
     logits = random_logits(8)
     filtered = exercise.filter_logits(logits, top_k=8, top_p=0.9)
     theirs = sample.filter_logits(logits, top_k=8, top_p=0.9)
-    assert torch.equal(filtered, theirs), "sample.filter_logits leaves other codes"
+    assert torch.equal(filtered, theirs), "sample.filter_logits gives other logits"
 
 
 def test_project_draw(exercise):
