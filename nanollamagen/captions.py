@@ -255,7 +255,8 @@ def join(folder, about, part_files):
     os.replace(folder / "json.tmp", folder / "text.json")
     shutil.rmtree(folder / "text.parts", ignore_errors=True)
     lost = f"{files.counted(empty, 'empty caption')}, {cut:,} cut to {CAPTION_TOKENS} tokens"
-    print(f"{folder}/text.npy: {tokens:,} tokens x {about['dim']} features; {lost}")
+    size = f"{files.counted(tokens, 'token')} x {about['dim']} features"
+    print(f"{folder}/text.npy: {size}; {lost}")
 
 
 def load_text(folder):

@@ -153,8 +153,7 @@ def sort_out(found):
 def open_images(data, unlabelled=False):
     """The data set that --data names. What a folder is, most of its images decide, at any depth:
 
-    shapes, shapes:N                N drawings in ten classes
-    shapes-captions                 the same drawings with captions
+    shapes, shapes:N                N drawings in ten classes (shapes-captions: with captions)
     FILE.jsonl                      {"image", "caption", perhaps "short_caption"} on each line
     ROOT/name.jpg + ROOT/name.txt   a caption for each image
     FILE.tar, ROOT/*.tar            such pairs in uncompressed tar files, as of WebDataset
