@@ -168,9 +168,9 @@ def main():
     work = gpt.flops_per_image(config)
     log = runs.Log(out, step, max_steps, args.batch_size, rank, world, device, work)
     if rank == 0:
-        describe(args, codes, model, init, step, max_steps, recipe)
         how = f"{'bfloat16' if bf16 else 'float32'}{', compiled' if compiled else ''}"
         print(f"{world} process(es) on {device.type}, {parallel}, {how}, torch {torch.__version__}")
+        describe(args, codes, model, init, step, max_steps, recipe)
     saved = init = None  # frees their memory
 
     def due(every):

@@ -202,9 +202,9 @@ def main(tokenizer=vq.VQModel, configs=vq.VQ_CONFIGS):
     first_step = step
     log = runs.Log(out, step, max_steps, args.batch_size, rank, world, device)
     if rank == 0:
-        describe(args, images, model, init_disc, step, max_steps)
         how = f"{'bfloat16' if bf16 else 'float32'}{', compiled' if compiled else ''}"
         print(f"{world} process(es) on {device.type}, {how}, torch {torch.__version__}")
+        describe(args, images, model, init_disc, step, max_steps)
 
     def due(every):
         """Whether it is time for what happens every so many steps, and at the end."""

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageChops
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts at the top
 import gpt
@@ -170,10 +170,9 @@ def masked_pixels(path, photo, side):
     """What a mask file keeps, bool (H, W), cropped as the photo is: what is opaque, or if all of it
     is, what is not white. Raises OSError."""
     mask = data.open_image(path, mode="RGBA").resize(photo.size, Image.NEAREST)
-    opaque = np.array(data.center_crop(mask.getchannel("A"), side)) > 127
-    if mask.getextrema()[3] != (255, 255):
-        return opaque
-    return np.array(data.center_crop(mask.convert("RGB"), side).convert("L")) < 128
+    if mask.getextrema()[3] == (255, 255):
+        mask.putalpha(ImageChops.invert(mask.convert("L")))
+    return np.array(data.center_crop(mask.getchannel("A"), side)) > 127
 
 
 def enlarge(cells, side):

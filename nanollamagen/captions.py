@@ -179,8 +179,8 @@ def encode_captions(texts, t5=None, device="cpu", model=None, batch_size=16):
         if not len(row):
             raise ValueError(f"the caption {text!r} has no words")
     if encoder.cut:
-        cut = f"{encoder.cut} of {len(texts)} captions have more than {CAPTION_TOKENS} tokens"
-        print(f"warning: {cut} and are cut", file=sys.stderr)
+        cut = f"{encoder.cut} of {files.counted(len(texts), 'caption')}"
+        print(f"warning: {cut} cut to {CAPTION_TOKENS} tokens", file=sys.stderr)
     del encoder
     torch.cuda.empty_cache()
     return pad_left(rows)
@@ -254,8 +254,9 @@ def join(folder, about, part_files):
     os.replace(folder / "spans.tmp", folder / "text_spans.npy")
     os.replace(folder / "json.tmp", folder / "text.json")
     shutil.rmtree(folder / "text.parts", ignore_errors=True)
-    lost = f"{empty:,} captions are empty, {cut:,} were cut to {CAPTION_TOKENS} tokens"
-    print(f"{folder}/text.npy: {tokens:,} tokens x {about['dim']} features; {lost}")
+    lost = f"{files.counted(empty, 'empty caption')}, {cut:,} cut to {CAPTION_TOKENS} tokens"
+    size = f"{files.counted(tokens, 'token')} x {about['dim']} features"
+    print(f"{folder}/text.npy: {size}; {lost}")
 
 
 def load_text(folder):

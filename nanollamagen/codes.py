@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanollamagen import captions, data
+from nanollamagen import captions, data, files
 
 SHORT_CAPTIONS = 0.3  # how often training takes an image's short caption, where there is one
 
@@ -60,7 +60,7 @@ class Codes:
             return f"{len(self.classes)} classes"
         without = len(self.codes) - len(self.train_ids) - len(self.val_ids)
         about = f"captions through {self.encoder['encoder']} ({self.encoder['dim']} features)"
-        return f"{about}; {without:,} images have no caption and are left out"
+        return f"{about}; left out: {files.counted(without, 'image')} without a caption"
 
     def load(self, ids, crops, short, full_length=False):
         """[tokens (B, T) int64, labels (B,) int64], or [tokens, features (B, c, D), mask (B, c)].

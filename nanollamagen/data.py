@@ -14,7 +14,6 @@ import json
 import math
 import os
 import re
-import sys
 import tarfile
 import unicodedata
 from collections import Counter
@@ -51,11 +50,12 @@ class Images:
 
     def __str__(self):
         """12,345 images in 10 classes; left out: 3 hidden, 2 .gif, 1 empty file"""
-        kind = f" in {len(self.classes):,} classes" if self.classes else ""
-        kind = " with captions" if self.captions else kind
+        text = files.counted(len(self), "image") + " with captions" * bool(self.captions)
+        if self.classes:
+            text += f" in {files.counted(len(self.classes), 'class')}"
         counts = (+Counter(self.left_out)).most_common()
-        why = [f"{n:,} {why}{'s' if n > 1 and ' ' in why else ''}" for why, n in counts]
-        return f"{len(self):,} images{kind}" + ("; left out: " + ", ".join(why) if why else "")
+        why = [files.counted(n, why) if " " in why else f"{n:,} {why}" for why, n in counts]
+        return text + ("; left out: " + ", ".join(why) if why else "")
 
     def load(self, i):
         """Image i as RGB. Raises OSError."""
@@ -103,14 +103,15 @@ def walk(folder, above=()):
     above = [*(above or map(os.stat, Path(folder).resolve().parents)), os.stat(folder)]
     for entry in os.scandir(folder):
         try:
-            why = "hidden" if entry.name.startswith(".") else ""
-            if not why and entry.is_dir():
-                if not any(os.path.samestat(entry.stat(), other) for other in above):
-                    yield from walk(entry.path, above)
-                    continue
+            if entry.name.startswith("."):
+                why = "hidden"
+            elif not entry.is_dir():
+                why = "" if entry.stat().st_size else "empty file"
+            elif any(os.path.samestat(entry.stat(), other) for other in above):
                 why = "circular link"
-            elif not why and not entry.stat().st_size:
-                why = "empty file"
+            else:
+                yield from walk(entry.path, above)
+                continue
         except OSError:
             why = "unreadable"
         yield entry.path, entry.path, why
@@ -129,7 +130,7 @@ def members(path):
                 raise tarfile.ReadError("its end is missing")
     except tarfile.TarError as error:
         what = f"not an uncompressed tar file, or a damaged one ({error})"
-        raise ValueError(f"--data {path}: {what}") from None
+        raise ValueError(f"{path}: {what}") from None
 
 
 def sort_out(found):
@@ -138,98 +139,76 @@ def sort_out(found):
     images, texts, left_out = [], {}, Counter()
     for path, place, why in found:
         stem, ending = os.path.splitext(unicodedata.normalize("NFC", path))
-        if not why and ending.lower() in IMAGE_ENDINGS:
+        ending = ending.lower()
+        if not why and ending in IMAGE_ENDINGS:
             images.append((path, place, stem))
-            continue
-        left_out[why or ending.lower() or "other file"] += 1
-        if not why and ending.lower() == ".txt":
+        else:
+            left_out[why or ending or "other file"] += 1
+        if not why and ending == ".txt":
             texts[stem] = place
     return [(path, place, texts.get(stem)) for path, place, stem in images], left_out
-
-
-def all_images(folder):
-    """All images below a folder, whatever is with them, as people count: 10.png after 9.png."""
-    images, left_out = sort_out(walk(folder))
-    natural = {path: re.sub("[0-9]+", lambda n: n[0].zfill(255), path) for path, *_ in images}
-    found = Images(open_image, sorted(sorted(natural), key=natural.get), left_out=left_out)
-    if parts.processes()[0] == 0:
-        print(f"{folder}: {found}", flush=True)
-    return found
 
 
 # ---- data sets ---------------------------------------------------------------------------------
 def open_images(data, unlabelled=False):
     """The data set that --data names. What a folder is, most of its images decide, at any depth:
 
-    shapes, shapes:N                N drawings in ten classes
-    shapes-captions                 the same drawings with captions
+    shapes, shapes:N                N drawings in ten classes (shapes-captions: with captions)
     FILE.jsonl                      {"image", "caption", perhaps "short_caption"} on each line
     ROOT/name.jpg + ROOT/name.txt   a caption for each image
     FILE.tar, ROOT/*.tar            such pairs in uncompressed tar files, as of WebDataset
     ROOT/class name/image           class folders as of ImageNet, numbered by sorted name
-    ROOT/image                      images without classes, a ValueError unless `unlabelled`
 
-    Raises OSError or ValueError if there is none."""
+    If `unlabelled`, all images of a folder, without classes and captions. Raises OSError or
+    ValueError if there is none."""
     name, _, count = data.partition(":")
     if name in ("shapes", "shapes-captions") and (not count or count.isdigit() and int(count)):
         return shapes(int(count or 24000), captioned=name == "shapes-captions")
     if not os.path.exists(data):
         raise ValueError(f"--data {data}: no such file or folder")
     jsonl = os.path.isfile(data) and data.lower().endswith(".jsonl")
-    found = captioned_lines(data) if jsonl else open_files(data)
-    if not (found.classes or found.captions or unlabelled):
-        fix = f"put them in class folders, as {data}/cat/1.jpg, or a caption next to each, as 1.txt"
-        raise ValueError(f"--data {data} has no classes and no captions ({found}); {fix}")
+    found = captioned_lines(data) if jsonl else open_files(data, unlabelled)
+    if not (found.classes or found.captions or (unlabelled and len(found))):
+        what = "class folders, as cat/1.jpg, or captions, as 1.txt next to 1.jpg"
+        raise ValueError(f"{data} holds {found}; expected {what}")
     if parts.processes()[0] == 0:
         print(f"{data}: {found}", flush=True)
     return found
 
 
-def open_files(root):
-    """The data set in a folder or tar file. Raises ValueError."""
+def open_files(root, unlabelled):
+    """The data set in a folder or tar file. Raises OSError or ValueError."""
     below = [(root, root, "")]
     if os.path.isdir(root):
-        below = sorted(walk(root), key=lambda item: os.path.split(item[0]))
+        below = sorted(walk(root), key=lambda item: (os.path.dirname(item[0]).split("/"), item[0]))
     images, left_out = sort_out(below)
     tars = [path for path, _, why in below if path.lower().endswith(".tar") and not why]
-    packed = len(tars) >= max(1, len(images))  # images among them are a preview, for example
-    if packed:
+    tops = [os.path.dirname(path[len(root) :]).strip("/").split("/")[0] for path, *_ in images]
+    if len(tars) >= max(1, len(images)):  # images next to them are a preview, for example
         left_out[".tar"], left_out["stray image"] = 0, len(images)
         images, inside = sort_out(item for path in tars for item in members(path))
         left_out += inside
-    if not images:
-        hint = f"images in its sub-folders; expected class folders, as {root}/cat/1.jpg"
-        hint = f"members that end in {', '.join(IMAGE_ENDINGS)}" if tars else hint
-        raise ValueError(f"--data {root}: no {hint}")
-    texts = [text for _, _, text in images]
+        tops = [""] * len(images)
+    ids = {top: i for i, top in enumerate(sorted(set(tops) - {""}))}
+    loose = tops.count("")
+    if loose < len(images) / 2 and ids.keys() <= set(SPLITS):
+        raise ValueError(f"{root} holds {', '.join(ids)}, no classes; give one of these folders")
+
     found = Images(open_image, [place for _, place, _ in images], left_out=left_out)
-    folders = [os.path.dirname(path[len(root) :]).strip("/") for path, *_ in images]
-    half, loose = len(images) / 2, len(images) if packed else folders.count("")
-    if texts.count(None) <= half or texts.count(None) < loose == len(images):
-        left_out[".txt"] -= len(images) - texts.count(None)
+    if unlabelled:
+        return found
+    texts = [text for _, _, text in images]
+    paired = len(images) - texts.count(None)
+    if paired >= len(images) / 2 or (paired and loose == len(images)):
+        left_out[".txt"] -= paired
         texts = [read(text) if text else b"" for text in texts]
         found.captions = [{"caption": text.decode("utf-8-sig", "replace")} for text in texts]
-    elif loose <= half:
-        class_folders(root, found, folders)
+    elif loose <= len(images) / 2:
+        left_out["stray image"] = loose
+        found.places = [place for place, top in zip(found.places, tops) if top]
+        found.labels = [ids[top] for top in tops if top]
+        found.classes = [os.fsencode(name).decode(errors="replace") for name in ids]
     return found
-
-
-def class_folders(root, found, folders):
-    """Give images their classes: of the folders that each is in, the first one below the root."""
-    for name in SPLITS:
-        if len({folder for folder in folders if folder.startswith(f"{name}/")}) > 1:
-            hint = f"its sub-folders hold more folders; did you mean {root}/{name}?"
-            raise ValueError(f"--data {root}: no images in its sub-folders; {hint}")
-    tops = [folder.partition("/")[0] for folder in folders]
-    order = sorted((i for i, name in enumerate(tops) if name), key=tops.__getitem__)
-    ids = {name: i for i, name in enumerate(sorted(set(tops) - {""}))}
-    found.places = [found.places[i] for i in order]
-    found.labels = [ids[tops[i]] for i in order]
-    found.classes = [os.fsencode(name).decode(errors="replace") for name in ids]
-    found.left_out["stray image"] = tops.count("")
-    if len(ids) <= 2:
-        few = f"only {len(ids)} class folder(s): {', '.join(found.classes)}"
-        print(f"warning: {root} has {few}. Did you mean the one above or below?", file=sys.stderr)
 
 
 def read_lines(path, *names):
@@ -257,8 +236,6 @@ def captioned_lines(path):
     for place, caption, short in read_lines(path, "image", "caption"):
         images.places.append(os.path.join(os.path.dirname(path), place))
         images.captions.append({"caption": caption, "short_caption": short or None})
-    if not images.places:
-        raise ValueError(f"--data {path} is empty")
     return images
 
 

@@ -94,7 +94,7 @@ def is_complete(out, meta):
     shutil.rmtree(out / "parts", ignore_errors=True)  # left by a run killed in its last moment
     if parts.processes()[0] == 0:
         count = finished["images"] - len(finished["skipped"])
-        print(f"{out} is complete: {count:,} images. Nothing to do.")
+        print(f"{out} is complete: {files.counted(count, 'image')}. Nothing to do.")
     return True
 
 
@@ -162,6 +162,6 @@ def join(out, part_files, images, meta):
     (out / "meta.tmp").write_text(json.dumps(meta, indent=1))
     os.replace(out / "meta.tmp", out / "meta.json")
     shutil.rmtree(out / "parts", ignore_errors=True)
-    crops = "1 crop" if A == 1 else f"{A} crops"
+    made = f"{files.counted(len(kept), 'image')} x {files.counted(A, 'crop')}"
     note = f"; left out: {left_out}; meta.json names them" if left_out else ""
-    print(f"{out}: {len(kept):,} images x {crops} x {meta['codes']} codes{note}")
+    print(f"{out}: {made} x {meta['codes']} codes{note}")

@@ -104,6 +104,12 @@ def make_folder(path, flag="--out"):
         raise OSError(f"{flag} {path}: nothing can be written there")
 
 
+def counted(n, what):
+    """A number and what it counts, as people write it: 1 image, 12,345 images, 2 classes."""
+    ending = "es" if what.endswith("s") else "s"
+    return f"{n:,} {what}{'' if n == 1 else ending}"
+
+
 def progress(total, what, rank=0, unit=" images"):
     """A tqdm bar on process 0. In a log file it writes at most one line every 15 seconds."""
     often = {"smoothing": 0.1, "mininterval": 0.2 if sys.stderr.isatty() else 15}

@@ -4,6 +4,7 @@ images = image_sets.open_set("samples.npz")        # no image is in memory befor
 batch = images.read(range(8))                      # eight arrays uint8 (H, W, 3)
 """
 
+import re
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -45,9 +46,9 @@ def open_set(path, size=None):
         raise OSError(f"{path} does not exist{where}")
     if path.is_file():
         return open_npz(path)
-    found = data.all_images(path)
-    if not len(found):
-        raise ValueError(f"{path} holds no images")
+    found = data.open_images(str(path), unlabelled=True)
+    # Captions are in the order in which people count: 10.png after 9.png.
+    found.places.sort(key=lambda p: re.sub("[0-9]+", lambda n: n[0].zfill(20), str(p)))
 
     def load(i):
         image = found.load(i)

@@ -389,10 +389,7 @@ def test_a_caption_of_more_than_120_tokens_is_cut_as_t5_cuts_it_and_counted(t5, 
 
     long = "small red star " * 60
     features, mask = captions.encode_captions([TEXTS[0], long], t5)
-    assert (
-        mask[1].all()
-        and "warning: 1 of 2 captions have more than 120 tokens" in capsys.readouterr().err
-    )
+    assert mask[1].all() and "warning: 1 of 2 captions cut to 120 tokens" in capsys.readouterr().err
     ids = AutoTokenizer.from_pretrained(t5)(
         long, truncation=True, max_length=120, return_tensors="pt"
     ).input_ids
@@ -492,7 +489,7 @@ def test_features_on_disk_are_those_of_each_caption_without_padding(t5, tmp_path
     folder = caption_folder(tmp_path / "codes", count=30, long=[7, 9])
     result = run_script("nanollamagen.captions", "encode", "--codes", folder, "--t5", t5)
     assert result.returncode == 0, result.stderr
-    assert "1 captions are empty, 2 were cut to 120 tokens" in result.stdout
+    assert "1 empty caption, 2 cut to 120 tokens" in result.stdout
     text, spans, about = captions.load_text(folder)
     assert text.dtype == np.float16 and isinstance(text, np.memmap) and isinstance(spans, np.memmap)
     assert about["encoder"] == str(t5) and about["dim"] == 40
@@ -539,8 +536,7 @@ def test_an_interrupted_run_goes_on_and_two_processes_write_what_one_writes(
     )
     assert result.returncode == 0, result.stderr
     assert (
-        "1 were cut to 120 tokens" in capsys.readouterr().out
-        and "1 were cut to 120 tokens" in result.stdout
+        "1 cut to 120 tokens" in capsys.readouterr().out and "1 cut to 120 tokens" in result.stdout
     )
     names = sorted(p.name for p in folders[0].iterdir())
     assert names == [
@@ -640,7 +636,7 @@ def test_training_learns_what_the_caption_tells_and_remembers_the_encoder(
         tokenizer,
     )
     out = capsys.readouterr().out
-    assert "captions through words (64 features); 1 images have no caption and are left out" in out
+    assert "captions through words (64 features); left out: 1 image without a caption" in out
     assert "first loss should be ln(20) = 3.00" in out and losses(tmp_path / "run")[
         0
     ] == pytest.approx(np.log(20), abs=1e-5)

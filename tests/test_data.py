@@ -161,19 +161,19 @@ def test_labels_follow_the_sorted_class_names_and_any_mode_becomes_rgb(tmp_path)
     assert all(images.load(i).mode == "RGB" for i in range(len(images)))
 
 
-def test_the_wrong_folder_is_named(tmp_path, capsys):
+def test_the_wrong_folder_is_named(tmp_path):
     with pytest.raises(ValueError, match="no such file or folder"):
         data.open_images(str(tmp_path / "missing"))
     (tmp_path / "void").mkdir()
-    with pytest.raises(ValueError, match="no images in its sub-folders"):
+    with pytest.raises(ValueError, match="void holds 0 images; expected class folders"):
         data.open_images(str(tmp_path / "void"))
     folder(tmp_path / "imagenet" / "train")
     folder(tmp_path / "imagenet" / "val")
-    with pytest.raises(ValueError, match="did you mean .*imagenet/train"):
+    with pytest.raises(ValueError, match="imagenet holds train, val, no classes; give one of"):
         data.open_images(str(tmp_path / "imagenet"))
     folder(tmp_path / "two", classes=("train", "val"))
-    data.open_images(str(tmp_path / "two"))
-    assert "only 2 class folder(s): train, val" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="two holds train, val, no classes"):
+        data.open_images(str(tmp_path / "two"))
 
 
 def test_real_photographs_open(photos):
@@ -750,8 +750,8 @@ def test_tar_files_that_hold_nothing_to_read_are_named(tmp_path):
     with pytest.raises(ValueError, match="a.tar: not an uncompressed tar file"):
         data.open_images(str(tmp_path / "a.tar"))
     tarfile.open(tmp_path / "b.tar", "w").close()
-    with pytest.raises(ValueError, match="b.tar: no members that end in .jpg"):
+    with pytest.raises(ValueError, match="b.tar holds 0 images"):
         data.open_images(str(tmp_path / "b.tar"))
     (tmp_path / "c.jsonl").write_text("")
-    with pytest.raises(ValueError, match="c.jsonl is empty"):
+    with pytest.raises(ValueError, match="c.jsonl holds 0 images"):
         data.open_images(str(tmp_path / "c.jsonl"))

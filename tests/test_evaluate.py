@@ -467,7 +467,7 @@ def broken_batches(folder):
     (folder / "text.npz").write_text("not an archive")
     yield folder / "text.npz", "damaged"
     (folder / "none").mkdir()
-    yield folder / "none", "holds no images"
+    yield folder / "none", "none holds 0 images"
     for name, size in (("a", 16), ("b", 20)):
         (folder / "mixed").mkdir(exist_ok=True)
         Image.fromarray(pictures(1, size)[0]).save(folder / "mixed" / f"{name}.png")

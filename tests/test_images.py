@@ -1,22 +1,28 @@
 """What images.py promises about pictures and folders as people have them: read right, or said."""
 
+import argparse
 import io
 import json
 import os
 import random
-import re
 import sys
 import tarfile
+from dataclasses import asdict, replace
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_script, words
 from PIL import Image
+from test_gpt import TINY, random_model
 
 import train_vq
-from nanollamagen import captions, classes, data, encoding, flags, image_sets
+import vq
+from nanollamagen import captions, classes, data, encoding, flags, image_sets, runs
+from nanollamagen.files import read_checkpoint, save_checkpoint
 
 sys.path.insert(0, str(ROOT / "extras"))
 import edit
@@ -140,7 +146,7 @@ def test_a_folder_of_splits_is_no_data_set(tmp_path):
     """ImageNet has train/ with classes, and val/ and test/ that are flat."""
     for name in ("train/a/1.png", "train/b/2.png", "val/3.png", "test/4.png"):
         save(tmp_path / name)
-    with pytest.raises(ValueError, match="did you mean .*/train?"):
+    with pytest.raises(ValueError, match="holds test, train, val, no classes; give one of"):
         data.open_images(str(tmp_path))
 
 
@@ -164,7 +170,7 @@ def test_a_flat_folder_trains_a_tokenizer_and_is_a_clear_sentence_elsewhere(tmp_
     found = data.open_images(str(tmp_path), unlabelled=True)
     assert len(found) == 3 and not found.classes and not found.captions
     assert capsys.readouterr().out == f"{tmp_path}: 3 images\n"
-    with pytest.raises(ValueError, match=r"no classes and no captions \(3 images\); put them in"):
+    with pytest.raises(ValueError, match=r"holds 3 images; expected class folders, as cat"):
         data.open_images(str(tmp_path))
 
 
@@ -236,16 +242,14 @@ def test_class_numbers_in_tar_files_are_a_clear_sentence(tmp_path):
     """WebDataset has ImageNet so. A tokenizer needs no classes."""
     path = tar_of(tmp_path / "a.tar", {"a.png": png(1), "a.cls": b"3"})
     assert len(data.open_images(path, unlabelled=True)) == 1
-    with pytest.raises(
-        ValueError, match=r"no classes and no captions \(1 images; left out: 1 .cls\)"
-    ):
+    with pytest.raises(ValueError, match="a.tar holds 1 image; left out: 1 .cls; expected class"):
         data.open_images(path)
 
 
 def test_a_tar_file_of_images_alone_is_flat(tmp_path):
     alone = tar_of(tmp_path / "a.tar", {"a.png": png(1), "a.jpg": png(2)})
     assert len(data.open_images(alone, unlabelled=True)) == 2
-    with pytest.raises(ValueError, match=r"a.tar has no classes and no captions \(2 images\)"):
+    with pytest.raises(ValueError, match="a.tar holds 2 images; expected"):
         data.open_images(alone)
 
 
@@ -272,11 +276,11 @@ def test_a_byte_order_mark_and_blank_lines_in_jsonl_are_no_mistake(tmp_path):
     assert [row["caption"] for row in found.captions] == ["caption 0", "caption 1"]
 
 
-def test_natural_order(tmp_path):
+def test_images_are_paired_with_prompts_as_people_count(tmp_path):
     for i in (1, 2, 9, 10, 100):
-        save(tmp_path / f"a{i}.png")
-    names = [os.path.basename(path) for path in data.all_images(tmp_path).places]
-    assert [int(re.sub("[^0-9]", "", name)) for name in names] == [1, 2, 9, 10, 100]
+        save(tmp_path / f"a{i}.png", i)
+    images = image_sets.open_set(tmp_path)
+    assert [x[0, 0, 0] for x in images.read(range(5))] == [1, 2, 9, 10, 100]
 
 
 def test_a_byte_order_mark_in_a_file_of_prompts_is_no_part_of_the_first(tmp_path):
@@ -302,6 +306,19 @@ def test_names_are_compared_in_one_normalisation():
     assert classes.find_class("Cafe\u0301", ["tea", "caf\u00e9"]) == 1
 
 
+@pytest.fixture(scope="module")
+def models(tokenizer, tmp_path_factory):
+    """A folder with a small tokenizer, vq.pt, and a GPT for its codes, gpt.pt."""
+    vq_model, path = tokenizer
+    folder = tmp_path_factory.mktemp("models")
+    os.link(path, folder / "vq.pt")
+    model = random_model(replace(TINY, vocab_size=64))
+    state = {"model": model.state_dict(), "config": asdict(model.config)}
+    state |= {"classes": list("abcde"), "tokenizer": vq.weights_hash(vq_model)}
+    save_checkpoint(state, folder / "gpt.pt")
+    return folder
+
+
 # ---- the machine -------------------------------------------------------------------------------
 def test_bfloat16_is_the_default_only_where_the_gpu_has_it(monkeypatch):
     for has_it, name in ((True, "bfloat16"), (False, "float32")):
@@ -312,9 +329,46 @@ def test_bfloat16_is_the_default_only_where_the_gpu_has_it(monkeypatch):
         assert flags.best_dtype(torch.device("cpu")) == "float32"
 
 
-def test_batches_leave_the_workers_as_bytes_and_not_through_shared_memory():
-    item = train_vq.TrainCrops(data.open_images("shapes:4"), 24, 0)[0, 1]
-    assert isinstance(item, np.ndarray) and item.dtype == np.uint8 and item.shape == (3, 24, 24)
+@pytest.mark.parametrize("name", ["float32", "bfloat16"])
+def test_the_first_line_says_in_which_arithmetic(models, codes, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(flags, "best_dtype", lambda device: name)
+    pair = ("--vq", models / "vq.pt", "--gpt", models / "gpt.pt", "--out", tmp_path / "a.png")
+    sampled = run_script("sample.py", *pair, "--classes", "0", "--device", "cpu")
+    assert sampled.stdout.splitlines()[0].endswith(f", {name}"), sampled.stderr
+    small = words("--model demo --batch-size 4 --max-steps 1 --device cpu")
+    trained = run_script("train_gpt.py", "--codes", codes, "--out", tmp_path / "run", *small)
+    assert f" on cpu, ddp, {name}, " in trained.stdout.splitlines()[0], trained.stderr
+
+
+def test_no_batch_of_the_workers_goes_through_shared_memory(monkeypatch):
+    """Docker's /dev/shm has 64 MB, and a worker that fills it dies of a bus error. Tensors would be
+    there; arrays come through pipes, as bytes."""
+    monkeypatch.setitem(ForkingPickler._extra_reducers, torch.Tensor, lambda _: os._exit(1))
+    images = data.open_images("shapes:4")
+    item = train_vq.TrainCrops(images, 24, 0)[0, 1]
+    assert item.dtype == np.uint8 and item.shape == (3, 24, 24)
+    args = argparse.Namespace(batch_size=4, image_size=24, seed=0, workers=1)
+    batches = train_vq.load_batches(images, args, 0, 0, 1, torch.device("cpu"))
+    assert next(batches).shape == (4, 3, 24, 24)
+
+    def encode(batch):
+        return torch.zeros(len(batch), 9, dtype=torch.int64)
+
+    crops = encoding.Crops(images, 24, [])
+    blocks = encoding.encode_blocks(crops, encode, 9, "cpu", 8, 1, [range(4)], mock.Mock())
+    assert next(blocks)["codes"].shape == (4, 2, 9)
+
+
+def test_kept_checkpoints_are_copies_where_there_are_no_hard_links(tmp_path, monkeypatch):
+    """Google Drive and other FUSE file systems have none."""
+    monkeypatch.setattr(os, "link", mock.Mock(side_effect=OSError("not supported")))
+    for step in (1, 2, 3):
+        weights = {"model": {"w": torch.tensor([float(step)])}}
+        runs.save(weights, {"step": step}, tmp_path, rank=0, keep=1)
+    names = ["ckpt.pt", "ckpt_00000002.pt", "ckpt_00000003.pt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    for name, step in zip(names, (3, 2, 3)):
+        assert read_checkpoint(tmp_path / name)["model"]["w"].item() == step, name
 
 
 # ---- masks -------------------------------------------------------------------------------------
@@ -333,9 +387,11 @@ def test_a_mask_is_read_by_its_transparency_or_else_by_its_white(tmp_path):
 
 
 # ---- all at once -------------------------------------------------------------------------------
-def test_one_ugly_folder_is_read_alike_by_encode_train_evaluate_and_edit(tmp_path, capsys):
+@pytest.fixture
+def ugly(tmp_path):
+    """A folder as people have them: its path, and the grey of each image that can be read."""
     root = tmp_path / "data"
-    grey = {}  # what is read: name -> the grey of its middle
+    grey = {}
     for value, name in enumerate(
         ("ant/10.png", "ant/9.JPEG", "ant/deep/er/1.bmp", "bee/1.TIF", "bee/cafe\u0301.webp"), 1
     ):
@@ -354,29 +410,63 @@ def test_one_ugly_folder_is_read_alike_by_encode_train_evaluate_and_edit(tmp_pat
     (root / "bee" / "empty.png").write_bytes(b"")
     (root / "LICENSE.txt").write_text("mine")
     os.symlink("..", root / "ant" / "up")
-    left_out = {"hidden": 2, ".gif": 1, "empty file": 1, ".txt": 1, "circular link": 1}
     (root / "bee" / "broken.png").write_bytes(b"\x89PNG no")  # is found, but cannot be read
+    return root, grey
 
-    found = data.open_images(str(root))
-    line = "10 images in 3 classes; left out: 2 hidden, "
-    assert line in capsys.readouterr().out and +found.left_out == left_out
-    assert found.classes == ["ant", "bee", "caf\ufffd"]
-    names = [os.path.relpath(path, root) for path in found.places]
-    broken = names.index("bee/broken.png")
-    assert {name for name in names if name != "bee/broken.png"} == grey.keys()
-    crops = encoding.Crops(found, 16, [])
-    train = train_vq.TrainCrops(found, 16, 0)
-    for i, name in enumerate(names):
-        state, pixels = crops[i]
-        assert state == (encoding.UNREADABLE if i == broken else encoding.DONE), name
-        if i != broken:
-            photo = data.center_crop(data.open_image(found.places[i]), 16)  # as edit.py reads it
-            for read in (pixels, train[0, i], np.array(photo)):
-                assert abs(int(read.mean()) - grey[name]) <= 1, name
 
+def test_one_ugly_folder_is_read_alike_by_every_command(
+    ugly, models, weights, tmp_path, monkeypatch
+):
+    """Image by image: what encode, train, evaluate and edit see of it, and what they leave out."""
+    root, grey = ugly
+    seen, open_image = {}, data.open_image
+
+    def watched(place):
+        image = open_image(place)
+        middle = np.array(data.center_crop(image, 16))
+        seen[os.path.relpath(place, root)] = int(middle.mean().round())
+        return image
+
+    monkeypatch.setattr(data, "open_image", watched)
+
+    def run(script, *args, expected=grey):
+        seen.clear()
+        result = run_script(script, *args, "--device", "cpu")
+        assert result.returncode == 0, result.stderr
+        assert seen.keys() == expected.keys(), script
+        for name in expected:
+            assert abs(seen[name] - expected[name]) <= 1, (script, name)
+        return result
+
+    left_out = "left out: 2 hidden, 1 .txt, 1 circular link, 1 empty file, 1 .gif\n"
+    tokenizer = "--vq", models / "vq.pt"
+    out = "--out", tmp_path / "codes"
+    result = run("vq.py", "encode", *tokenizer, "--data", root, *out, "--workers", 0)
+    assert f"{root}: 10 images in 3 classes; {left_out}" in result.stdout
+    assert "9 images x 2 crops x 16 codes; left out: 1 unreadable; meta.json" in result.stdout
+    _, labels, meta = data.load_codes(tmp_path / "codes")
+    assert meta["skipped"] == {str(root / "bee" / "broken.png"): "unreadable"}
+    assert meta["classes"] == ["ant", "bee", "caf\ufffd"]
+    assert labels.tolist() == [0] * 3 + [1] * 5 + [2]
+
+    small = words("--model VQ-demo --image-size 16 --batch-size 10 --max-steps 1 --lpips-weight 0")
+    out = "--out", tmp_path / "run"
+    result = run("train_vq.py", "--data", root, *small, "--disc-weight", 0, *out)
+    assert f"{root}: 10 images; {left_out}" in result.stdout
+    assert "broken.png: cannot identify image file" in result.stderr
+
+    for name in grey:
+        pair = *tokenizer, "--gpt", models / "gpt.pt"
+        how = "--keep", "top", "--classes", 0, "--count", 1, "--out", tmp_path / "edit.png"
+        run("extras/edit.py", root / name, *pair, *how, expected={name: grey[name]})
+
+    inception = "--inception", weights, "--out", tmp_path / "ref.npz"
+    refused = run_script("evaluate.py", "stats", root, "--size", 16, *inception)
+    assert refused.returncode == 2
+    assert "broken.png: cannot identify image file" in refused.stderr
     (root / "bee" / "broken.png").unlink()
-    images = image_sets.open_set(root, size=16)
-    line = "9 images; left out: 2 hidden, "
-    assert images.count == 9 and line in capsys.readouterr().out
-    means = sorted(int(x.mean().round()) for x in images.read(range(9)))
-    assert np.abs(np.array(means) - sorted(grey.values())).max() <= 1
+    result = run("evaluate.py", "stats", root, "--size", 16, *inception)
+    assert f"{root}: 9 images; {left_out}" in result.stdout
+    inception = "--inception", weights, "--out", tmp_path / "recon.png"
+    result = run("evaluate.py", "recon", *tokenizer, "--data", root, *inception)
+    assert f"{root}: 9 images; {left_out}" in result.stdout

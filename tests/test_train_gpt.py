@@ -547,7 +547,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *a: torch.tensor(float("nan")))
     with pytest.raises(SystemExit) as stop:
         train(monkeypatch, codes, tmp_path / "run", "--max-steps", 4, "--resume")
-    assert stop.value.code == 2 and "from before) at step 3" in capsys.readouterr().err
+    assert stop.value.code == 2 and "from the last checkpoint) at step 3" in capsys.readouterr().err
     assert (tmp_path / "run" / "ckpt.pt").read_bytes() == good
 
 

@@ -413,8 +413,8 @@ MISTAKES = [
     ("--device", "gpu", "argument --device: gpu is none of cuda, mps, cpu"),
     ("--device", "cuda:99", "argument --device: cuda:99: torch sees"),
     ("--data", "nowhere", "--data nowhere: no such file or folder"),
-    ("--data", "FILE", "file: no images"),
-    ("--data", "EMPTY", "empty: no images in its sub-folders"),
+    ("--data", "FILE", "file holds 0 images"),
+    ("--data", "EMPTY", "empty holds 0 images"),
     ("--data", "shapes:0", "--data shapes:0: no such file or folder"),
     ("--data", "shapes:-1", "--data shapes:-1: no such file or folder"),
     ("--init", "nowhere.pt", "nowhere.pt: No such file or directory"),
@@ -474,7 +474,7 @@ def test_a_gpu_that_is_not_there_is_refused(tmp_path, monkeypatch, capsys):
     assert "cuda: torch sees 2 GPUs here" in refused(monkeypatch, capsys, *on_gpu)
     monkeypatch.setenv("LOCAL_RANK", "1")
     for name, expected in (("cuda", "cuda:1"), ("cuda:0", "cuda:0"), ("cpu", "cpu")):
-        assert flags.device(name) == expected
+        assert flags.device(name, ("cuda", "cpu")) == expected
 
 
 def test_missing_lpips_files_are_named(tmp_path, monkeypatch):
@@ -508,7 +508,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     good = (out / "ckpt.pt").read_bytes()
     monkeypatch.setattr(module, name, value)
     more = "--disc-start 0 --save-every 1 --max-steps 5 --resume"
-    assert "from before) at step 4" in refused(monkeypatch, capsys, "shapes:30", out, more)
+    assert "from the last checkpoint) at step 4" in refused(
+        monkeypatch, capsys, "shapes:30", out, more
+    )
     assert (out / "ckpt.pt").read_bytes() == good
 
 
