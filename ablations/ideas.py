@@ -23,7 +23,7 @@ MEASURES = {
     "codes": ["accuracy", "distance"],
     "sample": ["accuracy", "distance"],
 }
-# What stands above a diff; run.py reads it.
+# The text above a diff; run.py reads it.
 TEXT = """{title}
 
 idea: ?
@@ -65,8 +65,7 @@ def needs_samples(idea):
 
 def changed_scripts(path, folder, commit=None):
     """Copy the scripts of the project, as they are or as they were in a commit, to `folder` and
-    apply the diff in `path`, if it is one. Raises ValueError that names the diff, the file and the
-    line where a hunk does not fit."""
+    apply the diff in `path`, if it is one. Raises ValueError where it does not fit."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     if commit:
@@ -76,8 +75,13 @@ def changed_scripts(path, folder, commit=None):
             shutil.copy(script, folder)
         for needed in ("nanollamagen", "assets"):
             shutil.copytree(ROOT / needed, folder / needed)
-    if path is None or path.suffix == ".txt":
-        return
+    if path is not None and path.suffix == ".diff":
+        apply(path, folder)
+
+
+def apply(path, folder):
+    """Apply a diff to the scripts in `folder`. Raises ValueError that names the diff, the file and
+    the line where a hunk does not fit."""
     # If the folder lies in a clone, git would look for the files at the clone's root. This hides
     # the clone.
     env = {**os.environ, "GIT_CEILING_DIRECTORIES": str(folder.resolve().parent)}
@@ -91,7 +95,7 @@ def changed_scripts(path, folder, commit=None):
 
 
 def digest(value):
-    """Eight letters that stand for a plain value."""
+    """Eight letters that identify a plain value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
 
 

@@ -8,7 +8,6 @@ dots is the validation loss, for which a run needs --val-images.
 
 import argparse
 import json
-import math
 from pathlib import Path
 
 import table
@@ -35,23 +34,15 @@ def read(run, name):
     return found
 
 
-def ticks(low, high):
-    """About five round numbers for an axis, the first at most `low`, the last at least `high`."""
-    rough = (high - low or 1) / 5
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(n * power for n in (1, 2, 5, 10) if n * power >= rough)
-    return [n * step for n in range(math.floor(low / step), math.ceil(high / step) + 1)]
-
-
 def curves(lines, path, name="loss"):
     """Write a PNG, 960 pixels wide, with a line for each of `lines`: (label, colour, width, points
     (step, value)). Labels go into a legend, unless they are empty; lines wider than 4 get dots.
     Returns for each line where its points are in the picture, [(x, y)]."""
     legend = [line for line in lines if line[0]]
     image, draw = table.blank(960, 520 + 28 * len(legend))
-    steps = ticks(0, max(step for *_, points in lines for step, _ in points))
+    steps = table.ticks(0, max(step for *_, points in lines for step, _ in points))
     every = [value for *_, points in lines for _, value in points]
-    values = ticks(min(every), max(every))
+    values = table.ticks(min(every), max(every))
     top, bottom, right = TOP + 56 * len(legend), image.height - BELOW, image.width - RIGHT
 
     def place(step, value):

@@ -165,11 +165,11 @@ def dot(draw, x, y, colour):
 
 
 def ticks(low, high):
-    """Three to eight round numbers between two others."""
-    room = (high - low) / 3 or 1
-    unit = 10 ** math.floor(math.log10(room))
-    step = max(unit * n for n in (1, 2, 5) if unit * n <= room)
-    return [n * step for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
+    """About five round numbers for an axis, the first at most `low`, the last at least `high`."""
+    rough = (high - low or 1) / 5
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(n * power for n in (1, 2, 5, 10) if n * power >= rough)
+    return [n * step for n in range(math.floor(low / step), math.ceil(high / step) + 1)]
 
 
 def lines(draw, left, title, groups, colours):
@@ -178,21 +178,20 @@ def lines(draw, left, title, groups, colours):
     bottom, width, height = 800, 940, 560
     values = [y for _, seeds in groups for seed in seeds for y in seed.values()]
     steps = [x for _, seeds in groups for seed in seeds for x in seed]
-    low, high = min(values), max(values)
-    first, last = min(steps), max(steps)
+    xs, ys = ticks(min(steps), max(steps)), ticks(min(values), max(values))
 
     def place(x, y):
-        right = (x - first) / (last - first or 1)
-        return left + width * right, bottom - height * (y - low) / (high - low or 1)
+        right, up = (x - xs[0]) / (xs[-1] - xs[0]), (y - ys[0]) / (ys[-1] - ys[0])
+        return left + width * right, bottom - height * up
 
     draw.text((left - 100, 40), title, "#333", FONT, "lm")
-    for y in ticks(low, high):
-        draw.line((*place(first, y), *place(last, y)), "#ddd", 2)
-        draw.text((left - 16, place(first, y)[1]), f"{y:.3g}", "#777", FONT, "rm")
-    for x in ticks(first, last):
-        draw.text((place(x, low)[0], bottom + 40), f"{x:.0f}", "#777", FONT, "mm")
-    if low < 0 < high:
-        draw.line((*place(first, 0), *place(last, 0)), "#777", 3)
+    for y in ys:
+        draw.line((*place(xs[0], y), *place(xs[-1], y)), "#ddd", 2)
+        draw.text((left - 16, place(xs[0], y)[1]), f"{y:.3g}", "#777", FONT, "rm")
+    for x in xs:
+        draw.text((place(x, ys[0])[0], bottom + 40), f"{x:.0f}", "#777", FONT, "mm")
+    if ys[0] < 0 < ys[-1]:
+        draw.line((*place(xs[0], 0), *place(xs[-1], 0)), "#777", 3)
     for n, (label, seeds) in enumerate(groups):
         colour = colours[n % len(colours)]
         shared = sorted(set.intersection(*(set(seed) for seed in seeds)))
@@ -302,11 +301,7 @@ def write(results, ideas):
     )
     scatter = spread(rows, ordered)
     readme = HERE / "README.md"
-    lines = tables(rows, ordered, scatter)
-    before, _, rest = readme.read_text().partition("<!-- table -->\n")
-    after = rest.partition("<!-- /table -->\n")[2]
-    table = "\n".join(lines)
-    readme.write_text(f"{before}<!-- table -->\n{table}\n<!-- /table -->\n{after}")
+    insert(readme, tables(rows, ordered, scatter))
 
     panels = []
     title = "validation loss, ablation - baseline"
@@ -323,6 +318,14 @@ def write(results, ideas):
     if found := cells(rows, ideas["guidance"]):
         print(guidance(found, ASSETS / "guidance.png"))
     print(f"{readme}: a table from {len(rows)} runs; the pictures are in {ASSETS}")
+
+
+def insert(page, lines):
+    """Replace the lines between the marks of a page's table."""
+    before, _, rest = page.read_text().partition("<!-- table -->\n")
+    after = rest.partition("<!-- /table -->\n")[2]
+    table = "\n".join(lines)
+    page.write_text(f"{before}<!-- table -->\n{table}\n<!-- /table -->\n{after}")
 
 
 def sizes(rows, idea):

@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT / "ablations"))
 import compare
 import ideas
 import run
+import speedrun
 import sweep
 import table
 
@@ -584,3 +585,76 @@ def test_the_readme_holds_what_was_measured_and_the_pictures_can_be_drawn(tmp_pa
     table.guidance(cells, tmp_path / "guidance.png")
     sizes = [Image.open(tmp_path / f"{name}.png").size for name in ("bars", "fit", "guidance")]
     assert sizes == [(1120, 120), (640, 400), (1120, 420)]
+
+
+# ---- the speedrun --------------------------------------------------------------------------------
+@pytest.fixture
+def race(tmp_path, monkeypatch):
+    """A speedrun of its own with one record, `0_mine.txt`; `started` lists the trainings."""
+    shutil.copytree(speedrun.CODES, tmp_path / "race" / "codes")
+    monkeypatch.setattr(speedrun, "HERE", tmp_path / "race")
+    monkeypatch.setattr(speedrun, "CODES", tmp_path / "race" / "codes")
+    monkeypatch.chdir(tmp_path)
+    started = []
+    monkeypatch.setattr(run, "call", lambda scripts, words: started.append(words))
+    monkeypatch.setattr(run, "log", lambda out: {"val_loss": 2.0, "parameters": 1})
+    (tmp_path / "race.md").write_text("<!-- table -->\n<!-- /table -->\n")
+
+    def start(flags):
+        (tmp_path / "race" / "0_mine.txt").write_text(f"mine\n\nstage: gpt\nflags: {flags}\n")
+        monkeypatch.setattr(sys, "argv", ["speedrun.py"])
+        speedrun.main()
+
+    return SimpleNamespace(run=start, started=started, folder=tmp_path / "race")
+
+
+def test_a_record_takes_the_whole_budget_and_not_a_step_more(race, capsys):
+    with pytest.raises(SystemExit) as stop:
+        race.run("--model demo --batch-size 32 --max-steps 355")
+    said = "0_mine.txt: 4.008e+12 operations are more than the budget of 4e+12"
+    assert stop.value.code == 2 and said in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        race.run("--model demo --max-steps 1")  # a batch that the recipe decides
+    assert not race.started
+    race.run("--model demo --batch-size 32 --max-steps 354 --val-images 9 --codes else --seed 7")
+    assert len(race.started) == 3
+    for seed, words in enumerate(race.started):  # of a flag that comes twice, the last one counts
+        last = dict(zip(words[1::2], words[2::2]))
+        assert (last["--val-images"], last["--codes"], last["--seed"]) == (
+            "1000",
+            speedrun.CODES,
+            seed,
+        )
+    assert "| 11,328 |" in (race.folder.parent / "race.md").read_text()
+
+
+def test_codes_that_differ_in_one_code_are_refused(race, capsys):
+    codes = np.load(race.folder / "codes" / "codes.npy")
+    codes[5, 0, 3] ^= 1
+    np.save(race.folder / "codes" / "codes.npy", codes)
+    with pytest.raises(SystemExit) as stop:
+        race.run("--model demo --batch-size 32 --max-steps 1")
+    assert stop.value.code == 2 and not race.started
+    assert "codes was changed; take it back with git checkout" in capsys.readouterr().err
+
+
+def test_a_record_is_lower_than_the_last_one_by_more_than_two_standard_errors():
+    last = [2.0, 2.1, 2.2]  # a standard error of 0.058; that of two such differences is 0.082
+    assert speedrun.against(last, [1.8, 1.9, 2.0]) == ("-0.2000 ± 0.0816", "yes")
+    assert speedrun.against(last, [1.85, 1.95, 2.05]) == ("-0.1500 ± 0.0816", "no")
+    assert speedrun.against(last, [2.2, 2.3, 2.4]) == ("+0.2000 ± 0.0816", "no")
+
+
+def test_every_record_of_the_page_was_measured_and_its_diffs_still_apply(monkeypatch, tmp_path):
+    monkeypatch.setattr(speedrun, "measure", None)  # all rows are there
+    found = speedrun.measure_all(speedrun.HERE / "results.json")
+    page = speedrun.HERE.with_suffix(".md").read_text()
+    assert "\n".join(speedrun.lines_of(found)) in page, "python ablations/speedrun.py"
+    ideas.changed_scripts(None, tmp_path)
+    for path in found[-1]["diffs"]:
+        ideas.apply(path, tmp_path)
+    for record in found:
+        assert {"title", "idea", "source"} <= record.keys()
+        assert all(
+            0.99 * speedrun.BUDGET < r["operations"] <= speedrun.BUDGET for r in record["rows"]
+        )

@@ -9,6 +9,7 @@ from PIL import Image
 
 sys.path.insert(0, str(ROOT / "ablations"))
 import plot
+import table
 
 ROWS = [
     {"step": 1, "loss": 5.5},
@@ -49,9 +50,9 @@ def test_the_lines_are_where_the_log_says(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("low, high, first, last", [(1.16, 5.5, 1, 6), (0, 900, 0, 1000)])
 def test_axes_have_round_numbers(low, high, first, last):
-    numbers = plot.ticks(low, high)
+    numbers = table.ticks(low, high)
     assert (numbers[0], numbers[-1]) == (first, last) and 5 <= len(numbers) <= 7
-    assert plot.ticks(2.5, 2.5)[0] <= 2.5 <= plot.ticks(2.5, 2.5)[-1]  # all the same
+    assert table.ticks(2.5, 2.5)[0] <= 2.5 <= table.ticks(2.5, 2.5)[-1]  # all the same
 
 
 def test_a_run_without_such_a_log_is_named(tmp_path, monkeypatch, capsys):
