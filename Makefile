@@ -80,8 +80,8 @@ $(TEXT)/codes/text.json: $(RUN)/vq/ckpt.pt
 
 $(TEXT)/gpt/ckpt.pt: $(TEXT)/codes/text.json
 	@echo "2/3  the GPT over codes, from captions"
-	$(PYTHON) train_gpt.py --codes $(TEXT)/codes --model demo --batch-size 128 --lr 2e-3 --max-steps 2000 \
-	    --warmup-steps 50 --schedule cosine --dropout 0 --val-images 500 --val-every 200 --log-every 50 --out $(TEXT)/gpt
+	$(PYTHON) train_gpt.py --codes $(TEXT)/codes --model demo --batch-size 32 --lr 2e-3 --max-steps 4000 \
+	    --warmup-steps 100 --schedule cosine --dropout 0 --val-images 500 --val-every 500 --log-every 100 --out $(TEXT)/gpt
 
 $(TEXT)/prompts.txt: $(TEXT)/gpt/ckpt.pt
 	$(PYTHON) -c "from nanollamagen import data; print(*(c['caption'] for c in data.shapes(400, 3, captioned=True).captions), sep='\n')" > $@
