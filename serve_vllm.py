@@ -77,18 +77,23 @@ def sampling_params(info, *, seed=None, stream=False, known=None, **settings):
     )
 
 
-def class_prompt(class_id, info):
-    """The prompt of a class."""
-    return {"prompt_token_ids": [info["codebook_size"] + class_id]}
+def class_prompt(class_id, info, negative=-1):
+    """The prompt of a class: one number for both streams. negative: the class that guidance leads
+    away from; -1 is "no class", as in training."""
+    return {"prompt_token_ids": [info["codebook_size"] + class_id + 2**15 * (negative + 1)]}
 
 
 @torch.no_grad()
-def caption_prompt(features, embedding):
+def caption_prompt(features, embedding, negative=None):
     """The prompt of a caption from the features (n, D) of its tokens: (n, 2C), the caption on the
     left and "no caption" on the right, both projected by the model's gpt.CaptionEmbedding. Padding
-    is not sent, and the n tokens are the last of the model's positions."""
-    no_caption = embedding.uncond_embedding[-len(features) :]  # (n, D)
-    cond, uncond = embedding(torch.stack([features, no_caption]))  # each (n, C)
+    is not sent, and the n tokens are the last of the model's positions. negative: features (m, D)
+    that replace the last m of "no caption", or all n by the first n."""
+    against = embedding.uncond_embedding[-len(features) :]  # (n, D)
+    if negative is not None:
+        negative = negative[: len(against)]
+        against = torch.cat([against[: len(against) - len(negative)], negative])
+    cond, uncond = embedding(torch.stack([features, against]))  # each (n, C)
     return {"prompt_embeds": torch.cat([cond, uncond], -1)}
 
 
@@ -178,16 +183,25 @@ def read_model(folder, info):
 
 
 def caption_encoding(folder, info, t5, device):
-    """A function from a caption to its prompt (None if it has no words) and whether it was cut to
-    120 tokens. The encoder stays in memory."""
+    """A function from a caption and a negative one or "" to the prompt (None if the caption has no
+    words) and a list of warnings. The encoder stays in memory."""
     model = read_model(folder, info)
     encoder, embedding = captions.caption_encoder(t5, device, model), model.cls_embedding
 
-    def encode(text):
-        before = encoder.cut
-        (features,) = encoder([text])
-        prompt = caption_prompt(features, embedding) if len(features) else None
-        return prompt, encoder.cut > before
+    def encode(text, negative=""):
+        before, warned = encoder.cut, []
+        (features,), against = encoder([text]), None
+        if encoder.cut > before:
+            warned.append(f"the caption was cut to its first {captions.CAPTION_TOKENS} tokens")
+        if not len(features):
+            return None, warned
+        if negative:
+            (against,) = encoder([negative])
+            if len(against) > len(features):
+                warned.append(f"negative_prompt was cut to the caption's {len(features)} tokens")
+            if not len(against):
+                warned.append("negative_prompt has no words, and no effect")
+        return caption_prompt(features, embedding, against), warned
 
     return encode
 

@@ -145,10 +145,10 @@ async def generations(body: Annotated[Any, Depends(api_requests.read_json)], raw
 @with_cancellation
 async def edits(form: Annotated[Any, Depends(api_requests.read_form)], raw_request: Request):
     """POST: regenerate the part of an image where the mask, or the image itself, is transparent."""
-    images, (body, *uploads) = raw_request.app.state.images, form
+    images, (body, uploads) = raw_request.app.state.images, form
     job = await api_requests.job_of(images, body)
     job.kind = "image_edit"
-    job.edit = await api_requests.in_worker(images, api_requests.edit_of, images, *uploads)
+    job.edit = await api_requests.in_worker(images, api_requests.edit_of, images, uploads)
     return await answer(images, job)
 
 
@@ -162,7 +162,10 @@ async def answer(images, job):
         done = sorted([event async for event in events], key=lambda event: event["index"])
     if job.body.response_format == "file":
         file, kind = base64.b64decode(done[0]["b64_json"]), f"image/{job.body.output_format}"
-        return Response(file, 200, {"X-Seed": str(job.seed)}, kind)
+        headers = {"X-Seed": str(job.seed)}
+        if job.warning:
+            headers["X-Warning"] = job.warning["warning"][:1000]
+        return Response(file, 200, headers, kind)
     keys, revised = ("b64_json", "seed"), {"revised_prompt": job.revised}
     answered = {
         "created": int(time.time()),

@@ -112,11 +112,12 @@ class TwoStreamGPT(nn.Module):
         return torch.full((3, len(input_tokens)), self.config.grid**2), -len(input_tokens)
 
     def embed_input_ids(self, input_ids, *_, **__):
-        """Codes or V + class id (N,) -> (N, 2C). A number beyond the classes is "no class"."""
-        no_class = self.embedding.num_embeddings - 1
-        cond = input_ids.clamp(0, no_class)
-        uncond = torch.where(cond < self.config.vocab_size, cond, no_class)
-        return self.embedding(torch.stack([cond, uncond], 1)).flatten(1)
+        """Codes or serve_vllm.class_prompt's numbers (N,) -> (N, 2C). What is beyond the classes is
+        "no class"."""
+        V, number = self.config.vocab_size, input_ids[:, None] - self.config.vocab_size
+        both = torch.cat([number, (number >> 15) - 1], 1) & (2**15 - 1)  # classes, left and right
+        rows = torch.where(number < 0, input_ids[:, None], V + both)
+        return self.embedding(rows.clamp(0, self.embedding.num_embeddings - 1)).flatten(1)
 
     def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None):
         assert positions.dim() == 2 and len(positions) == 3  # another shape would broadcast
@@ -229,7 +230,7 @@ class Request:
 # ---- argument checks: what Draw would ignore is refused ----------------------------------------
 # fmt: off
 WORDS_ONLY = (  # what vLLM can do to the logits of words
-    "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias",
+    "min_p", "stop", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias",
     "allowed_token_ids", "bad_words", "structured_outputs", "logprobs", "prompt_logprobs",
     "repetition_detection",
 )

@@ -189,6 +189,27 @@ def test_arrivals_and_departures_disturb_nobody(llm, tiny):
         assert codes[i] == right[: len(codes[i])] and (len(codes[i]) == T or i in (0, 4)), i
 
 
+def against(model, cond, negative, scale):
+    """sample.generate's codes of cond = [labels] or [features, mask], when `negative`, conditions
+    of the same shape, is in the place of "no class" or "no caption": (B, T)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model.cls_embedding, "uncond", lambda _: negative)
+        return sample.generate(model, *cond, cfg_scale=scale, temperature=0)
+
+
+def test_guidance_leads_away_from_a_negative_class(llm, tiny):
+    """Class 3 away from class 7, from "no class" and from class 0; guidance 1 ignores them."""
+    folder, model = tiny
+    info = serve_vllm.read_export(folder)
+    prompts = [serve_vllm.class_prompt(3, info, negative) for negative in (7, -1, 0)]
+    outputs = codes_of(llm.generate(prompts, greedy(folder, 4.0), use_tqdm=False))
+    cond, negative = torch.tensor([3, 3, 3]), torch.tensor([7, TINY.num_classes, 0])
+    assert torch.equal(outputs, against(model, [cond], negative, 4.0))
+    assert len(outputs.unique(dim=0)) == 3
+    plain = codes_of(llm.generate(prompts, greedy(folder, 1.0), use_tqdm=False))
+    assert torch.equal(plain, expected(model, [(3, 1.0, -1)] * 3))
+
+
 # ---- the same draws ----------------------------------------------------------------------------
 SEEDS = [70, 71, 72, 73, 2**63 + 5, -2, 0, 76]  # they count modulo 2^63
 SETTINGS = [
@@ -477,11 +498,20 @@ def test_greedy_codes_of_captions_are_the_plain_sampler_s(captioned):
     assert len(torch.cat(right).unique(dim=0)) == 9
     prompts = [serve_vllm.caption_prompt(row, model.cls_embedding) for row in rows]
     assert [len(prompt["prompt_embeds"]) for prompt in prompts] == [7, 33, 120]  # no padding
+    # Away from 7 tokens that are the last of 33, and from the first 7 of 33.
+    pairs = [(rows[1], rows[0]), (rows[0], rows[1])]
+    away = [serve_vllm.caption_prompt(a, model.cls_embedding, b) for a, b in pairs]
     with started(folder, max_num_batched_tokens=40, max_num_seqs=6) as llm:
         outputs = llm.generate(
             prompts * 3, [greedy(folder, *pair) for pair in settings for _ in rows], use_tqdm=False
         )
+        negative = codes_of(llm.generate(away, greedy(folder, 7.5), use_tqdm=False))
     assert torch.equal(codes_of(outputs), torch.cat(right))
+    no_caption = model.cls_embedding.uncond_embedding
+    filled = torch.stack([torch.cat([no_caption[:-7], row]) for row in (rows[0], rows[1][:7])])
+    order = [1, 0]
+    assert torch.equal(negative, against(model, [features[order], mask[order]], filled, 7.5))
+    assert not torch.equal(negative, right[0][order])
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
