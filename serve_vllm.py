@@ -15,6 +15,7 @@ argument checks.
 import argparse
 import importlib.metadata
 import json
+import math
 import os
 import shutil
 import sys
@@ -207,19 +208,24 @@ def caption_encoding(folder, info, t5, device):
 
 
 # ---- the engine --------------------------------------------------------------------------------
-def memory_share(info):
-    """What vLLM may take of a GPU's memory, 0 to 1. The rest is for torch, for the tokenizer that
-    decodes 8 images together (4 GB of activations at 512 pixels), and for captions FLAN-T5 XL in
-    bfloat16."""
-    gigabytes = 2 + 4 * (info["image_size"] / 512) ** 2 + 3 * info["captions"]
-    total = torch.cuda.get_device_properties(0).total_memory / 1e9
-    return round(min(0.92, max(0.3, 1 - gigabytes / total)), 3)
+def memory_share(info, total, servers=1):
+    """What vLLM may take of a GPU's memory of `total` bytes, 0 to 1. The rest is for the HTTP
+    servers that use this GPU: for torch, for the tokenizer that decodes 8 images together (4 GB of
+    activations at 512 pixels), and for captions FLAN-T5 XL in bfloat16."""
+    gigabytes = servers * (2 + 4 * (info["image_size"] / 512) ** 2 + 3 * info["captions"])
+    return round(min(0.92, max(0.3, 1 - gigabytes / (total / 1e9))), 3)
 
 
-def engine_arguments(folder, tensor_parallel_size=1, **more):
-    """Keyword arguments of vllm.LLM, and defaults of `vllm serve`, for an exported folder. `more`
-    overrides them where it is not None. Raises ValueError if vLLM is missing, and if so many ranks
-    cannot share the model."""
+def server_device(index):
+    """Where HTTP server `index` decodes. The servers of a machine are spread over its GPUs."""
+    gpus = torch.cuda.device_count()
+    return f"cuda:{index % gpus}" if gpus else "cpu"
+
+
+def engine_arguments(folder, tensor_parallel_size=1, servers=1, **more):
+    """Keyword arguments of vllm.LLM, and defaults of `vllm serve` with so many HTTP servers, for an
+    exported folder. `more` overrides them where it is not None. Raises ValueError if vLLM is
+    missing, and if so many ranks cannot share the model."""
     info, cuda = read_export(folder), torch.cuda.is_available()
     check_vllm()
     check_ranks(info, tensor_parallel_size)
@@ -234,11 +240,17 @@ def engine_arguments(folder, tensor_parallel_size=1, **more):
         "max_model_len": info["max_position_embeddings"],
         "enable_prefix_caching": False,
         "enforce_eager": not cuda,
-        "dtype": flags.best_dtype("cuda" if cuda else "cpu"),
+        "dtype": "float32",
         "tensor_parallel_size": tensor_parallel_size,
     }
     if cuda:
-        arguments["gpu_memory_utilization"] = memory_share(info)
+        from vllm.platforms import current_platform  # asks the driver, without a CUDA context
+
+        if current_platform.has_device_capability(80):  # T4 and V100 have no bfloat16
+            arguments["dtype"] = "bfloat16"
+        servers_per_gpu = math.ceil(servers / torch.cuda.device_count())
+        total = current_platform.get_device_total_memory()
+        arguments["gpu_memory_utilization"] = memory_share(info, total, servers_per_gpu)
     return arguments | {name: value for name, value in more.items() if value is not None}
 
 
@@ -328,8 +340,9 @@ def parse_serve(command, words):
     # Parsed twice: the first time tells the folder, from which defaults of other flags follow.
     first = p.parse_args(["serve", *words])
     folder = first.model_tag or parser.error("give the folder that export wrote")
+    servers = first.api_server_count or first.data_parallel_size  # as vLLM counts them
     parser.set_defaults(
-        **engine_arguments(folder, first.tensor_parallel_size),
+        **engine_arguments(folder, first.tensor_parallel_size, servers),
         uvicorn_log_level="warning",
         served_model_name=[Path(folder).resolve().name],
         host="127.0.0.1",
@@ -341,6 +354,8 @@ def parse_serve(command, words):
         parser.error(f"--port {args.port} is not between 0 and 65,535")
     if DRAW not in args.logits_processors:  # codes would be picked from two streams' logits
         parser.error(f"--logits-processors: images need {DRAW} among them")
+    if args.quantization:
+        parser.error(f"--quantization {args.quantization}: images have no quantised models yet")
     if args.port == 0:  # chosen now: with several HTTP servers, each binds it for itself
         args.port = get_open_port()
     return args

@@ -43,8 +43,7 @@ class Refused(VLLMValidationError):
 
 # ---- fields ------------------------------------------------------------------------------------
 class Fields(pydantic.BaseModel):
-    """The fields that all models have. Others (quality, strength ...) have no effect, and the
-    answer's warning names them."""
+    """The fields of all models. Others have no effect; the answer's warning names them."""
 
     model_config = pydantic.ConfigDict(strict=True, allow_inf_nan=False, extra="allow")
     model: str | None = None
@@ -200,10 +199,8 @@ def edit_of(images, uploads):
     if shape.size != picture.size:
         (w, h), (width, height) = shape.size, picture.size
         raise Refused(which, f"{w} x {h} pixels, but the image has {width} x {height}")
-    if which == "mask_image":
-        hole, shape = "white", ImageOps.invert(shape.convert("L"))
-    else:
-        hole, shape = "transparent", shape.getchannel("A")
+    hole = "white" if which == "mask_image" else "transparent"
+    shape = ImageOps.invert(shape.convert("L")) if hole == "white" else shape.getchannel("A")
     opaque = np.array(data.center_crop(shape, size)) > 127  # (H, W)
     kept = data.kept_cells(opaque, grid)  # (grid, grid)
     if kept.all():
@@ -237,10 +234,10 @@ async def job_of(images, body):
     if body.negative_prompt and body.cfg_scale <= 1:
         warned.append("negative_prompt has no effect without guidance (cfg_scale above 1)")
     if images.info["captions"]:
-        texts, revised = (body.prompt, body.negative_prompt), body.prompt
-        prompt, more = await in_worker(images, images.encode, *texts)
+        revised = body.prompt
+        prompt, more = await in_worker(images, images.encode, body.prompt, body.negative_prompt)
         if prompt is None:
-            raise Refused("prompt", f"the caption {body.prompt[:200]!r} has no words")
+            raise Refused("prompt", f"the caption {revised[:200]!r} has no words")
         warned += more
     else:
         class_id, negative = class_of(images, "prompt", body.prompt), -1

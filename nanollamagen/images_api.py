@@ -27,7 +27,7 @@ from vllm.exceptions import VLLMError
 
 import serve_vllm
 import vq
-from nanollamagen import api_requests, api_sampling, flags
+from nanollamagen import api_requests, api_sampling
 
 router = APIRouter()
 
@@ -45,8 +45,10 @@ class Plugin:
     async def init_state(self, engine, state, args):
         """Load the tokenizer, and for captions their encoder. Raises OSError or ValueError."""
         info = serve_vllm.read_export(args.model)
-        device = flags.best_device()
+        device = serve_vllm.server_device(engine.engine_core.client_index)
         vq_model, encode = vq.load_vq(Path(args.model) / "vq.pt", device), None
+        blank = [[0] * info["grid"] ** 2] * api_sampling.BATCH  # missing memory shows now:
+        api_sampling.decode_rows(vq_model, blank, info["grid"])
         if info["captions"]:
             t5 = getattr(args, "t5", None)
             encode = serve_vllm.caption_encoding(args.model, info, t5, device)
@@ -163,8 +165,7 @@ async def answer(images, job):
     if job.body.response_format == "file":
         file, kind = base64.b64decode(done[0]["b64_json"]), f"image/{job.body.output_format}"
         headers = {"X-Seed": str(job.seed)}
-        if job.warning:
-            headers["X-Warning"] = job.warning["warning"][:1000]
+        headers |= {f"X-{name}": text[:1000] for name, text in job.warning.items()}
         return Response(file, 200, headers, kind)
     keys, revised = ("b64_json", "seed"), {"revised_prompt": job.revised}
     answered = {

@@ -1476,6 +1476,7 @@ def test_openais_client_draws_with_the_real_engine(real, exported):
         ),
         ({"vllm_xargs": {"given": [-2]}}, "given is a list of codes"),
         ({"vllm_xargs": {"kv_transfer_params": "all"}}, "'kv_transfer_params' is not a setting"),
+        ({"stop": ["x"]}, "stop is for words"),
     ],
 )
 def test_numbers_that_would_end_the_real_engine_are_refused_and_it_draws_on(real, wrong, sentence):
@@ -1667,6 +1668,7 @@ def test_the_command_serves_captions(tmp_path):
             ["EXPORTED", "--tensor-parallel-size", "4"],
             "--tensor-parallel-size 4 does not divide the model's 2 heads",
         ),
+        (["EXPORTED", "--quantization", "fp8"], "--quantization fp8: images have no quantised"),
     ],
 )
 def test_what_cannot_be_served_is_told_in_one_sentence(exported, flags, sentence):
