@@ -55,11 +55,19 @@ def filter_logits(logits, top_k=0, top_p=1.0):
 
     top_k keeps the k largest and all that equal the k-th (0 or more than V: all). top_p then keeps
     the most probable entries up to and including the one whose cumulative probability crosses p, at
-    least one (1: all)."""
-    if 0 < top_k < logits.shape[-1]:
+    least one (1: all). Both may be columns (..., 1), top_k's on the CPU."""
+    V = logits.shape[-1]
+    if isinstance(top_k, torch.Tensor):
+        top_k = top_k.where(top_k > 0, V).clamp(max=V)
+        largest = logits.topk(int(top_k.max())).values
+        smallest = largest.gather(-1, top_k.to(logits.device, non_blocking=True) - 1)
+        logits = logits.masked_fill(logits < smallest, -torch.inf)
+    elif 0 < top_k < V:
         smallest = logits.topk(top_k, sorted=False).values.amin(-1, keepdim=True)
         logits = logits.masked_fill(logits < smallest, -torch.inf)
-    if top_p < 1:
+    if isinstance(top_p, torch.Tensor):
+        top_p = top_p.where(top_p < 1, torch.inf)  # a sum of all can be above 1
+    if isinstance(top_p, torch.Tensor) or top_p < 1:
         ordered, order = logits.sort(descending=True)
         likelier = F.pad(ordered.softmax(-1).cumsum(-1), (1, -1))  # what comes before each entry
         remove = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, likelier > top_p)
@@ -68,26 +76,26 @@ def filter_logits(logits, top_k=0, top_p=1.0):
 
 
 def gumbel_noise(seeds, positions, vocab_size):
-    """Gumbel noise for codes: float32 (..., V), finite. It is always the same for the same seed of
-    an image, position (the code's number 0 .. T - 1) and entry of the codebook.
-
-    seeds, positions   int64 of shapes that broadcast to (...)"""
-    uniform = noise.uniform(seeds, positions, vocab_size)  # (..., V)
-    return uniform.neg_().log1p_().neg_().log_().neg_()  # -log(-log(1 - uniform)), in place
+    """Gumbel noise for codes: float32 (..., V), finite, for seeds and positions, int64 that
+    broadcast to (...). It is always the same for the same seed of an image, position (the code's
+    number 0 .. T - 1) and entry of the codebook."""
+    return noise.gumbel(noise.state(seeds, positions), vocab_size)
 
 
 def draw(logits, gumbel, temperature=1.0, **filters):
     """Codes (...) int64 from logits (..., V) and gumbel_noise (..., V): the largest of logits /
     temperature + noise among those that filter_logits keeps. A temperature below 1e-5 takes the
-    largest logit.
+    largest logit. Settings may be columns (..., 1), see filter_logits.
 
     By Gumbel's rule this samples from softmax(filter_logits(logits / temperature)). Unlike a walk
     along cumulative probabilities, it rarely changes with the last digits of the logits. So the
     same noise gives the same code on another device, in another batch and in vLLM."""
-    if temperature < 1e-5:
+    each = isinstance(temperature, torch.Tensor)
+    if not each and temperature < 1e-5:
         return logits.argmax(-1)
-    logits = filter_logits(logits.float() / temperature, **filters)
-    return (logits + gumbel).argmax(-1)
+    kept = filter_logits(logits.float() / temperature, **filters)
+    codes = (kept + gumbel).argmax(-1)
+    return codes.where(temperature[..., 0] >= 1e-5, logits.argmax(-1)) if each else codes
 
 
 # ---- decoding ----------------------------------------------------------------------------------
@@ -351,18 +359,10 @@ def main():
         fast.pack(model)
 
     if args.num_samples:
+        how = {"seed": args.seed, "batch_size": args.batch_size, "size": args.resize, **settings}
+        cond = cond if captioned else None  # None: all classes
         try:
-            write_npz(
-                args.out,
-                model,
-                vq_model,
-                args.num_samples,
-                cond=cond if captioned else None,
-                seed=args.seed,
-                batch_size=args.batch_size,
-                size=args.resize,
-                **settings,
-            )
+            write_npz(args.out, model, vq_model, args.num_samples, cond=cond, **how)
         except (OSError, ValueError) as error:
             parser.error(str(error))
         return

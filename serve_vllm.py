@@ -15,6 +15,7 @@ argument checks.
 import argparse
 import importlib.metadata
 import json
+import math
 import os
 import shutil
 import sys
@@ -77,18 +78,23 @@ def sampling_params(info, *, seed=None, stream=False, known=None, **settings):
     )
 
 
-def class_prompt(class_id, info):
-    """The prompt of a class."""
-    return {"prompt_token_ids": [info["codebook_size"] + class_id]}
+def class_prompt(class_id, info, negative=-1):
+    """The prompt of a class: one number for both streams. negative: the class that guidance leads
+    away from; -1 is "no class", as in training."""
+    return {"prompt_token_ids": [info["codebook_size"] + class_id + 2**15 * (negative + 1)]}
 
 
 @torch.no_grad()
-def caption_prompt(features, embedding):
+def caption_prompt(features, embedding, negative=None):
     """The prompt of a caption from the features (n, D) of its tokens: (n, 2C), the caption on the
     left and "no caption" on the right, both projected by the model's gpt.CaptionEmbedding. Padding
-    is not sent, and the n tokens are the last of the model's positions."""
-    no_caption = embedding.uncond_embedding[-len(features) :]  # (n, D)
-    cond, uncond = embedding(torch.stack([features, no_caption]))  # each (n, C)
+    is not sent, and the n tokens are the last of the model's positions. negative: features (m, D)
+    that replace the last m of "no caption", or all n by the first n."""
+    against = embedding.uncond_embedding[-len(features) :]  # (n, D)
+    if negative is not None:
+        negative = negative[: len(against)]
+        against = torch.cat([against[: len(against) - len(negative)], negative])
+    cond, uncond = embedding(torch.stack([features, against]))  # each (n, C)
     return {"prompt_embeds": torch.cat([cond, uncond], -1)}
 
 
@@ -178,34 +184,48 @@ def read_model(folder, info):
 
 
 def caption_encoding(folder, info, t5, device):
-    """A function from a caption to its prompt (None if it has no words) and whether it was cut to
-    120 tokens. The encoder stays in memory."""
+    """A function from a caption and a negative one or "" to the prompt (None if the caption has no
+    words) and a list of warnings. The encoder stays in memory."""
     model = read_model(folder, info)
     encoder, embedding = captions.caption_encoder(t5, device, model), model.cls_embedding
 
-    def encode(text):
-        before = encoder.cut
-        (features,) = encoder([text])
-        prompt = caption_prompt(features, embedding) if len(features) else None
-        return prompt, encoder.cut > before
+    def encode(text, negative=""):
+        before, warned = encoder.cut, []
+        (features,), against = encoder([text]), None
+        if encoder.cut > before:
+            warned.append(f"the caption was cut to its first {captions.CAPTION_TOKENS} tokens")
+        if not len(features):
+            return None, warned
+        if negative:
+            (against,) = encoder([negative])
+            if len(against) > len(features):
+                warned.append(f"negative_prompt was cut to the caption's {len(features)} tokens")
+            if not len(against):
+                warned.append("negative_prompt has no words, and no effect")
+        return caption_prompt(features, embedding, against), warned
 
     return encode
 
 
 # ---- the engine --------------------------------------------------------------------------------
-def memory_share(info):
-    """What vLLM may take of a GPU's memory, 0 to 1. The rest is for torch, for the tokenizer that
-    decodes 8 images together (4 GB of activations at 512 pixels), and for captions FLAN-T5 XL in
-    bfloat16."""
-    gigabytes = 2 + 4 * (info["image_size"] / 512) ** 2 + 3 * info["captions"]
-    total = torch.cuda.get_device_properties(0).total_memory / 1e9
-    return round(min(0.92, max(0.3, 1 - gigabytes / total)), 3)
+def memory_share(info, total, servers=1):
+    """What vLLM may take of a GPU's memory of `total` bytes, 0 to 1. The rest is for the HTTP
+    servers that use this GPU: for torch, for the tokenizer that decodes 8 images together (4 GB of
+    activations at 512 pixels), and for captions FLAN-T5 XL in bfloat16."""
+    gigabytes = servers * (2 + 4 * (info["image_size"] / 512) ** 2 + 3 * info["captions"])
+    return round(min(0.92, max(0.3, 1 - gigabytes / (total / 1e9))), 3)
 
 
-def engine_arguments(folder, tensor_parallel_size=1, **more):
-    """Keyword arguments of vllm.LLM, and defaults of `vllm serve`, for an exported folder. `more`
-    overrides them where it is not None. Raises ValueError if vLLM is missing, and if so many ranks
-    cannot share the model."""
+def server_device(index):
+    """Where HTTP server `index` decodes. The servers of a machine are spread over its GPUs."""
+    gpus = torch.cuda.device_count()
+    return f"cuda:{index % gpus}" if gpus else "cpu"
+
+
+def engine_arguments(folder, tensor_parallel_size=1, servers=1, **more):
+    """Keyword arguments of vllm.LLM, and defaults of `vllm serve` with so many HTTP servers, for an
+    exported folder. `more` overrides them where it is not None. Raises ValueError if vLLM is
+    missing, and if so many ranks cannot share the model."""
     info, cuda = read_export(folder), torch.cuda.is_available()
     check_vllm()
     check_ranks(info, tensor_parallel_size)
@@ -220,11 +240,17 @@ def engine_arguments(folder, tensor_parallel_size=1, **more):
         "max_model_len": info["max_position_embeddings"],
         "enable_prefix_caching": False,
         "enforce_eager": not cuda,
-        "dtype": flags.best_dtype("cuda" if cuda else "cpu"),
+        "dtype": "float32",
         "tensor_parallel_size": tensor_parallel_size,
     }
     if cuda:
-        arguments["gpu_memory_utilization"] = memory_share(info)
+        from vllm.platforms import current_platform  # asks the driver, without a CUDA context
+
+        if current_platform.has_device_capability(80):  # T4 and V100 have no bfloat16
+            arguments["dtype"] = "bfloat16"
+        servers_per_gpu = math.ceil(servers / torch.cuda.device_count())
+        total = current_platform.get_device_total_memory()
+        arguments["gpu_memory_utilization"] = memory_share(info, total, servers_per_gpu)
     return arguments | {name: value for name, value in more.items() if value is not None}
 
 
@@ -314,8 +340,9 @@ def parse_serve(command, words):
     # Parsed twice: the first time tells the folder, from which defaults of other flags follow.
     first = p.parse_args(["serve", *words])
     folder = first.model_tag or parser.error("give the folder that export wrote")
+    servers = first.api_server_count or first.data_parallel_size  # as vLLM counts them
     parser.set_defaults(
-        **engine_arguments(folder, first.tensor_parallel_size),
+        **engine_arguments(folder, first.tensor_parallel_size, servers),
         uvicorn_log_level="warning",
         served_model_name=[Path(folder).resolve().name],
         host="127.0.0.1",
@@ -327,6 +354,8 @@ def parse_serve(command, words):
         parser.error(f"--port {args.port} is not between 0 and 65,535")
     if DRAW not in args.logits_processors:  # codes would be picked from two streams' logits
         parser.error(f"--logits-processors: images need {DRAW} among them")
+    if args.quantization:
+        parser.error(f"--quantization {args.quantization}: images have no quantised models yet")
     if args.port == 0:  # chosen now: with several HTTP servers, each binds it for itself
         args.port = get_open_port()
     return args

@@ -14,7 +14,7 @@ import numpy as np
 import pydantic
 import torch
 from fastapi import HTTPException, Request
-from PIL import Image
+from PIL import Image, ImageOps
 from pydantic import Field
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
@@ -23,11 +23,12 @@ from vllm.exceptions import VLLMValidationError
 import sample
 import serve_vllm
 import vq
-from nanollamagen import captions, classes, data
+from nanollamagen import classes, data
 
 MAX_JSON = 2**18  # bytes of a request; most of them are a prompt of up to 32,000 characters
 MAX_FORM = 2**24  # bytes of a request with an image and a mask
 MAX_PIXELS = 25_000_000  # of such an image
+SILENT = {"user", "moderation"}  # fields of OpenAI's that change no picture
 
 
 class Refused(VLLMValidationError):
@@ -42,9 +43,9 @@ class Refused(VLLMValidationError):
 
 # ---- fields ------------------------------------------------------------------------------------
 class Fields(pydantic.BaseModel):
-    """The fields that all models have. Others (quality, style, user ...) are ignored."""
+    """The fields of all models. Others have no effect; the answer's warning names them."""
 
-    model_config = pydantic.ConfigDict(strict=True, allow_inf_nan=False)
+    model_config = pydantic.ConfigDict(strict=True, allow_inf_nan=False, extra="allow")
     model: str | None = None
     n: Annotated[int, Field(ge=1, le=10)] = 1
     stream: bool = False
@@ -65,7 +66,7 @@ class Fields(pydantic.BaseModel):
         if {"guidance_scale", "cfg_scale"} <= fields.keys():
             raise ValueError("guidance_scale is another name of cfg_scale; give one")
         if "guidance_scale" in fields:
-            fields["cfg_scale"] = fields["guidance_scale"]
+            fields["cfg_scale"] = fields.pop("guidance_scale")
         return fields
 
 
@@ -77,6 +78,7 @@ def request_model(info):
         settings[name] = (kind, for_captions if info["captions"] else for_classes)
     longest = 32000 if info["captions"] else 1000
     settings["prompt"] = (Annotated[str, Field(min_length=1, max_length=longest)], ...)
+    settings["negative_prompt"] = (Annotated[str, Field(max_length=longest)], "")
     settings["size"] = (Literal["auto", f"{info['image_size']}x{info['image_size']}"], "auto")
     return pydantic.create_model("ImageRequest", __base__=Fields, **settings)
 
@@ -123,7 +125,7 @@ def check_length(request, most):
 
 # ---- a form with pictures ----------------------------------------------------------------------
 async def read_form(request: Request):
-    """The fields of a multipart body, the bytes of the image, and those of the mask or None."""
+    """The fields of a multipart body, and the bytes of its files by their names."""
     if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
         raise HTTPException(415, "send a form, with the header Content-Type: multipart/form-data")
     # A web page of any site can post a form through a visitor's browser, which then says so.
@@ -139,7 +141,7 @@ async def read_form(request: Request):
                     fields[name] = value
                     continue
                 name = name.removesuffix("[]")  # as some clients write lists
-                if name in uploads:
+                if name in uploads or name not in ("image", "mask", "mask_image"):
                     raise Refused("image", "send one picture, and one mask")
                 uploads[name] = await value.read()
     except (ClientDisconnect, StarletteHTTPException):
@@ -147,7 +149,7 @@ async def read_form(request: Request):
     if not uploads.get("image"):
         raise Refused("image", "a file is required")
     validate = partial(request.app.state.images.Request.model_validate, strict=False)  # "2" is 2
-    return checked(request, validate, fields), uploads["image"], uploads.get("mask")
+    return checked(request, validate, fields), uploads
 
 
 def open_upload(name, file):
@@ -187,19 +189,22 @@ class Edit:
 
 
 @torch.no_grad()
-def edit_of(images, image, mask):
-    """The Edit of two uploaded files; without a mask, the image's own transparency counts. Raises
-    Refused."""
+def edit_of(images, uploads):
+    """The Edit of uploaded files: the image, and a mask or mask_image. Without these, the image's
+    own transparency counts. Raises Refused."""
     size, grid = images.info["image_size"], images.info["grid"]
-    picture, which = open_upload("image", image), "mask" if mask else "image"
-    shape = open_upload("mask", mask) if mask else picture
+    opened = {name: open_upload(name, file) for name, file in uploads.items() if file}
+    picture = opened.pop("image")
+    ((which, shape),) = opened.items() or [("image", picture)]
     if shape.size != picture.size:
         (w, h), (width, height) = shape.size, picture.size
-        raise Refused("mask", f"{w} x {h} pixels, but the image has {width} x {height}")
-    opaque = np.array(data.center_crop(shape.getchannel("A"), size)) > 127  # (H, W)
+        raise Refused(which, f"{w} x {h} pixels, but the image has {width} x {height}")
+    hole = "white" if which == "mask_image" else "transparent"
+    shape = ImageOps.invert(shape.convert("L")) if hole == "white" else shape.getchannel("A")
+    opaque = np.array(data.center_crop(shape, size)) > 127  # (H, W)
     kept = data.kept_cells(opaque, grid)  # (grid, grid)
     if kept.all():
-        raise Refused(which, "nothing is transparent; transparent pixels are regenerated")
+        raise Refused(which, f"nothing is {hole}; {hole} pixels are regenerated")
     pixels = np.array(data.center_crop(picture.convert("RGB"), size))
     tensor = vq.to_tensor(pixels)[None].to(images.vq.quantize.embedding.weight.device)
     codes = images.vq.encode(tensor)[0].cpu().numpy()  # (grid, grid)
@@ -224,19 +229,31 @@ class Job:
 async def job_of(images, body):
     """The Job of a request. Raises Refused for a prompt that this model does not know."""
     seed = secrets.randbelow(2**31) if body.seed is None else body.seed
-    if not images.info["captions"]:
-        names = images.info["classes"]
-        try:
-            class_id = classes.find_class(body.prompt, names)
-        except ValueError as error:
-            raise Refused("prompt", str(error)) from None
-        prompt = serve_vllm.class_prompt(class_id, images.info)
-        return Job(body, prompt, names[class_id], seed)
-    prompt, cut = await in_worker(images, images.encode, body.prompt)
-    if prompt is None:
-        raise Refused("prompt", f"the caption {body.prompt[:200]!r} has no words")
-    warning = f"the caption was cut to its first {captions.CAPTION_TOKENS} tokens"
-    return Job(body, prompt, body.prompt, seed, {"warning": warning} if cut else {})
+    idle = [f"{name[:40]!a}" for name in sorted(body.model_extra.keys() - SILENT)]
+    warned = [f"without effect here: {', '.join(idle)}"] if idle else []
+    if body.negative_prompt and body.cfg_scale <= 1:
+        warned.append("negative_prompt has no effect without guidance (cfg_scale above 1)")
+    if images.info["captions"]:
+        revised = body.prompt
+        prompt, more = await in_worker(images, images.encode, body.prompt, body.negative_prompt)
+        if prompt is None:
+            raise Refused("prompt", f"the caption {revised[:200]!r} has no words")
+        warned += more
+    else:
+        class_id, negative = class_of(images, "prompt", body.prompt), -1
+        revised = images.info["classes"][class_id]
+        if body.negative_prompt:
+            negative = class_of(images, "negative_prompt", body.negative_prompt)
+        prompt = serve_vllm.class_prompt(class_id, images.info, negative)
+    return Job(body, prompt, revised, seed, {"warning": "; ".join(warned)} if warned else {})
+
+
+def class_of(images, field, text):
+    """The id of the class that a field names. Raises Refused."""
+    try:
+        return classes.find_class(text, images.info["classes"])
+    except ValueError as error:
+        raise Refused(field, str(error)) from None
 
 
 def in_worker(images, function, *arguments):

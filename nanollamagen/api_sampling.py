@@ -7,6 +7,7 @@ import io
 import time
 import traceback
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ import sample
 import serve_vllm
 
 BATCH = 8  # images that the tokenizer decodes together at most, which bounds its memory
+ENCODERS = ThreadPoolExecutor(4)  # Pillow compresses without Python's lock
 
 
 async def events_of(images, job):
@@ -111,8 +113,8 @@ async def decode_forever(waiting, vq_model, grid):
     """Serve a queue of (codes, job, future of the file): all that wait together, in a thread."""
 
     def decode(batch):
-        pictures = decode_rows(vq_model, [codes for codes, _, _ in batch], grid)
-        return [to_file(pixels, job) for pixels, (_, job, _) in zip(pictures, batch)]
+        codes, jobs, _ = zip(*batch)
+        return list(ENCODERS.map(to_file, decode_rows(vq_model, codes, grid), jobs))
 
     while True:
         batch = [await waiting.get()]
@@ -147,6 +149,6 @@ def to_file(pixels, job):
     if job.edit:
         pixels = np.where(job.edit.kept[..., None], job.edit.picture, pixels)
     file, kind = io.BytesIO(), job.body.output_format
-    options = {} if kind == "png" else {"quality": job.body.output_compression}
+    options = {"compress_level": 1} if kind == "png" else {"quality": job.body.output_compression}
     Image.fromarray(pixels).save(file, kind, **options)
     return file.getvalue()

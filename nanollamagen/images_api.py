@@ -27,7 +27,7 @@ from vllm.exceptions import VLLMError
 
 import serve_vllm
 import vq
-from nanollamagen import api_requests, api_sampling, flags
+from nanollamagen import api_requests, api_sampling
 
 router = APIRouter()
 
@@ -45,8 +45,10 @@ class Plugin:
     async def init_state(self, engine, state, args):
         """Load the tokenizer, and for captions their encoder. Raises OSError or ValueError."""
         info = serve_vllm.read_export(args.model)
-        device = flags.best_device()
+        device = serve_vllm.server_device(engine.engine_core.client_index)
         vq_model, encode = vq.load_vq(Path(args.model) / "vq.pt", device), None
+        blank = [[0] * info["grid"] ** 2] * api_sampling.BATCH  # missing memory shows now:
+        api_sampling.decode_rows(vq_model, blank, info["grid"])
         if info["captions"]:
             t5 = getattr(args, "t5", None)
             encode = serve_vllm.caption_encoding(args.model, info, t5, device)
@@ -145,10 +147,10 @@ async def generations(body: Annotated[Any, Depends(api_requests.read_json)], raw
 @with_cancellation
 async def edits(form: Annotated[Any, Depends(api_requests.read_form)], raw_request: Request):
     """POST: regenerate the part of an image where the mask, or the image itself, is transparent."""
-    images, (body, *uploads) = raw_request.app.state.images, form
+    images, (body, uploads) = raw_request.app.state.images, form
     job = await api_requests.job_of(images, body)
     job.kind = "image_edit"
-    job.edit = await api_requests.in_worker(images, api_requests.edit_of, images, *uploads)
+    job.edit = await api_requests.in_worker(images, api_requests.edit_of, images, uploads)
     return await answer(images, job)
 
 
@@ -162,7 +164,9 @@ async def answer(images, job):
         done = sorted([event async for event in events], key=lambda event: event["index"])
     if job.body.response_format == "file":
         file, kind = base64.b64decode(done[0]["b64_json"]), f"image/{job.body.output_format}"
-        return Response(file, 200, {"X-Seed": str(job.seed)}, kind)
+        headers = {"X-Seed": str(job.seed)}
+        headers |= {f"X-{name}": text[:1000] for name, text in job.warning.items()}
+        return Response(file, 200, headers, kind)
     keys, revised = ("b64_json", "seed"), {"revised_prompt": job.revised}
     answered = {
         "created": int(time.time()),

@@ -10,8 +10,8 @@ logits, and Draw makes one code of them.
 vLLM finds `register` by the entry point that `pip install -e .` writes (pyproject.toml).
 """
 
-# Shapes:  N tokens of all images in one step   R images in one step   r of them with equal settings
-#          T codes per image   C width   n heads, on this rank   d = C / n   V codebook entries
+# Shapes:  N tokens of all images in one step   R images in one step   T codes per image   C width
+#          n heads, on this rank   d = C / n   V codebook entries
 import torch
 import torch.nn.functional as F
 import transformers
@@ -24,10 +24,12 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.logits_processor import LogitsProcessor as GatherLogits
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.sample.logits_processor import LogitsProcessor, process_dict_updates
 
 import gpt
 import sample
+from nanollamagen import noise
 
 
 class Config(transformers.PretrainedConfig):
@@ -112,11 +114,11 @@ class TwoStreamGPT(nn.Module):
         return torch.full((3, len(input_tokens)), self.config.grid**2), -len(input_tokens)
 
     def embed_input_ids(self, input_ids, *_, **__):
-        """Codes or V + class id (N,) -> (N, 2C). A number beyond the classes is "no class"."""
-        no_class = self.embedding.num_embeddings - 1
-        cond = input_ids.clamp(0, no_class)
-        uncond = torch.where(cond < self.config.vocab_size, cond, no_class)
-        return self.embedding(torch.stack([cond, uncond], 1)).flatten(1)
+        """Codes or class_prompt's numbers (N,) -> (N, 2C). Beyond the classes is "no class"."""
+        V, number = self.config.vocab_size, input_ids[:, None] - self.config.vocab_size
+        both = torch.cat([number, (number >> 15) - 1], 1) & (2**15 - 1)  # classes, left and right
+        rows = torch.where(number < 0, input_ids[:, None], V + both)
+        return self.embedding(rows.clamp(0, self.embedding.num_embeddings - 1)).flatten(1)
 
     def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None):
         assert positions.dim() == 2 and len(positions) == 3  # another shape would broadcast
@@ -162,8 +164,9 @@ class Draw(LogitsProcessor):
     cfg_interval, and `given`: a code for each place, or -1 where one is to be sampled."""
 
     def __init__(self, vllm_config, device, is_pin_memory):
-        self.V = vllm_config.model_config.hf_config.gpt["vocab_size"]
-        self.requests = {}  # row of the batch -> its Request
+        self.V, self.device = vllm_config.model_config.hf_config.gpt["vocab_size"], device
+        self.steps = noise.GOLDEN * torch.arange(self.V, device=device)
+        self.requests, self.settings = {}, {}  # row of the batch -> its Request; for sample.draw
 
     @classmethod
     def validate_params(cls, sampling_params):
@@ -174,32 +177,34 @@ class Draw(LogitsProcessor):
 
     def update_state(self, batch_update):
         process_dict_updates(self.requests, batch_update, Request)
+        if batch_update and self.requests:
+            rows = [request.settings for _, request in sorted(self.requests.items())]
+            self.settings = {name: self.setting(name, [r[name] for r in rows]) for name in rows[0]}
+
+    def setting(self, name, values):
+        """The number that all rows have, or else a column (R, 1), where sample.draw wants it."""
+        if len(set(values)) == 1:
+            return values[0]
+        device, dtype = ("cpu", torch.int64) if name == "top_k" else (self.device, torch.float32)
+        return async_tensor_h2d(values, device, dtype)[:, None]
 
     def apply(self, logits):
         """(R, 2V) -> the same, in place: 0 for the code that is chosen, -inf for all others."""
-        groups = {}  # rows with the same settings are sampled together; mostly there is one group
-        for row in sorted(self.requests):
-            groups.setdefault(self.requests[row].settings, []).append(row)
-        codes = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
-        for settings, rows in groups.items():
-            requests = [self.requests[row] for row in rows]
-            if len(rows) == len(logits):
-                rows = slice(None)  # all of them: a view instead of a copy
-            codes[rows] = self.next_codes(logits[rows], requests, dict(settings))
-        codes[~logits.isfinite().all(1)] = self.V  # no code: the API fails this image alone
+        states, scales, known = zip(*(self.requests[row].next_code() for row in range(len(logits))))
+        states = async_tensor_h2d(states, self.device, torch.int64)
+        scale = self.setting("cfg_scale", scales)
+        cond, uncond = logits[:, : self.V], logits[:, self.V :]
+        guided = uncond + (cond - uncond) * scale if max(scales) > 1 else cond  # (R, V)
+        if min(scales) <= 1 < max(scales):
+            guided = guided.where(scale > 1, cond)
+        codes = sample.draw(guided, noise.gumbel(states, self.steps), **self.settings)  # (R,)
+        if max(known) >= 0:
+            known = async_tensor_h2d(known, self.device, torch.int64)
+            codes = codes.where(known < 0, known.clamp(max=self.V - 1))
+        # No code where a logit is not finite: the API fails this image alone.
+        codes = codes.where(torch.linalg.vector_norm(logits, torch.inf, 1) < torch.inf, self.V)
         logits.fill_(-torch.inf).scatter_(1, codes[:, None], 0)
         return logits
-
-    def next_codes(self, logits, requests, settings):
-        """One code for each request, (r,), from logits (r, 2V)."""
-        columns = map(torch.tensor, zip(*(request.next_code() for request in requests)))
-        columns = [column.to(logits.device, non_blocking=True) for column in columns]
-        numbers, seeds, scale, known = columns  # each (r,)
-        cond, uncond, scale = logits[:, : self.V], logits[:, self.V :], scale[:, None]
-        guided = torch.where(scale > 1, uncond + (cond - uncond) * scale, cond)  # (r, V)
-        noise = sample.gumbel_noise(seeds, numbers, self.V)
-        sampled = sample.draw(guided, noise, **settings)
-        return torch.where(known < 0, sampled, known.clamp(max=self.V - 1))
 
 
 class Request:
@@ -212,28 +217,27 @@ class Request:
         self.cfg_interval = extra.get("cfg_interval", -1)
         # All other settings are arguments of sample.draw. Some are vLLM's own fields, too.
         names = sorted(sample.SETTINGS.keys() - {"cfg_scale", "cfg_interval"})
-        names = [name for name in names if name in extra or hasattr(params, name)]
-        self.settings = tuple((name, extra.get(name, getattr(params, name, 0))) for name in names)
+        plain = {name: getattr(params, name, sample.SETTINGS[name][0]) for name in names}
+        self.settings = {name: extra.get(name, plain[name]) for name in names}
         # vLLM seeds torch's generator alike on the ranks that share a model, so they agree here.
         seed = int(torch.randint(2**63 - 1, ())) if params.seed is None else params.seed
-        self.seed = seed % 2**63
+        numbers = torch.arange(params.max_tokens + 1)
+        self.states = noise.state(torch.tensor(seed % 2**63), numbers).tolist()
 
     def next_code(self):
-        """Of the next code: its number, the seed, the guidance, and itself if known, else -1."""
+        """Of the next code: the state of its noise, the guidance, and itself if known, else -1."""
         number = len(self.codes)
         guided = self.cfg_interval < 0 or number <= self.cfg_interval + 1
         known = self.known[number] if number < len(self.known) else -1
-        return number, self.seed, self.cfg_scale if guided else 1.0, known
+        return self.states[number], self.cfg_scale if guided else 1.0, known
 
 
 # ---- argument checks: what Draw would ignore is refused ----------------------------------------
-# fmt: off
 WORDS_ONLY = (  # what vLLM can do to the logits of words
-    "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias",
+    "min_p", "stop", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias",
     "allowed_token_ids", "bad_words", "structured_outputs", "logprobs", "prompt_logprobs",
     "repetition_detection",
-)
-# fmt: on
+)  # fmt: skip
 
 
 def check_params(params):

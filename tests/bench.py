@@ -12,6 +12,8 @@ read once, for training also gradients and optimizer state written and read once
 """
 
 import argparse
+import contextlib
+import copy
 import importlib.util
 import json
 import mmap
@@ -47,6 +49,7 @@ CASES = [
     "sample",
     "window",
     "serve",
+    "mixed",
     "features",
     "precision-recall",
 ]
@@ -294,20 +297,14 @@ def bench_window(path, device, dtype):
         print(json.dumps(line), flush=True)
 
 
-def bench_serve(name, device, dtype, images, requests=64):
-    """vLLM (serve_vllm.py) against sample.generate: a batch of guided images of 256 codes, and how
-    many of the codes are the same; and `requests` that arrive at random over a minute, which
-    sample.generate draws one by one as they come. For that, one image is timed and the queue
-    computed, since nothing else happens in it."""
-    if importlib.util.find_spec("vllm") is None:
-        return print(json.dumps({"case": "serve", "skipped": "vLLM is not installed"}))
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+@contextlib.contextmanager
+def serving(model):
+    """vLLM's engine with this model, and what serve_vllm.read_export tells about it."""
     import vllm
 
     import serve_vllm
 
-    model, vq_config = gpt.GPT(gpt.GPT_CONFIGS[name]), vq.VQ_CONFIGS["VQ-16"]
-    torch.nn.init.normal_(model.output.weight, std=0.02)
+    vq_config = vq.VQ_CONFIGS["VQ-16"]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "exported"
         for file, saved, config in (
@@ -325,23 +322,84 @@ def bench_serve(name, device, dtype, images, requests=64):
             )
         )
         info = serve_vllm.read_export(out)
-        model = fast.pack(model.to(device, dtype).eval())
-
-        def plain(n):
-            return sample.generate(
-                model, torch.arange(n, device=device), cfg_scale=4.0, top_k=2000, seeds=range(n)
-            )
-
-        right = plain(images).tolist()
-        batch_s, alone_s = (
-            seconds(lambda: plain(images), device, 1),
-            seconds(lambda: plain(1), device, 3),
-        )
-        model = None  # vLLM takes what memory there is
-        torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # vLLM takes what memory there is
         engine = vllm.LLMEngine.from_engine_args(
             vllm.EngineArgs(**serve_vllm.engine_arguments(out), disable_log_stats=True)
         )
+    try:
+        yield engine, info
+    finally:
+        engine.engine_core.shutdown()
+        vllm.distributed.cleanup_dist_env_and_memory()
+
+
+def bench_mixed(name, images, codes=64):
+    """In vLLM, the first codes of images whose settings are all different, against the same with
+    one setting for all. The median of three in turn."""
+    if importlib.util.find_spec("vllm") is None:
+        return print(json.dumps({"case": "mixed", "skipped": "vLLM is not installed"}))
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    import serve_vllm
+
+    model = gpt.GPT(gpt.GPT_CONFIGS[name])
+    torch.nn.init.normal_(model.output.weight, std=0.02)
+
+    def sampled(different):
+        """Seconds for all images."""
+        began = time.perf_counter()
+        for i in range(images):
+            k = i if different else images // 2
+            settings = {"cfg_scale": 2 + k / 10, "temperature": 1 - k / 50, "top_k": 1000 + 50 * k}
+            settings["top_p"] = 1 - k / 100
+            params = serve_vllm.sampling_params(info, seed=i, **settings)
+            params.max_tokens = codes
+            engine.add_request(f"{began}/{i}", serve_vllm.class_prompt(i, info), params)
+        while engine.has_unfinished_requests():
+            engine.step()
+        return time.perf_counter() - began
+
+    with serving(model) as (engine, info):
+        sampled(True), sampled(False)
+        times = np.array([[sampled(True), sampled(False)] for _ in range(3)])
+    different_s, equal_s = np.median(times, 0)
+    line = {
+        "case": "mixed",
+        "model": name,
+        "images": images,
+        "codes": codes,
+        "different_s": round(different_s, 2),
+        "equal_s": round(equal_s, 2),
+        "ratio": round(different_s / equal_s, 3),
+    }
+    print(json.dumps(line), flush=True)
+
+
+def bench_serve(name, device, dtype, images, requests=64):
+    """vLLM (serve_vllm.py) against sample.generate: a batch of guided images of 256 codes, and how
+    many of the codes are the same; and `requests` that arrive at random over a minute, which
+    sample.generate draws one by one as they come. For that, one image is timed and the queue
+    computed, since nothing else happens in it."""
+    if importlib.util.find_spec("vllm") is None:
+        return print(json.dumps({"case": "serve", "skipped": "vLLM is not installed"}))
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    import vllm
+
+    import serve_vllm
+
+    model = gpt.GPT(gpt.GPT_CONFIGS[name])
+    torch.nn.init.normal_(model.output.weight, std=0.02)
+    packed = fast.pack(copy.deepcopy(model).to(device, dtype).eval())
+
+    def plain(n):
+        return sample.generate(
+            packed, torch.arange(n, device=device), cfg_scale=4.0, top_k=2000, seeds=range(n)
+        )
+
+    right = plain(images).tolist()
+    batch_s, alone_s = (
+        seconds(lambda: plain(images), device, 1),
+        seconds(lambda: plain(1), device, 3),
+    )
 
     def served(arrivals):
         """Seconds until all are drawn of as many images as there are arrivals (s, sorted)."""
@@ -363,14 +421,13 @@ def bench_serve(name, device, dtype, images, requests=64):
         return time.perf_counter() - began
 
     drawn = {}  # number of a request -> its codes
-    served([0] * images)
-    same = np.mean([a == b for i, codes in enumerate(right) for a, b in zip(codes, drawn[i])])
-    vllm_s, arrivals, end = (
-        served([0] * images),
-        np.sort(np.random.RandomState(0).uniform(0, 60, requests)),
-        0,
-    )
-    spread_s = served(arrivals)
+    arrivals, end = np.sort(np.random.RandomState(0).uniform(0, 60, requests)), 0
+    packed = None  # its memory is for vLLM
+    with serving(model) as (engine, info):
+        served([0] * images)
+        same = np.mean([a == b for i, codes in enumerate(right) for a, b in zip(codes, drawn[i])])
+        vllm_s = served([0] * images)
+        spread_s = served(arrivals)
     for arrival in arrivals:
         end = max(end, arrival) + alone_s
     print(
@@ -501,6 +558,8 @@ def main():
             bench_window(args.gpt, device, dtype)
         elif case == "serve":
             bench_serve(args.model, device, dtype, args.batch or 8)
+        elif case == "mixed":
+            bench_mixed(args.model, args.batch or 16)
         elif case == "features":
             bench_features(device, args.batch or (64 if on_gpu else 8))
         elif case == "precision-recall":

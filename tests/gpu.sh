@@ -64,6 +64,14 @@ if "$PYTHON" -c "import vllm" 2> /dev/null; then
     "$PYTHON" serve_vllm.py export --gpt "$OUT/gpt/ckpt.pt" --vq "$OUT/vq.pt" --out "$OUT/exported" > "$OUT/serve.log" 2>&1 &&
     "$PYTHON" serve_vllm.py generate "$OUT/exported" --classes 1,2,3,4 --count 2 --out "$OUT/served.png" \
         >> "$OUT/serve.log" 2>&1 || stage "serving failed; see $OUT/serve.log"
+    if [ "$gpus" -gt 1 ]; then   # a copy of the model and an HTTP server on each GPU; then a look at where memory is
+        "$PYTHON" serve_vllm.py serve "$OUT/exported" --data-parallel-size "$gpus" --port 8765 > "$OUT/copies.log" 2>&1 &
+        curl -sf --retry 90 --retry-delay 2 --retry-all-errors http://127.0.0.1:8765/v1/images/generations --max-time 60 \
+            -H 'Content-Type: application/json' -d '{"prompt": "1", "n": 8}' -o "$OUT/copies.json" \
+            || stage "copies failed; see $OUT/copies.log"
+        nvidia-smi --query-compute-apps=pid,gpu_uuid,used_memory --format=csv > "$OUT/copies.csv"
+        kill -TERM $! && wait $! || true
+    fi
 else
     echo "vLLM is not installed" > "$OUT/serve.log"
 fi

@@ -204,18 +204,19 @@ def engine():
     return FakeEngine()
 
 
-def encode(caption):
+def encode(caption, negative=""):
     """A caption's prompt has an embedding a word, whose number the fake engine takes for the
     class."""
     encoder = captions.CaptionEncoder("words")
     (features,) = encoder([caption])
-    return {"prompt_embeds": features} if len(features) else None, encoder.cut > 0
+    warned = ["cut to 120 tokens"] * encoder.cut + [f"negative: {negative}"] * bool(negative)
+    return {"prompt_embeds": features} if len(features) else None, warned
 
 
 @pytest.fixture
 def captioned(engine):
     with served(
-        engine, {**INFO, "captions": True, "classes": []}, encode=lambda caption: encode(caption)
+        engine, {**INFO, "captions": True, "classes": []}, encode=lambda *texts: encode(*texts)
     ) as s:
         yield s
 
@@ -347,6 +348,34 @@ def test_what_only_other_models_have_is_passed_over_and_limits_are_allowed(serve
         assert post(server, fields).status_code == 200, fields
 
 
+def test_a_field_without_effect_is_named(server):
+    """Those that change pictures in other servers, and typing mistakes; but not `user`."""
+    fields = {"strength": 0.5, "num_inference_steps": 9, "stop": ["x"], "cfg_scael": 2}
+    named = "without effect here: 'cfg_scael', 'num_inference_steps', 'stop', 'strength'"
+    assert post(server, {**fields, "user": "me"}).json()["warning"] == named
+    response = post(server, {**fields, "response_format": "file"})
+    assert response.headers["x-warning"] == named
+    *_, last = client(server).images.generate(prompt="star", stream=True, extra_body=fields)
+    assert last.warning == named
+    response = post(server, {"\r\nX: y\u20ac": 1, "response_format": "file"})
+    assert response.headers["x-warning"].endswith(r"'\r\nX: y\u20ac'")
+    assert "x-warning" not in post(server, {"response_format": "file"}).headers
+
+
+def test_a_negative_prompt_goes_with_the_class_and_needs_guidance(server):
+    fields = {"prompt": "heart", "negative_prompt": "red fox", "seed": 7}
+    answer = post(server, fields).json()
+    both = 1 + 2**15 * 3  # the numbers of heart and red fox, as serve_vllm.class_prompt has them
+    assert same(pixels(answer["data"][0]["b64_json"]), picture(both, 7))
+    assert "warning" not in answer and answer["data"][0]["revised_prompt"] == "heart"
+    without = post(server, {**fields, "cfg_scale": 1.0}).json()["warning"]
+    assert without == "negative_prompt has no effect without guidance (cfg_scale above 1)"
+    error = error_of(post(server, {**fields, "negative_prompt": "hart"}), 400)
+    assert error["param"] == "negative_prompt" and "close ones: 1 heart" in error["message"]
+    answer = post(server, {**fields, "negative_prompt": ""}).json()  # many clients send it
+    assert same(pixels(answer["data"][0]["b64_json"]), picture(1, 7)) and "warning" not in answer
+
+
 @pytest.mark.parametrize("output_format", ["png", "jpeg", "webp"])
 def test_the_file_has_the_format_asked_for(server, output_format):
     """As bytes, too, where the file is asked for instead of JSON."""
@@ -435,7 +464,7 @@ def test_a_long_caption_is_cut_and_the_answer_says_so(captioned):
 def test_captions_are_encoded_one_after_the_other_and_other_requests_answered_meanwhile(engine):
     go, began, busy = threading.Event(), [], threading.Lock()
 
-    def held_up(caption):
+    def held_up(caption, negative):
         began.append(caption)
         with busy:
             assert go.wait(10)
@@ -458,7 +487,7 @@ def test_captions_are_encoded_one_after_the_other_and_other_requests_answered_me
 
 
 def test_a_caption_that_cannot_be_encoded_costs_only_itself(engine):
-    def fails(caption):
+    def fails(caption, negative):
         if caption == "bad":
             raise MemoryError("no room")
         return encode(caption)
@@ -490,9 +519,9 @@ def file_of(image, kind="PNG", **options):
     return file.getvalue()
 
 
-def edit(server, image, mask=None, headers=None, **fields):
+def edit(server, image, mask=None, headers=None, name="mask", **fields):
     """POST /v1/images/edits."""
-    files = {"image": ("photo.png", image), **({"mask": ("mask.png", mask)} if mask else {})}
+    files = {"image": ("photo.png", image), **({name: ("mask.png", mask)} if mask else {})}
     return httpx.post(
         f"{server.url}/v1/images/edits",
         data={"prompt": "star", **fields},
@@ -553,6 +582,18 @@ def test_without_a_mask_the_image_s_own_transparency_counts(server):
     assert same(pixels(last.b64_json), edited(image.convert("RGB"), 1, 9, hole))
     for event in partial:  # what is kept is there from the start, what is not drawn yet is grey
         assert np.array_equal(pixels(event.b64_json)[:8], np.array(image.convert("RGB"))[:8])
+
+
+def test_white_pixels_of_a_mask_image_are_regenerated(server):
+    """As in servers of diffusion models; its transparency does not count."""
+    image, white = photo(), with_hole(Image.new("RGB", (SIDE, SIDE)), (0, 0, 4, 4))
+    white.paste((255, 255, 255, 255), (7, 5, 9, 11))
+    answer = edit(server, file_of(image), file_of(white), name="mask_image", seed=5).json()
+    assert same(pixels(answer["data"][0]["b64_json"]), edited(image, 0, 5, MIDDLE))
+    black = file_of(Image.new("L", (SIDE, SIDE)))
+    error = error_of(edit(server, file_of(image), black, name="mask_image"), 400)
+    assert error["message"] == "mask_image: nothing is white; white pixels are regenerated"
+    error_of(edit(server, file_of(image), file_of(white), name="msk"), 400)
 
 
 SCAN, SCANS = (
@@ -1435,6 +1476,7 @@ def test_openais_client_draws_with_the_real_engine(real, exported):
         ),
         ({"vllm_xargs": {"given": [-2]}}, "given is a list of codes"),
         ({"vllm_xargs": {"kv_transfer_params": "all"}}, "'kv_transfer_params' is not a setting"),
+        ({"stop": ["x"]}, "stop is for words"),
     ],
 )
 def test_numbers_that_would_end_the_real_engine_are_refused_and_it_draws_on(real, wrong, sentence):
@@ -1626,6 +1668,7 @@ def test_the_command_serves_captions(tmp_path):
             ["EXPORTED", "--tensor-parallel-size", "4"],
             "--tensor-parallel-size 4 does not divide the model's 2 heads",
         ),
+        (["EXPORTED", "--quantization", "fp8"], "--quantization fp8: images have no quantised"),
     ],
 )
 def test_what_cannot_be_served_is_told_in_one_sentence(exported, flags, sentence):

@@ -79,7 +79,7 @@ def test_noise_is_splitmix64_of_seed_position_and_code():
 
     seeds, positions = [0, 1, 2**63 - 1], [0, 5, 575]
     rows, columns = torch.tensor(seeds)[:, None], torch.tensor(positions)
-    uniform = noise.uniform(rows, columns, 40)
+    uniform = noise.uniform(noise.state(rows, columns), 40)
     gumbel = sample.gumbel_noise(rows, columns, 40)
     for i, seed in enumerate(seeds):
         for j, position in enumerate(positions):
