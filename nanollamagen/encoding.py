@@ -101,42 +101,19 @@ def is_complete(out, meta):
 def encode_blocks(crops, encode, T, device, batch_size, workers, blocks, bar):
     """Yield the part of each block: codes (n, A, T), and what became of every image."""
     how = {"batch_sampler": blocks, "collate_fn": list, "num_workers": workers}
-    loader = torch.utils.data.DataLoader(crops, **how)
-    for states, codes, event in one_late(start_blocks(loader, encode, T, device, batch_size)):
-        if event:
-            event.synchronize()
-        codes = codes.view(-1, crops.per_image, T).numpy().astype(np.uint16)
-        bar.update(len(states))
-        yield {"codes": codes, "states": np.array(states, np.uint8)}
-
-
-def start_blocks(loader, encode, T, device, batch_size):
-    """Yield for each block its states, codes (n * A, T), and on a GPU the event after which these
-    codes are there, else None."""
-    on_gpu = torch.device(device).type == "cuda"
-    for block in loader:
+    for block in torch.utils.data.DataLoader(crops, **how):
         states, pixels = zip(*block)
-        pixels = torch.from_numpy(np.concatenate(pixels))  # (n * A, H, W, 3) uint8
-        if on_gpu:
-            pixels = pixels.pin_memory()
-        pixels = pixels.to(device, non_blocking=on_gpu).permute(0, 3, 1, 2)
+        pixels = torch.from_numpy(np.concatenate(pixels)).to(device)  # (n * A, H, W, 3) uint8
         codes = [torch.zeros(0, T, dtype=torch.int64, device=device)]
         if len(pixels):
-            for batch in pixels.split(batch_size):
+            for batch in pixels.permute(0, 3, 1, 2).split(batch_size):
                 codes.append(encode(batch.float() / 127.5 - 1).flatten(1))
-        codes = torch.cat(codes).to("cpu", non_blocking=on_gpu)
-        event = torch.cuda.current_stream(device).record_event() if on_gpu else None
-        yield states, codes, event
-
-
-def one_late(items):
-    """Yield each item after the next one was started. So a GPU has work while the CPU writes."""
-    before = next(items, None)
-    for item in items:
-        yield before
-        before = item
-    if before:
-        yield before
+        codes = torch.cat(codes).view(-1, crops.per_image, T)
+        bar.update(len(states))
+        yield {
+            "codes": codes.cpu().numpy().astype(np.uint16),
+            "states": np.array(states, np.uint8),
+        }
 
 
 def join(out, part_files, images, meta):
