@@ -4,7 +4,7 @@ with LlamaGen's models, AR-GRPO, arXiv:2508.06924).
 
 The demo's model on a laptop's CPU, rewarded by a classifier (rewards.py makes it):
 $ python extras/train_grpo.py --gpt runs/demo/gpt/ckpt.pt --vq runs/demo/vq/ckpt.pt \
-      --reward runs/classifier.pt --cfg-scale 1 --batch-size 64 --lr 1e-4 --max-steps 100
+      --reward runs/classifier.pt --cfg-scale 1 --batch-size 64 --lr 5e-5 --max-steps 100
 Any Python function of pixels and classes, on 4 GPUs (the defaults are AR-GRPO's for classes):
 $ torchrun --nproc_per_node=4 extras/train_grpo.py --gpt c2i_L_256.pt --vq vq_ds16_c2i.pt \
       --reward my_rewards.py:sharpness
@@ -47,6 +47,7 @@ def parse():
     # fmt: off
     flag("--gpt", required=True, help="the trained model, which is the first policy")
     flag("--vq", required=True, help="its tokenizer")
+    flag("--image-size", type=flags.pixels, help="of a released --gpt file (default: 256)")
     flag("--reward", required=True, help="FILE.pt of rewards.py, FILE.py:function, or clip")
     flag("--prompts", metavar="FILE", help="captions, one per line, for a model of captions")
     flag("--t5", help="encoder of captions (default: the one that the GPT was trained with)")
@@ -133,10 +134,10 @@ def main():
     # ---- models: the policy, its frozen copy, the tokenizer; then conditions and reward ----------
     try:
         vq_model = vq.load_vq(args.vq, device)
-        grid = vq_model.image_size // vq_model.config.downsample
+        grid = (args.image_size or vq_model.image_size) // vq_model.config.downsample
         model = gpt.load_gpt(args.gpt, device, grid)
         reference = gpt.load_gpt(args.gpt, device, grid).requires_grad_(False)
-        sample.check_pair(model, vq_model, args.gpt, args.vq)
+        sample.check_pair(model, vq_model, args.gpt, args.vq, args.image_size)
         origin = {"tokenizer": vq.weights_hash(vq_model), "reference": vq.weights_hash(model)}
         path, saved = runs.find_checkpoint(out)
         check(args, model, origin, world, path, saved)
@@ -248,9 +249,8 @@ def read_conditions(args, model):
 def describe(args, model, conditions, step, world, device):
     """Print what is trained, and how."""
     weights = sum(weight.numel() for weight in model.parameters())
-    groups = args.batch_size // args.group
     print(f"{args.gpt}: {weights / 1e6:.1f}M weights; reward {args.reward} -> {args.out}")
-    print(f"each step: {groups} of {conditions:,} conditions x {args.group} images", end=", ")
+    print(f"each step: {args.batch_size} images, {args.group} of a condition out of {conditions:,}")
     print(f"guidance {args.cfg_scale}, temperature {args.temperature}")
     how = f"resumed at step {step}; " if step else ""
     print(f"{how}{world} process(es) on {device.type}, torch {torch.__version__}", flush=True)

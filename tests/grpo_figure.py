@@ -1,8 +1,8 @@
 """What happens to a model while extras/train_grpo.py optimises it: the table and the figure of
 extras/README.md. The runs were made with --keep, so that their checkpoints can be measured:
 
-$ python tests/grpo_figure.py measure --runs runs/grpo-*-[0-9] --reward runs/classifier.pt
-$ python tests/grpo_figure.py draw --runs runs/grpo-*-0
+$ python tests/grpo_figure.py measure --runs runs/grpo-kl* --reward runs/classifier.pt
+$ python tests/grpo_figure.py draw --runs runs/grpo-kl*-0
 
 A run's folder is NAME-SEED. `accuracy` is how often a classifier sees the wanted class in 500
 samples without guidance: `rewarding` is the network that gave the rewards, `judge` is that of
@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 IMAGES = 500
 RESULTS = ROOT / "extras" / "grpo_results.json"
 ROWS = [3, 4, 8]  # classes in the figure's rows of samples
-COLOURS = {"with KL": "#1b6ca8", "without KL": "#d1495b"}
+ARMS = {"KL weight 1": "grpo-kl1", "KL weight 0.1": "grpo-kl0.1", "no KL term": "grpo-kl0"}
 
 
 def pixels_of(model, vq_model, labels, seed, **how):
@@ -109,30 +109,30 @@ def draw(args):
     """The figure: three curves over steps, and rows of samples from the folders of one seed."""
     results = json.loads(RESULTS.read_text())
     first = next(row for row in results["rows"] if row["run"] == "first" and row["cfg"] == 1)
-    names = {"with KL": "grpo-kl", "without KL": "grpo-free"}
     panels = [
         ("the classifier that rewards sees the class", "accuracy_rewarding"),
         ("an independent classifier sees it", "accuracy_judge"),
         ("distance of two samples of a class", "distance"),
     ]
-    image, pen = table.blank(1740, 850)
+    image, pen = table.blank(1740, 980)
     for n, (title, field) in enumerate(panels):
         groups = []
-        for label, run in names.items():
+        for label, run in ARMS.items():
             rows = [row for row in results["rows"] if row["run"] == run]
             seeds = []
             for seed in sorted({row["seed"] for row in rows}):
                 points = {row["step"]: row[field] for row in rows if row["seed"] == seed}
                 seeds.append({0: first[field], **points})
             groups.append((label, seeds))
-        table.lines(pen, 150 + 1160 * n, title, groups, list(COLOURS.values()))
+        table.lines(pen, 150 + 1160 * n, title, groups, ["#1b6ca8", "#3a7d44", "#d1495b"])
 
     vq_model = vq.load_vq(args.vq)
     paths = {"before": args.gpt}
-    for label, run in names.items():
-        paths[label] = next(path for path in map(Path, args.runs) if run in path.name) / "ckpt.pt"
+    for label, run in ARMS.items():
+        paths[label] = next(p for p in args.runs if Path(p).name.rpartition("-")[0] == run)
     labels = torch.tensor(ROWS).repeat_interleave(5)
     for n, (label, path) in enumerate(paths.items()):
+        path = path if n == 0 else Path(path) / "ckpt.pt"
         pixels = pixels_of(gpt.load_gpt(path), vq_model, labels, 2 * 10**6)
         top = 1000 + 232 * n
         pen.text((50, top + 106), label, "#333", table.FONT, "lm")
@@ -140,6 +140,24 @@ def draw(args):
             tile = Image.fromarray(np.ascontiguousarray(picture)).resize((204, 204), Image.BICUBIC)
             image.paste(tile, (290 + 212 * i + 20 * (i // 5), top))
     table.save(image, ROOT / "assets" / "grpo.png")
+
+
+def print_table():
+    """The last step's numbers, as lines of Markdown: means over the seeds and their errors."""
+    rows = json.loads(RESULTS.read_text())["rows"]
+    fields = {"accuracy_judge": 100, "accuracy_rewarding": 100, "distance": 1, "kl": 1}
+    for row in rows[:2]:
+        values = [f"{scale * row[name]:.1f}" for name, scale in fields.items() if name in row]
+        print(f"| before, guidance {row['cfg']} | {' | '.join(values)} |")
+    for label, run in ARMS.items():
+        of_run = [row for row in rows if row["run"] == run]
+        last = [row for row in of_run if row["step"] == max(row["step"] for row in of_run)]
+        cells = []
+        for name, scale in fields.items():
+            values = [scale * row[name] for row in last]
+            error = statistics.stdev(values) / len(values) ** 0.5
+            cells.append(f"{statistics.mean(values):.3g} ± {error:.2g}")
+        print(f"| {label}, {len(last)} seeds | {' | '.join(cells)} |")
 
 
 def main():
@@ -155,7 +173,11 @@ def main():
     )
     p.add_argument("--reward", help="the classifier that rewarded, for measure")
     args = p.parse_args()
-    measure(args) if args.what == "measure" else draw(args)
+    if args.what == "measure":
+        measure(args)
+    else:
+        draw(args)
+        print_table()
 
 
 if __name__ == "__main__":
