@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 IMAGES = 500
 RESULTS = ROOT / "extras" / "grpo_results.json"
 ROWS = [3, 4, 8]  # classes in the figure's rows of samples
-ARMS = {"KL weight 1": "grpo-kl1", "KL weight 0.1": "grpo-kl0.1", "no KL term": "grpo-kl0"}
+ARMS = {"KL weight 1": "grpo-kl1", "KL weight 0": "grpo-kl0"}
 
 
 def pixels_of(model, vq_model, labels, seed, **how):
@@ -124,7 +124,7 @@ def draw(args):
                 points = {row["step"]: row[field] for row in rows if row["seed"] == seed}
                 seeds.append({0: first[field], **points})
             groups.append((label, seeds))
-        table.lines(pen, 150 + 1160 * n, title, groups, ["#1b6ca8", "#3a7d44", "#d1495b"])
+        table.lines(pen, 150 + 1160 * n, title, groups, table.COLOURS)
 
     vq_model = vq.load_vq(args.vq)
     paths = {"before": args.gpt}
@@ -143,7 +143,7 @@ def draw(args):
 
 
 def print_table():
-    """The last step's numbers, as lines of Markdown: means over the seeds and their errors."""
+    """The numbers after training, as lines of Markdown: means over the seeds and their errors."""
     rows = json.loads(RESULTS.read_text())["rows"]
     fields = {"accuracy_judge": 100, "accuracy_rewarding": 100, "distance": 1, "kl": 1}
     for row in rows[:2]:
@@ -151,13 +151,16 @@ def print_table():
         print(f"| before, guidance {row['cfg']} | {' | '.join(values)} |")
     for label, run in ARMS.items():
         of_run = [row for row in rows if row["run"] == run]
-        last = [row for row in of_run if row["step"] == max(row["step"] for row in of_run)]
+        seeds = {row["seed"] for row in of_run}
+        steps = [{row["step"] for row in of_run if row["seed"] == seed} for seed in seeds]
+        step = max(set.intersection(*steps))  # the last one that all seeds have
+        last = [row for row in of_run if row["step"] == step]
         cells = []
         for name, scale in fields.items():
             values = [scale * row[name] for row in last]
             error = statistics.stdev(values) / len(values) ** 0.5
             cells.append(f"{statistics.mean(values):.3g} ± {error:.2g}")
-        print(f"| {label}, {len(last)} seeds | {' | '.join(cells)} |")
+        print(f"| {label}, step {step}, {len(last)} seeds | {' | '.join(cells)} |")
 
 
 def main():
