@@ -114,7 +114,7 @@ def draw(args):
         ("an independent classifier sees it", "accuracy_judge"),
         ("distance of two samples of a class", "distance"),
     ]
-    image, pen = table.blank(1740, 980)
+    image, pen = table.blank(1740, 850)
     for n, (title, field) in enumerate(panels):
         groups = []
         for label, run in ARMS.items():
@@ -138,7 +138,7 @@ def draw(args):
         pen.text((50, top + 106), label, "#333", table.FONT, "lm")
         for i, picture in enumerate(pixels):
             tile = Image.fromarray(np.ascontiguousarray(picture)).resize((204, 204), Image.BICUBIC)
-            image.paste(tile, (290 + 212 * i + 20 * (i // 5), top))
+            image.paste(tile, (250 + 212 * i + 20 * (i // 5), top))
     table.save(image, ROOT / "assets" / "grpo.png")
 
 
@@ -146,6 +146,7 @@ def print_table():
     """The numbers after training, as lines of Markdown: means over the seeds and their errors."""
     rows = json.loads(RESULTS.read_text())["rows"]
     fields = {"accuracy_judge": 100, "accuracy_rewarding": 100, "distance": 1, "kl": 1}
+    digits = {"kl": 3}
     for row in rows[:2]:
         values = [f"{scale * row[name]:.1f}" for name, scale in fields.items() if name in row]
         print(f"| before, guidance {row['cfg']} | {' | '.join(values)} |")
@@ -158,9 +159,12 @@ def print_table():
         cells = []
         for name, scale in fields.items():
             values = [scale * row[name] for row in last]
-            error = statistics.stdev(values) / len(values) ** 0.5
-            cells.append(f"{statistics.mean(values):.3g} ± {error:.2g}")
-        print(f"| {label}, step {step}, {len(last)} seeds | {' | '.join(cells)} |")
+            cell = f"{statistics.mean(values):.{digits.get(name, 1)}f}"
+            if len(values) > 1:
+                error = statistics.stdev(values) / len(values) ** 0.5
+                cell += f" ± {error:.{digits.get(name, 1)}f}"
+            cells.append(cell)
+        print(f"| {label}, step {step}, {len(last)} seed(s) | {' | '.join(cells)} |")
 
 
 def main():
