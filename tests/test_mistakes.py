@@ -42,6 +42,7 @@ SCRIPTS = [  # that take --device, with words that come before it
     ("evaluate", "recon"),
     ("train_var", ""),
     ("train_var", "tokenizer"),
+    *((name, "") for name in ("train_grpo", "rewards")),
 ]
 NONSENSE = ["0", "-1", "nan", "1.5e300", "9" * 30, "many", ""]
 NUMBERS = [  # command, flag, which of NONSENSE mean something

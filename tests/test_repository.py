@@ -19,7 +19,10 @@ SCRIPTS = [
     for folder in FOLDERS
     for path in sorted((ROOT / folder).glob("*.py"))
 ]
-TOOLS = ["tests/bench.py", "tests/memory.py", "tests/window_figure.py", "tests/demo_agreement.py"]
+TOOLS = [
+    *("tests/bench.py", "tests/memory.py", "tests/demo_agreement.py"),
+    *("tests/window_figure.py", "tests/grpo_figure.py"),
+]
 COMMANDS = [
     name for name in SCRIPTS + TOOLS if 'if __name__ == "__main__"' in (ROOT / name).read_text()
 ]
