@@ -453,7 +453,7 @@ def check_vllm():
     ]
     if not found or not found[0].startswith("0.32."):
         raise ValueError(
-            f"vLLM 0.32 is needed, found {found}: pip install -e .[serve] (on a CPU see README.md)"
+            f"vLLM 0.32 is needed, found {found}: pip install -e '.[serve]' (CPU: docs/serve.md)"
         )
     plugins = importlib.metadata.entry_points(group="vllm.general_plugins", name="nanollamagen")
     if "nanollamagen.vllm_model:register" not in [plugin.value for plugin in plugins]:

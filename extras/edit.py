@@ -200,7 +200,8 @@ def parse():
     which = p.add_mutually_exclusive_group(required=True)
     which.add_argument("--keep", help="top, left or border (half of the picture, or all but its "
                        "middle), nothing, or the rectangle X,Y,W,H in pixels of the model's size")
-    which.add_argument("--mask", metavar="FILE", help="an image whose white is regenerated")
+    which.add_argument("--mask", metavar="FILE", help="an image whose transparent area is "
+                       "regenerated, or its white if nothing is transparent")
     flag("--classes", help="ids or names, separated by commas, a row each; none: without a class")
     flag("--prompt", action="append", default=[], help="a caption; may be given several times")
     flag("--t5", help="encoder of captions, as in sample.py")

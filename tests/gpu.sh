@@ -62,7 +62,7 @@ timeout --signal=TERM --kill-after=300 "$seconds" $launch train_gpt.py --codes "
 stage "5/5  a batch sampled by vLLM: $OUT/served.png"
 if "$PYTHON" -c "import vllm" 2> /dev/null; then
     "$PYTHON" serve_vllm.py export --gpt "$OUT/gpt/ckpt.pt" --vq "$OUT/vq.pt" --out "$OUT/exported" > "$OUT/serve.log" 2>&1 &&
-    "$PYTHON" serve_vllm.py generate "$OUT/exported" --classes 1,2,3,4 --n 2 --out "$OUT/served.png" \
+    "$PYTHON" serve_vllm.py generate "$OUT/exported" --classes 1,2,3,4 --count 2 --out "$OUT/served.png" \
         >> "$OUT/serve.log" 2>&1 || stage "serving failed; see $OUT/serve.log"
     if [ "$gpus" -gt 1 ]; then   # a copy of the model and an HTTP server on each GPU; then a look at where memory is
         "$PYTHON" serve_vllm.py serve "$OUT/exported" --data-parallel-size "$gpus" --port 8765 > "$OUT/copies.log" 2>&1 &

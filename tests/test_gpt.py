@@ -32,7 +32,11 @@ def random_model(config=TINY):
     return model.eval()
 
 
-GRIDS = [("gpt_b_c2i", 4), ("gpt_b_c2i", 16), ("gpt_3b_head", 4)]
+GRIDS = [
+    ("gpt_b_c2i", 4),
+    ("gpt_b_c2i", 16),
+    pytest.param("gpt_3b_head", 4, marks=pytest.mark.slow),  # heads of 100 channels
+]
 
 
 @functools.cache

@@ -572,17 +572,17 @@ def test_greedy_codes_of_captions_are_the_plain_sampler_s(captioned):
     assert not torch.equal(negative, right[0][order])
 
 
-@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_a_request_that_is_not_finite_spoils_no_other(captioned, poison):
+def test_a_request_that_is_not_finite_spoils_no_other(captioned):
     """Its own codes are beyond the codebook, which tells the API. What it leaves in the cache is
     read by later requests without effect."""
     folder, model = captioned
     rows = [torch.randn(n, 64, generator=torch.Generator().manual_seed(n)) for n in (7, 33, 50)]
     prompts = [serve_vllm.caption_prompt(row, model.cls_embedding) for row in rows]
-    bad = {"prompt_embeds": torch.full_like(prompts[2]["prompt_embeds"], poison)}
+    finite = prompts[2]["prompt_embeds"]
+    bad = [{"prompt_embeds": torch.full_like(finite, x)} for x in (float("nan"), float("inf"))]
     with started(folder, max_num_seqs=4) as llm:
         right = codes_of(llm.generate(prompts, greedy(folder, 7.5, -1), use_tqdm=False))
-        together = llm.generate([*prompts, bad, bad], greedy(folder, 7.5, -1), use_tqdm=False)
+        together = llm.generate(prompts + bad, greedy(folder, 7.5, -1), use_tqdm=False)
         later = codes_of(llm.generate(prompts * 3, greedy(folder, 7.5, -1), use_tqdm=False))
     together = codes_of(together)
     assert torch.equal(together[:3], right) and torch.equal(later, right.repeat(3, 1))
@@ -839,7 +839,7 @@ def test_generate_draws_captions(captioned, tmp_path):
 @pytest.mark.parametrize(
     "versions, sentence",
     [
-        ([], "vLLM 0.32 is needed, found []: pip install -e .[serve]"),
+        ([], "vLLM 0.32 is needed, found []: pip install -e '.[serve]'"),
         (["0.33.1"], "vLLM 0.32 is needed, found ['0.33.1']: pip"),
     ],
 )
