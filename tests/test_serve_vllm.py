@@ -496,6 +496,24 @@ def test_prefix_caching_and_preemption_change_nothing(tiny, overrides):
         assert sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions") > 0
 
 
+def test_the_traced_model_gives_the_same_codes(tiny, monkeypatch):
+    """Where vLLM compiles, as on a GPU, torch traces the model once for any number of tokens. With
+    this variable a CPU runs the traced graph as it is."""
+    from vllm import envs
+    from vllm.compilation.counter import compilation_counter
+
+    monkeypatch.setenv("VLLM_CPU_CI_ENV", "1")
+    envs.disable_envs_cache()  # of an earlier engine
+    folder, model = tiny
+    traced = compilation_counter.num_models_seen
+    with started(folder, max_num_seqs=3, enforce_eager=False) as llm:
+        outputs = llm.generate(
+            prompts(folder, MIXED), [greedy(folder, s, k) for _, s, k in MIXED], use_tqdm=False
+        )
+    assert compilation_counter.num_models_seen == traced + 1
+    assert agree(codes_of(outputs), expected(model, MIXED))
+
+
 def test_heads_of_100_channels_as_in_3b(tmp_path):
     folder, model = exported(
         tmp_path, replace(TINY, dim=200, vocab_size=50)
