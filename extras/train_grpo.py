@@ -4,7 +4,7 @@ with LlamaGen's models, AR-GRPO, arXiv:2508.06924).
 
 The demo's model on a laptop's CPU, rewarded by a classifier (rewards.py makes it):
 $ python extras/train_grpo.py --gpt runs/demo/gpt/ckpt.pt --vq runs/demo/vq/ckpt.pt \
-      --reward runs/classifier.pt --cfg-scale 1 --batch-size 64 --lr 5e-5 --max-steps 100
+      --reward runs/classifier.pt --cfg-scale 1 --batch-size 64 --lr 5e-5 --max-steps 80
 Any Python function of pixels and classes, on 4 GPUs (the defaults are AR-GRPO's for classes):
 $ torchrun --nproc_per_node=4 extras/train_grpo.py --gpt c2i_L_256.pt --vq vq_ds16_c2i.pt \
       --reward my_rewards.py:sharpness
