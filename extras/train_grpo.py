@@ -181,10 +181,10 @@ def main():
         codes = sample.generate(model, *cond, seeds=seeds, **policy)  # (share, T)
 
         # 2. Reward them, and compare each with its group.
-        scores = rewards.ask(reward, sample.to_pixels(vq_model, codes), [asked[i] for i in ids])
-        groups = scores.view(-1, args.group)
-        log.add(reward=groups.mean(), spread=groups.std(1).mean())
-        gains = advantages(scores, args.group).to(device)
+        pixels = sample.to_pixels(vq_model, codes)  # uint8 (share, H, W, 3)
+        scores = rewards.ask(reward, pixels, [asked[i] for i in ids]).to(device)
+        log.add(reward=scores.mean(), spread=scores.view(-1, args.group).std(1).mean())
+        gains = advantages(scores, args.group)
 
         # 3. Update the policy, several times if asked. At first it is the one that sampled.
         old = torch.zeros(codes.shape, device=device)
