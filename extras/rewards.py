@@ -42,7 +42,7 @@ def clip_reward(name, device):
     """100 times the cosine of CLIP's features of an image and of its caption (arXiv:2104.08718).
     name: folder or Hugging Face name; on the command line "clip:NAME"."""
     net = clip.load(name, device)
-    return lambda pixels, captions: clip.scores(net, pixels, captions).cpu()
+    return lambda pixels, captions: clip.scores(net, pixels, captions)
 
 
 def classifier_reward(path, device, classes):
@@ -60,7 +60,7 @@ def classifier_reward(path, device, classes):
     @torch.inference_mode()
     def reward(pixels, labels):
         log_probs = net(to_input(pixels).to(device)).log_softmax(-1)
-        return log_probs[range(len(labels)), labels].cpu()
+        return log_probs[range(len(labels)), labels]
 
     return reward
 
@@ -79,7 +79,7 @@ def function_of(path, name):
 
 def ask(reward, pixels, asked):
     """The rewards, float32 (B,). Ends the run unless there is a finite one for each image."""
-    scores = torch.as_tensor(np.asarray(reward(pixels, asked)), dtype=torch.float32)
+    scores = torch.as_tensor(reward(pixels, asked), dtype=torch.float32).detach().cpu().clone()
     if scores.shape != (len(pixels),) or not scores.isfinite().all():
         gave = f"an array {tuple(scores.shape)} with {int(scores.isfinite().sum())} finite numbers"
         runs.give_up(

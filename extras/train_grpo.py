@@ -4,7 +4,7 @@ with LlamaGen's models, AR-GRPO, arXiv:2508.06924).
 
 The demo's model on a laptop's CPU, rewarded by a classifier (rewards.py makes it):
 $ python extras/train_grpo.py --gpt runs/demo/gpt/ckpt.pt --vq runs/demo/vq/ckpt.pt \
-      --reward runs/classifier.pt --cfg-scale 1 --batch-size 64 --lr 5e-5 --max-steps 100
+      --reward runs/classifier.pt --cfg-scale 1 --batch-size 64 --lr 5e-5 --max-steps 80
 Any Python function of pixels and classes, on 4 GPUs (the defaults are AR-GRPO's for classes):
 $ torchrun --nproc_per_node=4 extras/train_grpo.py --gpt c2i_L_256.pt --vq vq_ds16_c2i.pt \
       --reward my_rewards.py:sharpness
@@ -181,10 +181,10 @@ def main():
         codes = sample.generate(model, *cond, seeds=seeds, **policy)  # (share, T)
 
         # 2. Reward them, and compare each with its group.
-        scores = rewards.ask(reward, sample.to_pixels(vq_model, codes), [asked[i] for i in ids])
-        groups = scores.view(-1, args.group)
-        log.add(reward=groups.mean(), spread=groups.std(1).mean())
-        gains = advantages(scores, args.group).to(device)
+        pixels = sample.to_pixels(vq_model, codes)  # uint8 (share, H, W, 3)
+        scores = rewards.ask(reward, pixels, [asked[i] for i in ids]).to(device)
+        log.add(reward=scores.mean(), spread=scores.view(-1, args.group).std(1).mean())
+        gains = advantages(scores, args.group)
 
         # 3. Update the policy, several times if asked. At first it is the one that sampled.
         old = torch.zeros(codes.shape, device=device)

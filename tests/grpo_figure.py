@@ -1,5 +1,6 @@
 """What happens to a model while extras/train_grpo.py optimises it: the table and the figure of
-extras/README.md. The runs were made with --keep, so that their checkpoints can be measured:
+extras/README.md. The runs were made by the command there, with --keep 10, --kl 0, 0.1 or 1, --seed
+0, 1 or 2, and --out runs/grpo-kl0-0 and so on.
 
 $ python tests/grpo_figure.py measure --runs runs/grpo-kl* --reward runs/classifier.pt
 $ python tests/grpo_figure.py draw --runs runs/grpo-kl*-0
@@ -36,7 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 IMAGES = 500
 RESULTS = ROOT / "extras" / "grpo_results.json"
 ROWS = [3, 4, 8]  # classes in the figure's rows of samples
-ARMS = {"KL weight 1": "grpo-kl1", "KL weight 0": "grpo-kl0"}
+ARMS = {"KL weight 1": "grpo-kl1", "KL weight 0.1": "grpo-kl0.1", "KL weight 0": "grpo-kl0"}
 
 
 def pixels_of(model, vq_model, labels, seed, **how):
@@ -114,7 +115,7 @@ def draw(args):
         ("an independent classifier sees it", "accuracy_judge"),
         ("distance of two samples of a class", "distance"),
     ]
-    image, pen = table.blank(1740, 850)
+    image, pen = table.blank(1740, 505 + 116 * (1 + len(ARMS)))
     for n, (title, field) in enumerate(panels):
         groups = []
         for label, run in ARMS.items():

@@ -275,6 +275,25 @@ def test_mistakes_get_one_sentence(train, folder, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@torch.inference_mode()
+def inferred(pixels, asked):
+    """Brightness as a tensor that autograd would refuse."""
+    return torch.from_numpy(pixels).double().mean((1, 2, 3))
+
+
+def test_a_reward_is_a_list_an_array_or_a_tensor():
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
+    expected = torch.from_numpy(pixels.mean((1, 2, 3))).float()
+    for reward in (
+        inferred,
+        lambda pixels, asked: pixels.mean((1, 2, 3)),
+        lambda pixels, asked: [image.mean() for image in pixels],
+    ):
+        scores = rewards.ask(reward, pixels, [0] * 5)
+        assert torch.allclose(scores, expected) and scores.dtype == torch.float32
+        assert not scores.is_inference()
+
+
 def test_rewards_that_are_no_numbers_end_the_run_with_one_sentence(train):
     for reward, sentence in (("short", "an array (1,)"), ("broken", "with 0 finite numbers")):
         done = train("run", reward=reward)
