@@ -169,7 +169,9 @@ def ticks(low, high):
     rough = (high - low or 1) / 5
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(n * power for n in (1, 2, 5, 10) if n * power >= rough)
-    return [n * step for n in range(math.floor(low / step), math.ceil(high / step) + 1)]
+    first = math.floor(low / step)
+    last = max(math.ceil(high / step), first + 1)  # low and high may be the same
+    return [n * step for n in range(first, last + 1)]
 
 
 def lines(draw, left, title, groups, colours):
