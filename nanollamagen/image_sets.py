@@ -46,7 +46,8 @@ def open_set(path, size=None):
         raise OSError(f"{path} does not exist{where}")
     if path.is_file():
         return open_npz(path)
-    found = data.open_images(str(path), unlabelled=True)
+    folder = str(path.absolute())  # a folder named "shapes" is not the drawn data set
+    found = data.open_images(folder, unlabelled=True)
     # Captions are in the order in which people count: 10.png after 9.png.
     found.places.sort(key=lambda p: re.sub("[0-9]+", lambda n: n[0].zfill(20), str(p)))
 

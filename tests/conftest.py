@@ -6,6 +6,7 @@ import io
 import json
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,6 +32,11 @@ ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
 # Never part of the repository.
 PHOTOS = Path(os.environ.get("NANOLLAMAGEN_PHOTOS", ROOT.parent / "shared" / "data"))
+
+compiles = pytest.mark.skipif(
+    not (shutil.which("g++") or shutil.which("clang++")) or "ATEN_CPU_CAPABILITY" in os.environ,
+    reason="torch.compile needs a C++ compiler, and no lowered ATEN_CPU_CAPABILITY (it gives NaN)",
+)
 
 
 def filled(shapes, salt=""):

@@ -432,6 +432,13 @@ def test_a_folder_and_an_npz_of_the_same_images_are_the_same_set(tmp_path):
     assert np.array_equal(small.read([4])[0], data.center_crop(Image.fromarray(images[3]), 8))
 
 
+def test_a_folder_named_like_the_drawn_data_set_is_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shapes").mkdir()
+    Image.fromarray(pictures(1)[0]).save(tmp_path / "shapes" / "0.png")
+    assert image_sets.open_set("shapes").count == 1
+
+
 def test_batches_do_not_change_features(net, tmp_path):
     images = image_sets.open_npz(save_npz(tmp_path / "a.npz", arr_0=pictures(5)))
     one, all_ = (evaluate.measure(images, net, size) for size in (2, 5))

@@ -12,7 +12,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, words
+from conftest import ROOT, compiles, words
 from test_train_gpt import flags_for, log, losses, torchrun, train
 
 import gpt
@@ -307,10 +307,7 @@ def test_fsdp_without_torchrun_says_so(codes, tmp_path, monkeypatch, capsys):
     assert stop.value.code == 2 and "start it with torchrun" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(
-    not (shutil.which("g++") or shutil.which("clang++")),
-    reason="torch.compile needs a C++ compiler",
-)
+@compiles
 def test_compiled_equals_eager(codes, tmp_path, monkeypatch):
     """On a model of one block, to compile in seconds; without dropout, whose random numbers differ
     when compiled."""
@@ -341,10 +338,7 @@ train_gpt.cross_entropy = spy
 """
 
 
-@pytest.mark.skipif(
-    not (shutil.which("g++") or shutil.which("clang++")),
-    reason="torch.compile needs a C++ compiler",
-)
+@compiles
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_compiled_blocks_are_checkpointed_on_two_processes(codes, tmp_path, monkeypatch, parallel):
     """As on a GPU by default, with micro-batches; the losses are those of one process, eager."""
@@ -380,10 +374,7 @@ def test_shards_of_gradients_are_all_that_a_process_keeps_between_micro_batches(
     assert result.stdout.count("gradients: [False, True]") == 2, result.stdout
 
 
-@pytest.mark.skipif(
-    not (shutil.which("g++") or shutil.which("clang++")),
-    reason="torch.compile needs a C++ compiler",
-)
+@compiles
 def test_compiled_equals_eager_in_the_mean_with_dropout(codes, tmp_path, monkeypatch):
     """Eight seeds each way, strong dropout: the mean loss of the last steps agrees within 3
     standard errors, which are small enough to see that dropout is there at all."""

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import fill, golden, run_script, words
+from conftest import compiles, fill, golden, run_script, words
 from PIL import Image
 from test_gpt import TINY, random_model
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -231,6 +231,7 @@ def test_a_recorded_step_gives_the_same_codes(config, monkeypatch):
     assert len(graphs) == 3
 
 
+@compiles
 @pytest.mark.slow
 def test_a_compiled_step_draws_the_same():
     """As one graph without breaks, while the cache grows and guidance ends."""
