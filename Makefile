@@ -1,4 +1,4 @@
-# make demo   train a tokenizer and a GPT on drawn shapes, then sample from them (about nine minutes on two CPU cores)
+# make demo   train a tokenizer and a GPT on drawn shapes, then sample from them (nine to thirteen minutes on two CPU cores)
 # make demo-text   the same from captions: "a small red star on white", with the tokenizer of `make demo`
 # make demo-var   the same by VAR (extras/README.md): whole grids of codes, coarse to fine; and pictures drawn on from parts
 # make side-by-side   LlamaGen and VAR, the same minutes each on the photographs of $(CIFAR); the table of extras/README.md
