@@ -44,17 +44,6 @@ def read_prompts(path):
     return prompts
 
 
-def read_captions(path, count=0):
-    """Yield (caption, short caption or "") of every line. Raises ValueError for a line that has no
-    caption, and at the end for a file of fewer than `count` lines."""
-    lines = 0
-    for pair in data.read_lines(path, "caption"):
-        yield pair
-        lines += 1
-    if lines < count:
-        raise ValueError(f"{path} has fewer lines than codes.npy has images, {count:,}")
-
-
 # ---- the encoder -------------------------------------------------------------------------------
 def load_pretrained(flag, name, *kinds):
     """An object of each of these classes of the package transformers, from a folder or Hugging Face
@@ -208,7 +197,8 @@ def encode(args):
             print(f"{folder}/text.npy is complete. Nothing to do.")
         return
     settings = {name: about[name] for name in ("hash", "images", "bytes")}
-    work = partial(encode_blocks, encoder, read_captions(path, count), args.batch_size)
+    lines = data.read_lines(path, "caption")
+    work = partial(encode_blocks, encoder, lines, args.batch_size)
     begun, final = folder / "text.parts", folder / "text.json"
     part_files = parts.make("captions", begun, final, settings, count, PART, work)
     if part_files:
@@ -216,11 +206,14 @@ def encode(args):
 
 
 def encode_blocks(encoder, captions, batch_size, blocks, bar):
-    """Yield the part of each block of images: text and spans as in load_text, captions cut."""
+    """Yield the part of each block of images: text and spans as in load_text, captions cut. Raises
+    ValueError if there are fewer captions."""
     line = 0
     for block in blocks:
         # Lines have no fixed length, so every process reads all lines up to those of its block.
         pairs = list(itertools.islice(captions, block.start - line, block.stop - line))
+        if len(pairs) < len(block):
+            raise ValueError("captions.jsonl has fewer lines than codes.npy has images")
         line = block.stop
         cut_before = encoder.cut
         texts = [text for pair in pairs for text in pair]  # caption, short caption, caption, ...

@@ -110,7 +110,7 @@ class Codes:
         usable = np.sort(np.concatenate([self.train_ids, self.val_ids]))
         last = min(len(usable), 10_000) - 1
         ids = np.unique(usable[np.linspace(0, last, n).astype(int)])
-        lines = captions.read_captions(self.folder / "captions.jsonl")
+        lines = data.read_lines(self.folder / "captions.jsonl", "caption")
         lines = list(itertools.islice(lines, int(ids[-1]) + 1))
         rows = captions.caption_features(self.text, self.spans, ids, short=False)
         return [lines[i][0] for i in ids], list(captions.pad_left(rows))
