@@ -266,7 +266,7 @@ def write_npz(
     if part_files:
         join(path, part_files, np.arange(num_samples) % len(cond[0]))
         shutil.rmtree(folder, ignore_errors=True)
-        print(f"{path}: {num_samples:,} images")
+        print(f"{path}: {files.counted(num_samples, 'image')}")
     parts.wait([path])
 
 
@@ -377,7 +377,8 @@ def main():
         pixels.append(to_pixels(vq_model, codes, args.resize))
     columns = args.count if args.count > 1 else min(len(rows), 10)
     data.save_grid(np.concatenate(pixels), args.out, columns, [titles[row] for row in rows])
-    print(f"{args.out}: {len(rows)} images, {len(rows) / (time.time() - began):.2f} images/s")
+    rate = len(rows) / (time.time() - began)
+    print(f"{args.out}: {files.counted(len(rows), 'image')}, {rate:.2f} images/s")
 
 
 def fetch_pretrained(name):
