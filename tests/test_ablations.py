@@ -96,7 +96,12 @@ def test_a_sweep_refuses_models_that_do_not_belong_together(swept, tokenizer, tm
 
 # ---- diffs and run.py --------------------------------------------------------------------------
 DIFFS = sorted(path.stem for path in (ROOT / "ablations").glob("*.diff"))
-TOKENIZERS = ("fsq", "no_sphere")
+TOKENIZERS = {  # and the size of their codebook
+    "bsq": "--codebook-size 64 --code-dim 6",
+    "fsq": "--codebook-size 1000 --code-dim 4",
+    "ibq": "--codebook-size 64",
+    "no_sphere": "--codebook-size 64",
+}
 
 # run in the folder with the changed scripts, after two steps; `model` is what they trained
 PROMISES = {
@@ -105,11 +110,25 @@ PROMISES = {
         x, cond = torch.randn(2, 3, 128), torch.randn(2, 1, 128)
         # every block starts as the identity
         assert torch.equal(fresh.layers[0](x, fresh.rope[:3], cond), x)""",
+    "bsq": """
+        corners = model.quantize.codebook()
+        assert torch.allclose(corners.abs(), torch.tensor(6**-0.5))  # as before the training
+        z = vq.unit_vectors(torch.randn(1, 6, 8, 8))
+        codes = model.quantize.nearest(z)
+        assert torch.equal(codes[:, None] >> torch.arange(6) & 1, (z > 0).long())
+        assert torch.equal(corners[codes] > 0, z > 0)""",
     "fsq": """
         assert not list(model.quantize.parameters())             # no codebook that could be learned
         every = torch.arange(1000)
         assert torch.equal(model.quantize.nearest(latents_of(model, every)), every)""",
     "gpt2_block": "assert not any('w3' in name for name, _ in model.named_parameters())",
+    "ibq": """
+        with torch.enable_grad():
+            quantized, _, codes = model.quantize(torch.randn(1, 8, 1, 1))
+            quantized[0, 0].sum().backward()
+        assert torch.allclose(quantized.flatten(), model.quantize.codebook()[codes.item()])
+        taught = model.quantize.embedding.weight.grad.norm(dim=-1)
+        assert taught.shape == (64,) and taught.min() > 0        # all codes, by a single latent""",
     "learned_positions": """
         weight = model.pos_embeddings.weight
         assert weight.shape == (17, 128) and weight.abs().max() < 1
@@ -222,10 +241,9 @@ def test_with_the_diff_two_steps_are_trained_two_pictures_drawn_and_its_promise_
     scripts = tmp_path / "scripts"
     run.changed_scripts(run.names()[name], scripts)
     if name in TOKENIZERS:
-        size = "--codebook-size 1000 --code-dim 4" if name == "fsq" else "--codebook-size 64"
         calls = [
             "train_vq.py --data shapes --model VQ-demo --image-size 16 --batch-size 2 "
-            f"--lpips-weight 0 --disc-weight 0 --max-steps 2 --out out {size}",
+            f"--lpips-weight 0 --disc-weight 0 --max-steps 2 --out out {TOKENIZERS[name]}",
             "vq.py encode --vq out/ckpt.pt --data shapes:2 --out codes --workers 0",
         ]
         load, written = "vq.load_vq('out/ckpt.pt')", "codes/meta.json"
