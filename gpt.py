@@ -59,6 +59,7 @@ GPT_CONFIGS = {  # paper, table 1; 1B, XXXL and 7B come with its code
     "XXXL": GPTConfig(dim=2560, n_layer=48, n_head=40),  # 3.9B
     "7B":   GPTConfig(dim=4096, n_layer=32, n_head=32),  # 6.6B
     "demo": GPTConfig(dim=128,  n_layer=6,  n_head=4),   # 1.6M, for laptops
+    "tiny": GPTConfig(dim=128,  n_layer=2,  n_head=4),   # 0.6M, for `make demo`
 }
 # fmt: on
 

@@ -25,7 +25,7 @@ mkdir -p "$OUT"
 stage() { echo "$(date +%T)  $*"; }
 
 stage "1/5  tests: $OUT/tests.log"
-"$PYTHON" -m pytest -q $tests > "$OUT/tests.log" 2>&1 || stage "some tests failed; continuing"
+"$PYTHON" -m pytest -v $tests > "$OUT/tests.log" 2>&1 || stage "some tests failed; continuing"
 
 stage "2/5  speed of every part: $OUT/bench.jsonl"
 "$PYTHON" tests/bench.py $bench > "$OUT/bench.jsonl" 2> "$OUT/bench.log" || stage "bench.py stopped early; continuing"
