@@ -323,7 +323,7 @@ def parse():
          "classes or the captions")
     flag("--out", default="sample.png", help="PNG, or NPZ with --num-samples")
     flag("--batch-size", type=flags.batch, default=32, help="images sampled together")
-    flag("--compile", action="store_true", help="torch.compile the GPT: minutes first, so for many images on a GPU")
+    flag("--compile", action="store_true", help="torch.compile the GPT: takes minutes, on a GPU")
     # fmt: on
     p.usage = "python sample.py --vq CKPT --gpt CKPT ... (--help lists the flags)"
     return p, p.parse_args()
