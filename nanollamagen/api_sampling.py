@@ -17,6 +17,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 import sample
 import serve_vllm
+from nanollamagen import flags
 
 BATCH = 8  # images that the tokenizer decodes together at most, which bounds its memory
 ENCODERS = ThreadPoolExecutor(4)  # Pillow compresses without Python's lock
@@ -137,8 +138,10 @@ def decode_rows(vq_model, codes, grid):
     """Whole rows of codes, at least one for each image -> images, uint8 (B, H, W, 3). Missing rows
     are filled with the last one before decoding, and painted grey after it."""
     filled = [c + c[-grid:] * (grid - len(c) // grid) for c in codes]
-    filled = torch.tensor(filled, device=vq_model.quantize.embedding.weight.device)  # (B, T)
-    pixels = sample.to_pixels(vq_model, filled)
+    device = vq_model.quantize.embedding.weight.device
+    half = flags.best_dtype(device) == "bfloat16"  # on a GPU there are hundreds of images a second
+    with torch.autocast(device.type, torch.bfloat16, enabled=half):
+        pixels = sample.to_pixels(vq_model, torch.tensor(filled, device=device))
     for image, c in zip(pixels, codes):
         image[len(c) // grid * len(image) // grid :] = 128
     return pixels
