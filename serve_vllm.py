@@ -376,7 +376,7 @@ def main():
             export(args)
         else:
             generate(args)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, torch.OutOfMemoryError) as error:
         parser.error(str(error))
     except KeyboardInterrupt:
         sys.exit(130)

@@ -744,6 +744,16 @@ def test_a_mistake_on_the_command_line_is_one_sentence(
     assert stop.value.code == 2 and sentence in error and len(error.splitlines()) <= 2, error
 
 
+def test_a_gpu_without_room_for_the_tokenizer_is_one_sentence(tiny, monkeypatch, capsys):
+    def serve(words):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4 GB.")
+
+    monkeypatch.setattr(serve_vllm, "serve", serve)
+    with pytest.raises(SystemExit, match="2"):
+        run("serve", tiny[0])
+    assert "error: CUDA out of memory. Tried to allocate 4 GB." in capsys.readouterr().err
+
+
 def test_an_export_is_not_overwritten_and_a_broken_one_is_named(tmp_path, capsys):
     folder, _ = exported(tmp_path)
     with pytest.raises(SystemExit):
