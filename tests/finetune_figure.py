@@ -3,9 +3,9 @@
 $ python tests/finetune_figure.py --codes runs/demo/codes
 
 Trains a model on five shapes. Then trains on all ten with three seeds each: from nothing, and from
-that model at two learning rates. 500 images are held out from all trainings. What the logs say
-goes to docs/fine_tuning.json, and the figure is drawn from that. A run that is there already is not
-repeated.
+that model at two learning rates. Last comes one from nothing for twice the steps. 500 images are
+held out from all trainings. What the logs say goes to docs/fine_tuning.json, and the figure is
+drawn from that. A run that is there already is not repeated.
 """
 
 import argparse
@@ -68,9 +68,13 @@ def measure(args):
     for name, words in ARMS.items():
         words = words.format(five=runs / "five" / "ckpt.pt")
         for seed in range(3):
-            out = runs / f"{name.replace(' ', '-').replace(',', '')}-{seed}"
+            out = runs / f"{name.replace(' ', '-')}-{seed}"
             points = train(Path(args.codes).resolve(), out, f"{words} {steps} --seed {seed}")
             found["val_loss"].setdefault(name, []).append(points)
+    # as many steps as both trainings of a fine-tuned model together
+    words = f"--lr 1.5e-3 --max-steps {2 * args.steps}"
+    points = train(Path(args.codes).resolve(), runs / "twice-the-steps", words)
+    found["from_nothing_twice_the_steps"] = points[-1]
     RESULTS.write_text(json.dumps(found) + "\n")
 
 

@@ -76,6 +76,7 @@ def test_the_fine_tuning_table_is_what_was_measured_and_can_be_drawn(tmp_path):
     page = (ROOT / "docs" / "train.md").read_text()
     for line in finetune_figure.rows(found):
         assert line in page, "python tests/finetune_figure.py --codes runs/demo/codes"
+    assert f"ends at {found['from_nothing_twice_the_steps'][1]:.3f} (one seed)" in page
     finetune_figure.draw(found, tmp_path / "fine_tuning.png")
     assert Image.open(tmp_path / "fine_tuning.png").width == 960
 
