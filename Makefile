@@ -2,7 +2,7 @@
 # make demo-text   the same from captions: "a small red star on white", with the tokenizer of `make demo`
 # make demo-var   the same by VAR (extras/README.md): whole grids of codes, coarse to fine; and pictures drawn on from parts
 # make side-by-side   LlamaGen and VAR, the same minutes each on the photographs of $(CIFAR); the table of extras/README.md
-# make test   the tests without the slow ones
+# make test   the tests without the slow ones, on the CPU: what they promise is exact there
 # make test-all   also the slow ones: kills, loads, several processes, a browser
 # make lint   the formatter and the linter, as CI runs them first
 # All set up .venv first. The demos need requirements.txt only. On Linux, PyPI's torch is the large CUDA build; the small
@@ -41,7 +41,7 @@ lint: .venv/tests
 	.venv/bin/ruff check .
 
 # Two workers of one thread each. A file's tests stay together: they share what they train.
-TEST = OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist loadfile
+TEST = CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist loadfile
 test: .venv/tests
 	$(TEST) -m 'not slow'
 

@@ -9,8 +9,10 @@ NAMES = {
     "usage": ("codebook used", 3),
     "accuracy": ("accuracy", 3),
     "distance": ("distance", 2),
+    "accuracy_guided": ("accuracy with guidance", 3),
+    "distance_guided": ("distance with guidance", 2),
 }
-LESS_IS_BETTER = ("val_loss", "distance")
+LESS_IS_BETTER = ("val_loss", "distance", "distance_guided")
 # What an ablation costs, relative to the baseline. On a CPU memory is the process's, libraries
 # included.
 COSTS = {"seconds": "seconds per step", "memory": "peak memory", "parameters": "weights"}
@@ -171,9 +173,9 @@ def price(both):
     """The costs in words: `; 1.25 x the seconds per step, 1.00 x the weights`."""
     found = costs(both)
     words = [f"{found[name]:.2f} x the {COSTS[name]}" for name in COSTS if name in found]
-    if "seconds" not in found:
+    if "seconds" not in found and "seconds" in both[0][0]:  # else the baseline was not trained
         words.append("seconds not compared: the baseline was trained by an earlier start")
-    return f"; {', '.join(words)}"
+    return f"; {', '.join(words)}" if words else ""
 
 
 def lowest(curve, measure, knob):

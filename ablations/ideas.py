@@ -16,11 +16,12 @@ ROOT = HERE.parent
 SCRIPTS = [":(glob)*.py", "nanollamagen"]
 
 # What is measured if the text of an ablation does not say. A stage is what is trained: a GPT, a
-# tokenizer, a GPT on other codes, or nothing if only samples differ.
+# tokenizer, a GPT on other codes, a trained GPT further, or nothing if only samples differ.
 MEASURES = {
     "gpt": ["val_loss"],
     "vq": ["psnr", "usage"],
     "codes": ["accuracy", "distance"],
+    "tune": ["accuracy", "distance", "accuracy_guided", "distance_guided"],
     "sample": ["accuracy", "distance"],
 }
 # The text above a diff; run.py reads it.

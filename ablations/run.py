@@ -13,6 +13,9 @@ $ python ablations/run.py maskgit --codes runs/cifar/codes --vq runs/cifar/vq/ck
       --data cifar10/train
 $ python ablations/run.py guidance --gpt runs/cifar/gpt/ckpt.pt --vq runs/cifar/vq/ckpt.pt \\
       --data cifar10/train
+One about training a trained GPT further, whose samples are judged without and with guidance:
+$ python ablations/run.py cca --gpt runs/demo/gpt/ckpt.pt --vq runs/demo/vq/ckpt.pt \\
+      --codes runs/demo/codes --data shapes:12000 --resize 24
 A larger model. Flags after -- go to both the baseline and the ablation:
 $ python ablations/run.py rar --nproc 8 --codes codes --seeds 1 --steps 50000 \\
       -- --model L --batch-size 256 --lr 1e-4
@@ -58,15 +61,16 @@ FLAGS = {
     "data": "images that the tokenizer or the judge of samples learns from",
     "test": "images that a tokenizer is measured on",
     "vq": "tokenizer that made the codes, to decode samples",
-    "gpt": "GPT to sample from",
+    "gpt": "GPT to sample from, or to train further",
 }
-# Which of them must be there, and which tell one run's data from another's.
-NEEDED = {"gpt": ["codes"], "vq": ["data", "test"], "sample": ["gpt"], "codes": ["codes"]}
+# Which of them must be there (if not here: codes), and which tell one run's data from another's.
+NEEDED = {"vq": ["data", "test"], "sample": ["gpt"], "tune": ["codes", "gpt"]}
 TELLING = {
     "gpt": ["codes"],
     "vq": ["data", "test"],
     "sample": ["gpt", "vq"],
     "codes": ["vq", "data"],
+    "tune": ["gpt", "vq", "codes"],
 }
 
 
@@ -100,6 +104,8 @@ def measure(idea, variant, seed, scripts, args):
         codes = scripts.parent / "codes"
         encode_again(scripts, codes, variant, args)
         stage, variant = "gpt", ""
+    if stage == "tune" and idea["name"] != "baseline":  # which is the model as it was
+        stage, variant = "gpt", f"--init {gpt} {variant}"
 
     if stage in ("gpt", "vq"):
         row = train(stage, variant, seed, scripts, codes, args)
@@ -110,7 +116,11 @@ def measure(idea, variant, seed, scripts, args):
         row |= json.loads(call(scripts, words)[0])
     if "averaged" in idea["measure"]:
         row["val_loss"] = loss_of_averaged(gpt, scripts, codes, args)
-    if needs_samples(idea):
+    if idea["stage"] == "tune":
+        row |= judge_samples(gpt, "--cfg-scale 1", seed, scripts, args)
+        guided = judge_samples(gpt, "", seed, scripts, args)
+        row |= {f"{name}_guided": guided[name] for name in ("accuracy", "distance")}
+    elif needs_samples(idea):
         row |= judge_samples(gpt, variant, seed, scripts, args)
     return row
 
@@ -398,7 +408,7 @@ def check(args):
     idea["file"] = "-".join(filter(None, [idea["name"], idea.get("changes")]))
     if args.results is None:
         args.results = args.out / ("results.json" if args.name else "changes.json")
-    needed = NEEDED[idea["stage"]]
+    needed = NEEDED.get(idea["stage"], ["codes"])
     if needs_samples(idea):
         needed = [*needed, "vq", "data"]
     for flag in needed:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -117,6 +118,17 @@ PROMISES = {
         codes = model.quantize.nearest(z)
         assert torch.equal(codes[:, None] >> torch.arange(6) & 1, (z > 0).long())
         assert torch.equal(corners[codes] > 0, z > 0)""",
+    "cca": """
+        labels, codes = torch.tensor([0, 1]), torch.randint(64, (2, 16))
+        every = model(codes[:, :-1], labels).log_softmax(-1).gather(-1, codes[..., None])
+        assert torch.allclose(train_gpt.log_p(model, codes, labels), every.sum((1, 2)))
+        gains = torch.zeros(3, requires_grad=True)
+        with torch.enable_grad():
+            right = torch.tensor([True, True, False])
+            train_gpt.contrast(gains, right, beta=0.5, negative=4.0).backward()
+        # an image becomes likelier with its class, and less likely with another
+        assert torch.allclose(gains.grad, torch.tensor([-1.0, -1.0, 4.0]) * 0.25 / 4)
+        assert model.config.num_classes == 3""",
     "fsq": """
         assert not list(model.quantize.parameters())             # no codebook that could be learned
         every = torch.arange(1000)
@@ -192,8 +204,8 @@ torch.set_grad_enabled(False)
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """A folder with vq.pt, an untrained tokenizer of 64 codes, and codes/, 1100 images of 4 x 4
-    random codes of it."""
+    """A folder with vq.pt, an untrained tokenizer of 64 codes, codes/, 1100 images of 4 x 4
+    random codes of it, and gpt.pt, an untrained GPT for them."""
     folder, rng = tmp_path_factory.mktemp("small"), np.random.RandomState(0)
     config = vq.VQConfig(ch=32, ch_mult=(1, 1), res_blocks=1, z_channels=32, codebook_size=64)
     torch.manual_seed(0)
@@ -219,6 +231,9 @@ def small(tmp_path_factory):
         "skipped": {},
     }
     (folder / "codes" / "meta.json").write_text(json.dumps(meta))
+    config = replace(gpt.GPT_CONFIGS["demo"], vocab_size=64, grid=4, num_classes=3)
+    start = {"model": gpt.GPT(config).state_dict(), "config": vars(config)}
+    torch.save(start, folder / "gpt.pt")
     return folder
 
 
@@ -249,9 +264,10 @@ def test_with_the_diff_two_steps_are_trained_two_pictures_drawn_and_its_promise_
         load, written = "vq.load_vq('out/ckpt.pt')", "codes/meta.json"
     else:
         size = "toy-0.1M" if name == "model_size" else "demo"
+        init = f"--init {small}/gpt.pt" if name == "cca" else ""
         calls = [
             f"train_gpt.py --codes {small}/codes --model {size} --batch-size 8 --lr 3e-4 "
-            "--max-steps 2 --val-images 8 --val-every 2 --out out",
+            f"--max-steps 2 --val-images 8 --val-every 2 --out out {init}",
             f"sample.py --vq {small}/vq.pt --gpt out/ckpt.pt --classes 0,1 --cfg-scale 2 "
             "--out two.png",
         ]
@@ -492,6 +508,36 @@ def test_a_run_resumes_what_a_stopped_one_left(small, tmp_path, monkeypatch, lef
     run.measure(run.read("rar"), "", 0, tmp_path / "run" / "scripts", args)
     (words,) = started
     assert words[0] == "train_gpt.py" and ("--resume" in words) == resumed
+
+
+def test_tuning_starts_from_the_model_that_its_baseline_samples_from(small, monkeypatch):
+    """Both are judged without guidance and with it."""
+    started, found = [], []
+
+    def note(scripts, words, nproc=1):
+        started.append([str(word) for word in words])
+        return json.dumps({"accuracy": 0.1 * len(started), "distance": len(started)}), 1.0
+
+    monkeypatch.setattr(run, "call", note)
+    monkeypatch.setattr(run, "log", lambda *_: {"val_loss": 1.0})
+    where = {"codes": "codes", "data": "shapes:20", "gpt": "first.pt", "vq": "vq.pt", "net": "net"}
+    args = SimpleNamespace(**where, steps=5, save_every=5, more=[], nproc=1, resize=24)
+    idea = run.read("cca")
+    for what, variant in ((run.baseline_of(idea), ""), (idea, "--lr 1e-4")):
+        started.clear()
+        found.append(run.measure(what, variant, 0, small / "run" / "scripts", args))
+        samples = [words for words in started if words[0] == "sample.py"]
+        sampled_from = [words[words.index("--gpt") + 1] for words in samples]
+        trained = what is idea
+        assert set(sampled_from) == {str(small / "run/out/ckpt.pt") if trained else "first.pt"}
+        assert [words[-2:] == ["--cfg-scale", "1"] for words in samples] == [True, False]
+        trainings = [words for words in started if words[0] == "train_gpt.py"]
+        assert len(trainings) == trained
+        assert all(words[-4:] == ["--init", "first.pt", "--lr", "1e-4"] for words in trainings)
+    assert found[0] == {
+        **{"accuracy": 0.2, "distance": 2},
+        **{"accuracy_guided": 0.4, "distance_guided": 4},
+    }
 
 
 def test_samples_are_judged_by_a_network_of_their_own_data_and_size(small, tmp_path, monkeypatch):

@@ -3,11 +3,15 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 from conftest import ROOT
 from PIL import Image
 
+from nanollamagen.codes import Codes
+
 sys.path.insert(0, str(ROOT / "ablations"))
+import finetune_figure
 import plot
 import table
 
@@ -65,3 +69,30 @@ def test_a_run_without_such_a_log_is_named(tmp_path, monkeypatch, capsys):
             run(monkeypatch, *words, "--out", tmp_path / "curve.png")
         assert stop.value.code == 2 and sentence in capsys.readouterr().err
     assert not (tmp_path / "curve.png").exists()
+
+
+def test_the_fine_tuning_table_is_what_was_measured_and_can_be_drawn(tmp_path):
+    found = json.loads(finetune_figure.RESULTS.read_text())
+    page = (ROOT / "docs" / "train.md").read_text()
+    for line in finetune_figure.rows(found):
+        assert line in page, "python tests/finetune_figure.py --codes runs/demo/codes"
+    assert f"ends at {found['from_nothing_twice_the_steps'][1]:.3f} (one seed)" in page
+    finetune_figure.draw(found, tmp_path / "fine_tuning.png")
+    assert Image.open(tmp_path / "fine_tuning.png").width == 960
+
+
+def test_the_model_of_five_shapes_never_sees_a_held_out_image(tmp_path):
+    """Every image's codes are its own number here."""
+    ten, images = tmp_path / "ten", 900
+    ten.mkdir()
+    codes = np.broadcast_to(np.arange(images, dtype=np.uint16)[:, None, None], (images, 2, 4))
+    np.save(ten / "codes.npy", codes)
+    np.save(ten / "labels.npy", np.arange(images, dtype=np.int32) % 10)
+    meta = {"classes": list("abcdefghij"), "images": images, "codebook_size": 1000, "h": 2}
+    (ten / "meta.json").write_text(json.dumps({**meta, "w": 2, "codes": 4, "captions": False}))
+    finetune_figure.keep_five(ten, tmp_path / "five")
+    five = Codes(tmp_path / "five")
+    kept = set(five.codes[:, 0, 0].tolist())
+    held_out = set(Codes(ten, finetune_figure.HELD_OUT).val_ids.tolist())
+    assert five.classes == list("abcde") and len(kept) == len(five.codes) > 100
+    assert not kept & held_out and all(image % 10 < 5 for image in kept)

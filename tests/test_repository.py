@@ -21,7 +21,7 @@ SCRIPTS = [
 ]
 TOOLS = [
     *("tests/bench.py", "tests/memory.py", "tests/demo_agreement.py"),
-    *("tests/window_figure.py", "tests/grpo_figure.py"),
+    *("tests/window_figure.py", "tests/grpo_figure.py", "tests/finetune_figure.py"),
 ]
 COMMANDS = [
     name for name in SCRIPTS + TOOLS if 'if __name__ == "__main__"' in (ROOT / name).read_text()
