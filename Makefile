@@ -55,19 +55,19 @@ $(RUN)/vq/ckpt.pt: | .venv/installed
 
 $(RUN)/codes/meta.json: $(RUN)/vq/ckpt.pt
 	@echo "2/4  the pictures as codes"
-	$(PYTHON) vq.py encode --vq $(RUN)/vq/ckpt.pt --data shapes:8000 --out $(RUN)/codes --workers 0
+	$(PYTHON) vq.py encode --vq $(RUN)/vq/ckpt.pt --data shapes:10000 --out $(RUN)/codes --workers 0
 
 $(RUN)/gpt/ckpt.pt: $(RUN)/codes/meta.json
 	@echo "3/4  the GPT over codes"
-	$(PYTHON) train_gpt.py --codes $(RUN)/codes --model tiny --batch-size 32 --lr 3e-3 --max-steps 2400 \
+	$(PYTHON) train_gpt.py --codes $(RUN)/codes --model tiny --batch-size 32 --lr 2e-3 --max-steps 2600 \
 	    --warmup-steps 50 --schedule cosine --dropout 0 --val-images 500 --val-every 200 --log-every 100 --out $(RUN)/gpt
 
 $(RUN)/samples.npz: $(RUN)/gpt/ckpt.pt
 	@echo "4/4  samples"
 	$(PYTHON) sample.py --vq $(RUN)/vq/ckpt.pt --gpt $(RUN)/gpt/ckpt.pt --count 10 --batch-size 100 \
-	    --cfg-scale 2 --temperature 0.5 --top-k 0 --out $(RUN)/samples.png
+	    --cfg-scale 2 --temperature 0.3 --top-k 0 --out $(RUN)/samples.png
 	$(PYTHON) sample.py --vq $(RUN)/vq/ckpt.pt --gpt $(RUN)/gpt/ckpt.pt --num-samples 500 --batch-size 250 --seed 1000 \
-	    --cfg-scale 2 --temperature 0.5 --top-k 0 --out $@
+	    --cfg-scale 2 --temperature 0.3 --top-k 0 --out $@
 
 demo: $(RUN)/samples.npz
 	$(PYTHON) tests/demo_agreement.py $(RUN)/samples.npz --at-least 0.8
