@@ -59,7 +59,7 @@ $(RUN)/codes/meta.json: $(RUN)/vq/ckpt.pt
 
 $(RUN)/gpt/ckpt.pt: $(RUN)/codes/meta.json
 	@echo "3/4  the GPT over codes"
-	$(PYTHON) train_gpt.py --codes $(RUN)/codes --model tiny --batch-size 32 --lr 2e-3 --max-steps 2600 \
+	$(PYTHON) train_gpt.py --codes $(RUN)/codes --model tiny --batch-size 32 --lr 2e-3 --max-steps 3000 \
 	    --warmup-steps 50 --schedule cosine --dropout 0 --val-images 500 --val-every 200 --log-every 100 --out $(RUN)/gpt
 
 $(RUN)/samples.npz: $(RUN)/gpt/ckpt.pt
