@@ -213,7 +213,7 @@ def encode_blocks(encoder, captions, batch_size, blocks, bar):
         # Lines have no fixed length, so every process reads all lines up to those of its block.
         pairs = list(itertools.islice(captions, block.start - line, block.stop - line))
         if len(pairs) < len(block):
-            raise ValueError("captions.jsonl has fewer lines than codes.npy has images; encode again")
+            raise ValueError("captions.jsonl has fewer lines than codes.npy has images")
         line = block.stop
         cut_before = encoder.cut
         texts = [text for pair in pairs for text in pair]  # caption, short caption, caption, ...
