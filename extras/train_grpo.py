@@ -285,8 +285,6 @@ def check(args, model, origin, world, path, saved):
         raise ValueError(f"--out {args.out} holds a run; {fix}")
     if args.resume and not saved:
         raise ValueError(f"--resume: {args.out} has no ckpt.pt")
-    if saved and "reference" not in saved:
-        raise ValueError(f"{path} was written by another script; choose another --out")
     if saved:
         runs.check_same_run(path, saved, asdict(model.config), origin)
 

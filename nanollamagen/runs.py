@@ -246,7 +246,8 @@ def read_plain(folder):
 def check_same_run(path, saved, config, origin):
     """Raise ValueError unless a checkpoint is of this model (config) and of this data (origin).
     Dropout may change, as rates may."""
-    if config.keys() != saved["config"].keys():
+    rewarded = "reference" in saved  # by train_grpo.py, from which train_gpt.py cannot resume
+    if config.keys() != saved["config"].keys() or rewarded != ("reference" in origin):
         raise ValueError(f"{path} was written by another script; choose another --out")
     then = {**saved["config"], **saved}
     changed = [

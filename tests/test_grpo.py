@@ -13,7 +13,7 @@ from conftest import ROOT, fill, run_script
 import gpt
 import sample
 import vq
-from nanollamagen import files
+from nanollamagen import files, runs
 
 sys.path.insert(0, str(ROOT / "extras"))
 import rewards
@@ -231,6 +231,14 @@ def test_samples_come_from_its_checkpoint_as_from_any(train, tmp_path, folder):
     assert done.returncode == 0 and (tmp_path / "b.png").exists(), done.stderr
     model = gpt.load_gpt(tmp_path / "run" / "ckpt.pt")
     assert model.classes == ["a", "b", "c"] and model.config == SMALL
+
+
+def test_train_gpt_does_not_resume_a_rewarded_run(train, tmp_path):
+    train("run", "--max-steps 1")
+    path = tmp_path / "run" / "ckpt.pt"
+    saved = files.read_checkpoint(path)
+    with pytest.raises(ValueError, match="was written by another script; choose another --out"):
+        runs.check_same_run(path, saved, asdict(SMALL), {"tokenizer": saved["tokenizer"]})
 
 
 # ---- rewards -------------------------------------------------------------------------------------
